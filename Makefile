@@ -1,0 +1,54 @@
+# Needs Python >= 3.11 with pip, and make. `make demo` on a fresh clone is enough: it installs what it needs.
+PYTHON ?= python3
+VENV   ?= .venv
+# Two test processes use both cores of a small machine; each runs its maths on one thread (tests/conftest.py).
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+# -qq hides pip's notices and keeps its errors.
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help venv demo test lint docs benchmarks clean
+
+help: ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
+
+venv: $(VENV)/.dev ## install everything for development into .venv
+
+demo: $(VENV)/.lab ## calibrate, train with correlated noise, compare with DP-SGD: writes demo/
+	$(BIN)/rootnoise demo --out demo
+
+test: $(VENV)/.test ## run every test and every docstring example
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+lint: $(VENV)/.lint ## style, formatting, the import rule of ARCHITECTURE.md, and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+
+docs: $(VENV)/.docs ## build the documentation into site/; an undocumented public name fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+benchmarks: $(VENV)/.lab ## run each script of benchmarks/
+	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
+
+clean: ## remove .venv, caches and everything the targets above wrote
+	rm -rf $(VENV) demo site build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each extra of pyproject.toml; an edit of either file below renews the install.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/created
+	@echo "Installing rootnoise[$*] into $(VENV): a few minutes the first time, seconds later."
+	@$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+OLD = "rootnoise needs Python >= 3.11, got %d.%d: try make PYTHON=python3.12" % sys.version_info[:2]
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit($(OLD))'
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

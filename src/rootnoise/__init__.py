@@ -1,0 +1,72 @@
+"""rootnoise: differentially private training for PyTorch with correlated noise.
+
+One flow: Workload -> Factorization -> Mechanism -> NoiseStream -> training. Names are imported on
+first use, so `import rootnoise` needs neither torch nor the accountant.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from rootnoise._check import RootnoiseError
+
+if TYPE_CHECKING:
+    from rootnoise.accounting import PrivacyCost, noise_multiplier, privacy_cost
+    from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
+    from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
+    from rootnoise.mechanism import Mechanism
+    from rootnoise.noise import NoiseStream
+    from rootnoise.participation import (
+        CyclicPoisson,
+        FixedCycle,
+        MinSeparation,
+        Participation,
+        SingleParticipation,
+    )
+    from rootnoise.randomness import Key
+    from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Ledger
+    from rootnoise.sensitivity import Sensitivity
+    from rootnoise.training import PrivateOptimizer, privatize
+    from rootnoise.workload import SGD, ToeplitzWorkload, Workload, prefix_sum
+
+# No public name may be that of a submodule: importing the submodule would silently replace it.
+_MODULES = {
+    # what is computed, and who takes part when
+    "workload": ("SGD", "ToeplitzWorkload", "Workload", "prefix_sum"),
+    "participation": (
+        "CyclicPoisson",
+        "FixedCycle",
+        "MinSeparation",
+        "Participation",
+        "SingleParticipation",
+    ),
+    # how to split it, and how good the split is
+    "causal": ("CausalMatrix", "Dense", "Diagonal", "Inverse", "Product", "Toeplitz"),
+    "factorization": ("Factorization", "default_bands", "factorize", "mechanisms"),
+    "sensitivity": ("Sensitivity",),
+    # privacy
+    "accounting": ("PrivacyCost", "noise_multiplier", "privacy_cost"),
+    "mechanism": ("Mechanism",),
+    # running
+    "randomness": ("Key",),
+    "noise": ("NoiseStream",),
+    "sampling": ("CyclicPoissonSampler", "FixedCycleSampler", "Ledger"),
+    "training": ("PrivateOptimizer", "privatize"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0.dev0"
+__all__ = ["RootnoiseError", "__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rootnoise' has no attribute {name!r}")
+    value = getattr(import_module(f"rootnoise.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

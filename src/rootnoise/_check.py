@@ -1,0 +1,110 @@
+"""One-line argument checks; imports nothing of ours."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import SupportsFloat, SupportsIndex
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+class RootnoiseError(ValueError):
+    """The one exception of this package: one line that names the value, the rule and what came.
+
+    It is raised before anything un-noised is released; the command line prints it and exits with 2.
+    """
+
+
+def integer(
+    name: str,
+    value: SupportsIndex,
+    low: int | None = None,
+    high: int | None = None,
+    *,
+    high_name: str | None = None,
+) -> int:
+    """Return `value` as an int inside [low, high], or refuse it; NumPy integers pass, bools do not.
+
+    >>> integer("bands", 0, 1, 100, high_name="n_steps")
+    Traceback (most recent call last):
+    rootnoise._check.RootnoiseError: bands must be in [1, n_steps=100], got 0
+    """
+    try:
+        if isinstance(value, bool | np.bool_):
+            raise TypeError
+        result = operator.index(value)
+    except TypeError:
+        raise RootnoiseError(f"{name} must be an integer, got {value!r}") from None
+    if (low is not None and result < low) or (high is not None and result > high):
+        if high is None:
+            rule = f">= {low}"
+        else:
+            top = f"{high_name}={high}" if high_name else f"{high}"
+            rule = f"<= {top}" if low is None else f"in [{low}, {top}]"
+        raise RootnoiseError(f"{name} must be {rule}, got {result}")
+    return result
+
+
+def real(
+    name: str,
+    value: SupportsFloat,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
+    at_most: float | None = None,
+) -> float:
+    """Return `value` as a finite float inside the stated interval, or refuse it.
+
+    >>> real("delta", 1.0, above=0, below=1)
+    Traceback (most recent call last):
+    rootnoise._check.RootnoiseError: delta must be a finite number > 0 and < 1, got 1.0
+    """
+    try:
+        if isinstance(value, bool | np.bool_ | str | bytes):
+            raise TypeError
+        result = float(value)
+    except (TypeError, ValueError):
+        raise RootnoiseError(f"{name} must be a number, got {value!r}") from None
+    # Written so that NaN fails every comparison it takes part in.
+    inside = (
+        math.isfinite(result)
+        and (above is None or result > above)
+        and (at_least is None or result >= at_least)
+        and (below is None or result < below)
+        and (at_most is None or result <= at_most)
+    )
+    if not inside:
+        bounds = [(">", above), (">=", at_least), ("<", below), ("<=", at_most)]
+        rule = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
+        raise RootnoiseError(f"{name} must be a finite number {rule}".rstrip() + f", got {result}")
+    return result
+
+
+def vector(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return a private, read-only, finite, non-empty 1-D float64 copy of `value`, or refuse it."""
+    return _array(name, value, 1)
+
+
+def matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
+    """Return a private, read-only, finite, non-empty square float64 copy, or refuse it."""
+    result = _array(name, value, 2)
+    if result.shape[0] != result.shape[1]:
+        raise RootnoiseError(f"{name} must be square, got shape {result.shape}")
+    return result
+
+
+def _array(name: str, value: ArrayLike, ndim: int) -> NDArray[np.float64]:
+    try:
+        result = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise RootnoiseError(f"{name} must be an array of numbers, got {value!r:.60}") from None
+    if result.ndim != ndim or result.size == 0:
+        raise RootnoiseError(f"{name} must be a non-empty {ndim}-D array, got shape {result.shape}")
+    bad = np.count_nonzero(~np.isfinite(result))
+    if bad:
+        raise RootnoiseError(f"{name} must be finite, got {bad} NaN or infinite entries")
+    result.flags.writeable = False
+    return result

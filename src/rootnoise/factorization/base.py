@@ -1,0 +1,152 @@
+"""The one interface of every factorization, and the registry behind `factorize`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+from rootnoise import error
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.causal import CausalMatrix, Product
+from rootnoise.participation import CyclicPoisson, Participation, SingleParticipation
+from rootnoise.sensitivity import Sensitivity, sensitivity
+from rootnoise.workload import Workload
+
+
+@dataclass(frozen=True, eq=False)
+class Factorization:
+    """A = B C: what is privatised is C X + Z, and B turns it into the iterates.
+
+    Attributes:
+        mechanism: the registered name.
+        workload: A.
+        strategy: C, the encoder.
+        known_decoder: B where it has a closed form; otherwise it is A C^-1.
+    """
+
+    mechanism: str
+    workload: Workload
+    strategy: CausalMatrix
+    known_decoder: CausalMatrix | None = None
+
+    @property
+    def n_steps(self) -> int:
+        """Steps n."""
+        return self.workload.n_steps
+
+    @cached_property
+    def noising(self) -> CausalMatrix:
+        """C^-1: its row t applied to Z is the noise of step t."""
+        return self.strategy.inverse()
+
+    @cached_property
+    def decoder(self) -> CausalMatrix:
+        """B = A C^-1."""
+        if self.known_decoder is not None:
+            return self.known_decoder
+        a = self.workload.matrix
+        # Toeplitz maps commute, and a filter over the column of A costs less than a dense product.
+        if a.is_toeplitz and self.strategy.is_toeplitz:
+            return Product(self.noising, a)
+        return Product(a, self.noising)
+
+    @property
+    def memory_rows(self) -> int:
+        """Noise vectors of the model's size that a step must remember."""
+        return self.noising.state_size
+
+    def sensitivity(self, participation: Participation) -> Sensitivity:
+        """Return how far one person moves C X."""
+        return sensitivity(self.strategy, participation)
+
+    def rmse(self, participation: Participation) -> float:
+        """Return the expected approximation error at noise multiplier 1, sens * |B|_F / sqrt(n)."""
+        return error.rmse(self.decoder, self.sensitivity(participation).value)
+
+    def max_error(self, participation: Participation) -> float:
+        """Return the error of the worst step at noise multiplier 1, sens * the largest row of B."""
+        return error.max_error(self.decoder, self.sensitivity(participation).value)
+
+
+# A builder takes the workload, the participation and the keyword options that its mechanism has.
+Builder = Callable[..., Factorization]
+_BUILDERS: dict[str, Builder] = {}
+
+
+def register(name: str) -> Callable[[Builder], Builder]:
+    """Register a builder under the name that `factorize` and the command line use."""
+
+    def add(builder: Builder) -> Builder:
+        _BUILDERS[name] = builder
+        return builder
+
+    return add
+
+
+def mechanisms() -> tuple[str, ...]:
+    """Return the registered names, sorted.
+
+    >>> "bsr" in mechanisms()
+    True
+    """
+    return tuple(sorted(_BUILDERS))
+
+
+def factorize(
+    workload: Workload,
+    participation: Participation | None = None,
+    mechanism: str = "bsr",
+    **options: Any,
+) -> Factorization:
+    """Split a workload by a named mechanism.
+
+    Args:
+        workload: what is computed.
+        participation: who may take part when (default: at most one step each).
+        mechanism: one of `mechanisms()`.
+        options: those of the mechanism's own function, such as `bands`; None leaves its default.
+
+    Raises:
+        RootnoiseError: an unknown mechanism, an option that it does not have or cannot take, or a
+            participation that does not fit n_steps.
+
+    >>> from rootnoise.workload import prefix_sum
+    >>> factorize(prefix_sum(100), mechanism="bsr", bands=3).strategy.coefficients
+    array([1.   , 0.5  , 0.375])
+    """
+    participation = participation if participation is not None else SingleParticipation()
+    participation.validate(workload.n_steps)
+    if mechanism not in _BUILDERS:
+        known = ", ".join(mechanisms())
+        raise RootnoiseError(f"mechanism must be one of {known}, got {mechanism!r}")
+    builder = _BUILDERS[mechanism]
+    given = {name: value for name, value in options.items() if value is not None}
+    for name, value in given.items():
+        if name not in signature(builder).parameters:
+            raise RootnoiseError(
+                f"{name} must be left out for mechanism {mechanism!r}, got {value!r}"
+            )
+    return builder(workload, participation, **given)
+
+
+def default_bands(n_steps: int, participation: Participation) -> int:
+    """Return the separation of one person's steps (n if there is but one).
+
+    Up to it, columns of one person never overlap. THEORY: optimal, or close, up to k of about 10.
+    """
+    match participation:
+        case SingleParticipation():
+            return n_steps
+        case CyclicPoisson(groups=groups):
+            return min(groups, n_steps)
+    return min(participation.min_sep, n_steps)
+
+
+def checked_bands(bands: int | None, n_steps: int, participation: Participation) -> int:
+    """Return bands in [1, n_steps], the default where None."""
+    if bands is None:
+        return default_bands(n_steps, participation)
+    return integer("bands", bands, 1, n_steps, high_name="n_steps")

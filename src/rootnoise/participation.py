@@ -1,0 +1,156 @@
+"""WHO may take part WHEN: frozen values that sampler, sensitivity and accountant all read.
+
+A "person" is one record of the data set. Each value bounds the steps at which one person's
+gradient may enter, and refuses (`validate`) the step counts that it cannot cover.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+from rootnoise._check import RootnoiseError, integer, real
+
+
+@dataclass(frozen=True)
+class SingleParticipation:
+    """Every person takes part in at most one step: one pass over the data."""
+
+    type: ClassVar[str] = "single"
+
+    def validate(self, n_steps: int) -> None:
+        """Accept any number of steps."""
+
+    def __str__(self) -> str:
+        return "at most one step each"
+
+
+@dataclass(frozen=True)
+class MinSeparation:
+    """Every person's steps are at least `min_sep` (b) apart, and at most `max_participations` (k).
+
+    Raises:
+        RootnoiseError: b or k below 1.
+    """
+
+    min_sep: int
+    max_participations: int
+    type: ClassVar[str] = "min-sep"
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "min_sep", "max_participations")
+
+    def validate(self, n_steps: int) -> None:
+        """Refuse more participations than `n_steps` can hold: (k - 1) b < n."""
+        n, b, k = n_steps, self.min_sep, self.max_participations
+        if (k - 1) * b >= n:
+            raise RootnoiseError(
+                f"max_participations must be in [1, ceil(n_steps/min_sep)={-(-n // b)}], got {k} "
+                f"(n_steps={n}, min_sep={b})"
+            )
+
+    def __str__(self) -> str:
+        return f"at most {self.max_participations} steps each, at least {self.min_sep} apart"
+
+
+@dataclass(frozen=True)
+class FixedCycle:
+    """Every person takes part at steps i, i + period, i + 2 period, ...: once in each of `epochs`.
+
+    Raises:
+        RootnoiseError: period or epochs below 1.
+    """
+
+    period: int
+    epochs: int
+    type: ClassVar[str] = "fixed-cycle"
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "period", "epochs")
+
+    @property
+    def min_sep(self) -> int:
+        """The separation b of one person's steps: the period."""
+        return self.period
+
+    @property
+    def max_participations(self) -> int:
+        """The largest number k of one person's steps: the epochs."""
+        return self.epochs
+
+    def validate(self, n_steps: int) -> None:
+        """Refuse step counts that do not end inside the last epoch."""
+        low, high = (self.epochs - 1) * self.period + 1, self.epochs * self.period
+        if not low <= n_steps <= high:
+            raise RootnoiseError(
+                f"n_steps must be in [{low}, period*epochs={high}] for {self.epochs} epochs of "
+                f"{self.period} steps, got {n_steps}"
+            )
+
+    def __str__(self) -> str:
+        return f"one step in each of {self.epochs} epochs, exactly {self.period} apart"
+
+
+@dataclass(frozen=True)
+class CyclicPoisson:
+    """Step t draws each person of group t mod `groups` independently with `probability`.
+
+    One group is the Poisson sampling of DP-SGD (Abadi et al. 2016); several are the cyclic
+    sampling of Choquette-Choo et al. (2023), which needs a strategy with at most `groups` bands.
+
+    Raises:
+        RootnoiseError: groups below 1, or a probability outside (0, 1].
+    """
+
+    groups: int
+    probability: float
+    type: ClassVar[str] = "cyclic-poisson"
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "groups")
+        q = real("probability", self.probability, above=0, at_most=1)
+        object.__setattr__(self, "probability", q)
+
+    def validate(self, n_steps: int) -> None:
+        """Refuse more groups than steps: some people would never take part."""
+        integer("groups", self.groups, 1, n_steps, high_name="n_steps")
+
+    def rounds(self, n_steps: int) -> int:
+        """Return how often, at most, one group has its turn: ceil(n / groups)."""
+        return -(-n_steps // self.groups)
+
+    def __str__(self) -> str:
+        turn = "every step" if self.groups == 1 else f"one step in {self.groups}"
+        return f"independently with probability {self.probability:.6g} at {turn}"
+
+
+Participation = SingleParticipation | MinSeparation | FixedCycle | CyclicPoisson
+
+
+def to_dict(participation: Participation) -> dict[str, Any]:
+    """Return a JSON-ready description, read back by `from_dict`.
+
+    >>> to_dict(FixedCycle(period=100, epochs=10))
+    {'type': 'fixed-cycle', 'period': 100, 'epochs': 10}
+    """
+    return {"type": participation.type, **asdict(participation)}
+
+
+def from_dict(fields: dict[str, Any]) -> Participation:
+    """Rebuild a participation from `to_dict`.
+
+    Raises:
+        RootnoiseError: an unknown type, or fields that are missing or do not belong.
+    """
+    known = {kind.type: kind for kind in Participation.__args__}
+    kind = known.get(str(fields.get("type")))
+    values = {name: value for name, value in fields.items() if name != "type"}
+    if kind is None or set(values) != set(kind.__dataclass_fields__) - {"type"}:
+        raise RootnoiseError(f"participation must be of a known type, got {fields!s:.60}")
+    result: Participation = kind(**values)
+    return result
+
+
+def _set_integers(participation: Any, *names: str) -> None:
+    for name in names:
+        object.__setattr__(participation, name, integer(name, getattr(participation, name), 1))

@@ -1,0 +1,146 @@
+"""WHAT is computed: the linear map from the gradients of all steps to what is released.
+
+A workload is a frozen value that knows its matrix A and the square root of that matrix.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from rootnoise import series
+from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.causal import CausalMatrix, Toeplitz
+
+Array = NDArray[np.float64]
+
+
+class Workload(ABC):
+    """A lower-triangular n x n workload matrix A."""
+
+    n_steps: int
+
+    @property
+    @abstractmethod
+    def matrix(self) -> CausalMatrix:
+        """The matrix A."""
+
+    @abstractmethod
+    def square_root(self, size: int) -> Array:
+        """Return the first `size` coefficients of the lower-triangular C with C C = A."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description, read back by `from_dict`."""
+
+
+@dataclass(frozen=True)
+class SGD(Workload):
+    """SGD with momentum and decay: m <- momentum m + g, theta <- decay theta - lr m (lr = 1 here).
+
+    The coefficients are a_j = (alpha^(j+1) - beta^(j+1)) / (alpha - beta) (Kalinin & Lampert
+    2024), computed without that division. Prefix sums are momentum 0 and decay 1.
+
+    Args:
+        n_steps: steps n.
+        momentum: beta in [0, 1).
+        decay: alpha in (0, 1], the factor on the parameters at each step; 1 is no decay.
+
+    Raises:
+        RootnoiseError: a value outside its range.
+
+    >>> SGD(4, momentum=0.5).matrix.column(0)
+    array([1.   , 1.5  , 1.75 , 1.875])
+    """
+
+    n_steps: int
+    momentum: float = 0.0
+    decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        # Plain Python numbers, so that equal workloads have equal JSON and fingerprints.
+        n = integer("n_steps", self.n_steps, 1)
+        object.__setattr__(self, "n_steps", n)
+        object.__setattr__(self, "momentum", real("momentum", self.momentum, at_least=0, below=1))
+        object.__setattr__(self, "decay", real("decay", self.decay, above=0, at_most=1))
+
+    @cached_property
+    def matrix(self) -> CausalMatrix:
+        return Toeplitz(
+            series.sgd_power(self.decay, self.momentum, 1.0, self.n_steps), self.n_steps
+        )
+
+    def square_root(self, size: int) -> Array:
+        return series.sgd_power(self.decay, self.momentum, 0.5, size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "type": "sgd",
+            "n_steps": self.n_steps,
+            "momentum": self.momentum,
+            "decay": self.decay,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class ToeplitzWorkload(Workload):
+    """Any lower-triangular Toeplitz workload, from its first column a of shape (n_steps,).
+
+    Raises:
+        RootnoiseError: NaN coefficients, or a first one that is not positive (A has no square
+        root).
+
+    >>> ToeplitzWorkload([4.0, 4.0]).square_root(2)
+    array([2., 1.])
+    """
+
+    coefficients: ArrayLike
+
+    def __post_init__(self) -> None:
+        # Built here, not on first use, so that a bad one is refused where it is made.
+        a = np.atleast_1d(np.asarray(self.coefficients))
+        object.__setattr__(self, "n_steps", integer("n_steps", a.size, 1))
+        object.__setattr__(self, "_matrix", Toeplitz(a, a.size))
+        if self.matrix.column(0)[0] <= 0:
+            raise RootnoiseError(f"coefficients must start with a positive one, got {a[0]}")
+
+    @property
+    def matrix(self) -> CausalMatrix:
+        matrix: Toeplitz = self.__dict__["_matrix"]
+        return matrix
+
+    def square_root(self, size: int) -> Array:
+        return series.sqrt(self.matrix.column(0), size)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "toeplitz", "coefficients": self.matrix.column(0).tolist()}
+
+
+def prefix_sum(n_steps: int) -> SGD:
+    """Return the workload of plain SGD, all prefix sums of the gradients.
+
+    >>> prefix_sum(3).matrix.dense()
+    array([[1., 0., 0.],
+           [1., 1., 0.],
+           [1., 1., 1.]])
+    """
+    return SGD(n_steps)
+
+
+def from_dict(fields: dict[str, Any]) -> Workload:
+    """Rebuild a workload from `to_dict`.
+
+    Raises:
+        RootnoiseError: an unknown type, or fields that are missing or do not belong.
+    """
+    match fields:
+        case {"type": "sgd", "n_steps": n, "momentum": beta, "decay": alpha, **rest} if not rest:
+            return SGD(n, beta, alpha)
+        case {"type": "toeplitz", "coefficients": list(a), **rest} if not rest:
+            return ToeplitzWorkload(a)
+    raise RootnoiseError(f"workload must be of a known type, got {fields!s:.60}")

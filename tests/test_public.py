@@ -1,0 +1,55 @@
+"""The public names: all there, none hidden by a module, and nothing heavy at the door."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rootnoise
+
+
+def test_every_exported_name_exists():
+    for name in rootnoise.__all__:
+        assert getattr(rootnoise, name) is not None
+    assert dir(rootnoise) == sorted(rootnoise.__all__)
+
+
+def test_no_name_is_that_of_a_submodule():
+    modules = {module.name for module in pkgutil.iter_modules(rootnoise.__path__)}
+    assert not modules & set(rootnoise.__all__)
+
+
+def test_type_checkers_and_users_see_the_same_names():
+    source = Path(rootnoise.__file__).read_text()
+    for name in rootnoise._HOMES:
+        assert source.count(name) >= 2, f"{name} is missing under TYPE_CHECKING"
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(AttributeError, match="module 'rootnoise' has no attribute 'magic'"):
+        _ = rootnoise.magic
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import rootnoise",
+        "import rootnoise.mechanism",
+        "import rootnoise.cli",
+        "from rootnoise.cli import main; main(['--help'])",
+        "from rootnoise.cli import main; main(['factorize', '--steps', '100', '--json'])",
+        "from rootnoise.cli import main; main(['account', '--epsilon', '1', '--delta', '1e-5'])",
+    ],
+)
+def test_mathematics_and_help_need_no_torch(statement):
+    check = (
+        "; import sys; sys.exit(any(m in sys.modules for m in ('torch', 'opacus', 'matplotlib')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", statement + check], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,294 @@
+"""The hand-over from mathematics to training: one frozen, calibrated, serialisable value.
+
+A mechanism is its defining fields alone; sensitivity and epsilon are computed from them every time
+one is made or loaded, so a file can never carry a privacy claim that its own numbers do not
+support.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from rootnoise import accounting, causal, participation, workload
+from rootnoise._check import RootnoiseError, real
+from rootnoise.accounting import PrivacyCost
+from rootnoise.causal import CausalMatrix
+from rootnoise.factorization import Factorization
+from rootnoise.participation import CyclicPoisson, Participation
+from rootnoise.sensitivity import Sensitivity, sensitivity
+from rootnoise.workload import Workload
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Mechanism:
+    """A factorization with its participation, clip norm and noise, ready to run.
+
+    Args:
+        name: the factorization's registered name.
+        workload: A, of n_steps steps.
+        participation: who may take part when.
+        strategy: C, lower-triangular.
+        noise_multiplier: sigma > 0, the standard deviation of Z over clip_norm * sensitivity.
+        delta: in (0, 1).
+        clip_norm: largest l2 norm of one person's gradient.
+
+    Attributes:
+        sensitivity: of C for gradients of norm at most 1.
+        privacy: what it costs at `delta`.
+
+    Raises:
+        RootnoiseError: a value out of range, or parts that do not fit each other.
+    """
+
+    name: str
+    workload: Workload
+    participation: Participation
+    strategy: CausalMatrix
+    noise_multiplier: float
+    delta: float
+    clip_norm: float = 1.0
+    sensitivity: Sensitivity = field(init=False)
+    privacy: PrivacyCost = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("noise_multiplier", "clip_norm"):
+            object.__setattr__(self, name, real(name, getattr(self, name), above=0))
+        object.__setattr__(self, "delta", real("delta", self.delta, above=0, below=1))
+        if self.strategy.n_steps != self.workload.n_steps:
+            raise RootnoiseError(
+                f"strategy must cover the workload's n_steps={self.workload.n_steps}, "
+                f"got {self.strategy.n_steps}"
+            )
+        sens = sensitivity(self.strategy, self.participation)
+        object.__setattr__(self, "sensitivity", sens)
+        cost = accounting.privacy_cost(
+            self.participation, self.n_steps, self.noise_multiplier, self.delta
+        )
+        object.__setattr__(self, "privacy", cost)
+
+    @classmethod
+    def calibrate(
+        cls,
+        factorization: Factorization,
+        participation: Participation,
+        *,
+        delta: float,
+        epsilon: float | None = None,
+        noise_multiplier: float | None = None,
+        clip_norm: float = 1.0,
+    ) -> Mechanism:
+        """Return the mechanism that spends `epsilon` at `delta`, or that uses `noise_multiplier`.
+
+        Raises:
+            RootnoiseError: both or neither of epsilon and noise_multiplier, or a value out of
+            range.
+
+        >>> from rootnoise.factorization import factorize
+        >>> from rootnoise.participation import FixedCycle
+        >>> from rootnoise.workload import prefix_sum
+        >>> cycle = FixedCycle(period=10, epochs=4)
+        >>> bsr = factorize(prefix_sum(40), cycle, "bsr")
+        >>> round(Mechanism.calibrate(bsr, cycle, epsilon=1, delta=1e-5).noise_multiplier, 4)
+        3.7306
+        """
+        if (epsilon is None) == (noise_multiplier is None):
+            raise RootnoiseError(
+                "give exactly one of epsilon and noise_multiplier, "
+                f"got epsilon={epsilon}, noise_multiplier={noise_multiplier}"
+            )
+        if noise_multiplier is None:
+            assert epsilon is not None  # noqa: S101 - for the type checker
+            noise_multiplier = accounting.noise_multiplier(
+                participation, factorization.n_steps, epsilon, delta
+            )
+        return cls(
+            factorization.mechanism,
+            factorization.workload,
+            participation,
+            factorization.strategy,
+            noise_multiplier,
+            delta,
+            clip_norm,
+        )
+
+    @property
+    def n_steps(self) -> int:
+        """Steps that the mechanism covers; one more is refused."""
+        return self.workload.n_steps
+
+    @property
+    def epsilon(self) -> float:
+        """Privacy loss of the whole run at `delta`, one person added or removed."""
+        return self.privacy.epsilon
+
+    @property
+    def noise_std(self) -> float:
+        """Standard deviation of Z, on the *sum* of clipped gradients."""
+        return self.noise_multiplier * self.clip_norm * self.sensitivity.value
+
+    @cached_property
+    def noising(self) -> CausalMatrix:
+        """C^-1, which turns Z into the noise of the steps."""
+        return self.strategy.inverse()
+
+    @property
+    def rmse(self) -> float:
+        """Expected approximation error at noise multiplier 1 and clip norm 1."""
+        factorization = Factorization(self.name, self.workload, self.strategy)
+        return factorization.rmse(self.participation)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the defining fields: two runs may share noise only if it is the same."""
+        text = json.dumps(self._definition(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def claim(self) -> str:
+        """Return the privacy guarantee as sentences that an auditor can check."""
+        sens, cost = self.sensitivity, self.privacy
+        amplified = isinstance(self.participation, CyclicPoisson)
+        relation = (
+            "added to or removed from the data set"
+            if amplified
+            else "zeroed out (its gradients replaced by zero, everybody else's steps unchanged)"
+        )
+        sens_name = "column norm" if amplified else "sensitivity"
+        kind = "exact" if sens.exact else "an upper bound"
+        bound = "exact" if cost.exact and sens.exact else "an upper bound"
+        return (
+            f"({_round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one record "
+            f"{relation}. Every record takes part {self.participation}, in {self.n_steps} steps. "
+            f"Per-record gradients are clipped to l2 norm {self.clip_norm:g} and summed; the "
+            f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
+            f"{sens.value:.9g} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "
+            f"{self.noise_std:.9g} = noise multiplier {self.noise_multiplier:.9g} x clip norm x "
+            f"{sens_name}. Epsilon is {bound} ({cost.method}). Not covered: floating-point "
+            f"effects, and choices made by looking at the data outside this run."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all that the file holds: definition, derived numbers, claim and fingerprint."""
+        return {
+            "schema": SCHEMA,
+            "definition": self._definition(),
+            "derived": {
+                "n_steps": self.n_steps,
+                "sensitivity": self.sensitivity.value,
+                "sensitivity_exact": self.sensitivity.exact,
+                "sensitivity_method": self.sensitivity.method,
+                "noise_std": self.noise_std,
+                "epsilon": self.privacy.epsilon,
+                "epsilon_exact": self.privacy.exact,
+                "epsilon_method": self.privacy.method,
+            },
+            "claim": self.claim(),
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Mechanism:
+        """Rebuild a mechanism, recompute what follows from its definition, and refuse a mismatch.
+
+        Raises:
+            RootnoiseError: another schema, a missing or extra field, or any number that was edited.
+        """
+        if fields.get("schema") != SCHEMA:
+            raise RootnoiseError(f"schema must be {SCHEMA}, got {fields.get('schema')!r}")
+        try:
+            definition = dict(fields["definition"])
+            mechanism = cls(
+                name=str(definition.pop("name")),
+                workload=workload.from_dict(definition.pop("workload")),
+                participation=participation.from_dict(definition.pop("participation")),
+                strategy=causal.from_dict(definition.pop("strategy")),
+                **definition,
+            )
+        except (KeyError, TypeError, AttributeError) as reason:
+            raise RootnoiseError(
+                f"definition must hold exactly a mechanism's fields, got {reason}"
+            ) from None
+        _refuse_edits(mechanism.to_dict(), fields, "")
+        return mechanism
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the mechanism as JSON, atomically.
+
+        Raises:
+            RootnoiseError: the file exists and `overwrite` is False, or it cannot be written.
+        """
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise RootnoiseError(f"path must not exist yet, got {target}")
+        try:
+            with tempfile.NamedTemporaryFile(
+                "w", dir=target.parent, prefix=target.name, delete=False
+            ) as file:
+                json.dump(self.to_dict(), file, indent=1)
+            Path(file.name).replace(target)
+        except OSError as reason:
+            raise RootnoiseError(
+                f"path must be writable, got {target}: {reason.strerror}"
+            ) from None
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Mechanism:
+        """Read a mechanism from JSON; see `from_dict`.
+
+        Raises:
+            RootnoiseError: an unreadable file, or one that `from_dict` refuses.
+        """
+        try:
+            fields = json.loads(Path(path).read_text())
+        except OSError as reason:
+            raise RootnoiseError(f"path must be readable, got {path}: {reason.strerror}") from None
+        except ValueError as reason:
+            raise RootnoiseError(f"path must hold JSON, got {path}: {reason}") from None
+        if not isinstance(fields, dict):
+            raise RootnoiseError(f"path must hold a JSON object, got {path}")
+        return cls.from_dict(fields)
+
+    def _definition(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "workload": self.workload.to_dict(),
+            "participation": participation.to_dict(self.participation),
+            "strategy": self.strategy.to_dict(),
+            "noise_multiplier": self.noise_multiplier,
+            "delta": self.delta,
+            "clip_norm": self.clip_norm,
+        }
+
+
+def _refuse_edits(expected: Any, found: Any, where: str) -> None:
+    """Compare a recomputed tree with the stored one; machines may round floats differently."""
+    if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
+        for key, value in expected.items():
+            _refuse_edits(value, found[key], f"{where}.{key}" if where else key)
+        return
+    # The definition is compared through the fingerprint's inputs: it was read from this very file.
+    same = found == expected and type(found) is type(expected)
+    if not same and isinstance(expected, float) and isinstance(found, int | float):
+        same = math.isclose(expected, found, rel_tol=1e-9)
+    if not same:
+        raise RootnoiseError(
+            f"{where or 'mechanism'} must match what its definition gives, "
+            f"{expected!r:.80}, got {found!r:.80}"
+        )
+
+
+def _round_up(value: float) -> str:
+    """Format with 6 significant digits, rounded up: a claim never states less than was spent."""
+    digits = 5 - math.floor(math.log10(value)) if value > 0 else 0
+    # A short decimal that only SAFETY has lifted stays that decimal.
+    up = math.ceil(value * 10.0**digits * (2 - accounting.SAFETY)) / 10.0**digits
+    return f"{up:.6g}"

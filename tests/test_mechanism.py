@@ -1,0 +1,216 @@
+"""The mechanism: what it holds, its file, and every edit that is found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from rootnoise import RootnoiseError, mechanism
+from rootnoise.causal import Toeplitz
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.workload import SGD, ToeplitzWorkload, prefix_sum
+
+CYCLE = FixedCycle(10, 4)
+BSR = factorize(SGD(40, 0.9), CYCLE, "bsr")
+
+
+def make(**changes):
+    options = {"epsilon": 8.0, "delta": 1e-5, "clip_norm": 2.0} | changes
+    return Mechanism.calibrate(BSR, CYCLE, **options)
+
+
+def test_what_it_holds():
+    made = make()
+    assert made.epsilon == pytest.approx(8, rel=1e-8)
+    assert made.epsilon <= 8
+    assert made.n_steps == 40
+    assert made.noise_multiplier == pytest.approx(0.6002290722)
+    assert made.noise_std == made.noise_multiplier * 2.0 * made.sensitivity.value
+    assert made.sensitivity == BSR.sensitivity(CYCLE)
+    assert made.rmse == BSR.rmse(CYCLE)
+    assert made.noising.bands == 40
+
+
+def test_noise_multiplier_can_be_given():
+    made = make(epsilon=None, noise_multiplier=1.0)
+    assert made.noise_multiplier == 1.0
+    assert made.epsilon == pytest.approx(4.377178096, rel=1e-8)
+
+
+def test_it_is_frozen():
+    with pytest.raises(AttributeError, match="cannot assign to field"):
+        make().clip_norm = 7.0
+
+
+@pytest.mark.parametrize(
+    ("who", "work"),
+    [
+        (SingleParticipation(), prefix_sum(12)),
+        (MinSeparation(3, 4), SGD(12, 0.5, 0.9)),
+        (FixedCycle(4, 3), ToeplitzWorkload([1.0, 0.7, 0.4, 0.1] * 3)),
+        (CyclicPoisson(2, 0.5), prefix_sum(12)),
+    ],
+)
+def test_file_round_trip(tmp_path, who, work):
+    split = factorize(work, who, "bsr", bands=2)
+    made = Mechanism.calibrate(split, who, epsilon=3, delta=1e-6)
+    made.save(tmp_path / "mechanism.json")
+    again = Mechanism.load(tmp_path / "mechanism.json")
+    assert again.to_dict() == made.to_dict()
+    assert again.fingerprint == made.fingerprint
+
+
+def edits(tree, path=()):
+    """Yield (path, edited copy) with each leaf of the tree changed, one at a time."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        if isinstance(value, dict | list):
+            yield from edits(value, (*path, key))
+            continue
+        other: object
+        if isinstance(value, bool):
+            other = not value
+        elif isinstance(value, int):
+            other = value + 1
+        elif isinstance(value, float):
+            other = value * 1.001
+        else:
+            other = value + "x"
+        yield (*path, key), other
+
+
+FILE = json.loads(json.dumps(make().to_dict()))
+EDITS = list(edits(FILE))
+
+
+@pytest.mark.parametrize(("path", "other"), EDITS, ids=lambda value: str(value)[:60])
+def test_every_edit_of_the_file_is_refused(tmp_path, path, other):
+    fields = json.loads(json.dumps(FILE))
+    place = fields
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = other
+    (tmp_path / "m.json").write_text(json.dumps(fields))
+    with pytest.raises(RootnoiseError, match="got"):
+        Mechanism.load(tmp_path / "m.json")
+
+
+@pytest.mark.parametrize("field", ["fingerprint", "claim", "derived", "definition", "schema"])
+def test_a_missing_field_is_refused(field):
+    fields = {name: value for name, value in FILE.items() if name != field}
+    with pytest.raises(RootnoiseError, match=r"must|definition"):
+        Mechanism.from_dict(fields)
+
+
+def test_an_extra_field_is_refused():
+    with pytest.raises(RootnoiseError, match="mechanism must match what its definition gives"):
+        Mechanism.from_dict({**FILE, "epsilon": 1.0})
+    definition = {**FILE["definition"], "sensitivity": 1.0}
+    with pytest.raises(RootnoiseError, match="definition must hold exactly a mechanism's fields"):
+        Mechanism.from_dict({**FILE, "definition": definition})
+
+
+def test_fingerprint_tells_mechanisms_apart():
+    prints = {
+        made.fingerprint
+        for made in (
+            make(),
+            make(epsilon=4.0),
+            make(delta=1e-6),
+            make(clip_norm=1.0),
+            Mechanism.calibrate(
+                factorize(SGD(40, 0.9), CYCLE, bands=3), CYCLE, epsilon=8, delta=1e-5
+            ),
+            Mechanism.calibrate(BSR, MinSeparation(10, 4), epsilon=8, delta=1e-5),
+        )
+    }
+    assert len(prints) == 6
+    assert make().fingerprint == make().fingerprint
+
+
+def test_claims_say_what_an_auditor_needs():
+    claim = make().claim()
+    for words in (
+        "(8, 1e-05)-differential privacy for one record zeroed out",
+        "one step in each of 4 epochs, exactly 10 apart, in 40 steps",
+        "clipped to l2 norm 2",
+        "bsr with 10 band(s) and sensitivity",
+        "(exact: orthogonal columns)",
+        "noise multiplier 0.600229072",
+        "Epsilon is exact (analytic Gaussian)",
+        "Not covered: floating-point effects",
+    ):
+        assert words in claim
+    split = factorize(prefix_sum(40), CyclicPoisson(1, 0.1), "identity")
+    claim = Mechanism.calibrate(split, CyclicPoisson(1, 0.1), epsilon=2, delta=1e-5).claim()
+    assert "added to or removed from the data set" in claim
+    assert "with probability 0.1 at every step" in claim
+    assert "Epsilon is an upper bound (PLD of 40 Poisson-subsampled Gaussians)" in claim
+
+
+def test_a_bounded_sensitivity_is_claimed_as_a_bound():
+    rough = Toeplitz([1, 0.1, 0.1, 0.9], 12)
+    made = Mechanism("custom", prefix_sum(12), MinSeparation(2, 4), rough, 1.0, 1e-5)
+    assert not made.sensitivity.exact
+    assert "(an upper bound: worst pair of steps)" in made.claim()
+    assert "Epsilon is an upper bound" in made.claim()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(8.000000000799999, "8"), (8.00001, "8.00001"), (8.000001, "8.00001"), (0.0, "0")],
+)
+def test_claimed_epsilon_is_rounded_up(value, text):
+    assert mechanism._round_up(value) == text
+
+
+def test_saving_overwrites_only_when_asked(tmp_path):
+    path = tmp_path / "mechanism.json"
+    make().save(path)
+    before = path.read_bytes()
+    with pytest.raises(RootnoiseError, match=r"path must not exist yet, got .*mechanism.json"):
+        make(epsilon=1.0).save(path)
+    assert path.read_bytes() == before
+    make(epsilon=1.0).save(path, overwrite=True)
+    assert Mechanism.load(path).epsilon == pytest.approx(1)
+    assert [file.name for file in tmp_path.iterdir()] == ["mechanism.json"]
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: make(noise_multiplier=1.0), "give exactly one of epsilon and noise_multiplier"),
+        (
+            lambda: make(epsilon=None),
+            "give exactly one of epsilon and noise_multiplier, got epsilon",
+        ),
+        (lambda: make(clip_norm=0), "clip_norm must be a finite number > 0, got 0.0"),
+        (lambda: make(clip_norm=float("inf")), "clip_norm must be a finite number > 0, got inf"),
+        (lambda: make(delta=1), "delta must be a finite number > 0 and < 1, got 1.0"),
+        (lambda: make(epsilon=-1), "epsilon must be a finite number > 0, got -1.0"),
+        (
+            lambda: Mechanism("x", prefix_sum(5), CYCLE, Toeplitz([1.0], 4), 1.0, 1e-5),
+            "strategy must cover the workload's n_steps=5, got 4",
+        ),
+        (
+            lambda: Mechanism("x", prefix_sum(5), CYCLE, Toeplitz([1.0], 5), 1.0, 1e-5),
+            "n_steps must be in .*, got 5",
+        ),
+    ],
+)
+def test_refusals(call, line):
+    with pytest.raises(RootnoiseError, match=line):
+        call()
+
+
+def test_file_refusals(tmp_path):
+    with pytest.raises(RootnoiseError, match=r"path must be readable, got .*nowhere.json: No such"):
+        Mechanism.load(tmp_path / "nowhere.json")
+    with pytest.raises(RootnoiseError, match=r"path must be writable, got .*: No such file"):
+        make().save(tmp_path / "no" / "folder.json")
+    for text, line in (("{", "path must hold JSON"), ("[]", "path must hold a JSON object")):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(RootnoiseError, match=line):
+            Mechanism.load(tmp_path / "bad.json")

@@ -1,0 +1,419 @@
+import io
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.linalg import solve_triangular
+
+from rootnoise import noise as engine
+from rootnoise import series
+from rootnoise._check import RootnoiseError
+from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.noise import CHUNK, NoiseStream
+from rootnoise.participation import SingleParticipation
+from rootnoise.randomness import GaussianSource, Key
+from rootnoise.workload import SGD
+
+KEY = Key.from_seed(0)
+SINGLE = SingleParticipation()
+
+
+def mechanism(bands=5, n_steps=40, noise_multiplier=2.0):
+    split = factorize(SGD(n_steps, momentum=0.9), SINGLE, "bsr", bands=bands)
+    return Mechanism.calibrate(split, SINGLE, noise_multiplier=noise_multiplier, delta=1e-5)
+
+
+def with_strategy(strategy):
+    return Mechanism("test", SGD(strategy.n_steps), SINGLE, strategy, 2.0, 1e-5)
+
+
+def lower(n):
+    """A well-conditioned dense strategy that no structure describes."""
+    entries = np.tril(np.random.default_rng(0).normal(size=(n, n)))
+    return Dense(entries / n + np.eye(n))
+
+
+def speeds(n):
+    return Diagonal(np.linspace(1, 2, n))
+
+
+BAND = np.array([1.0, 0.7, 0.4, 0.2])
+CASES = {
+    "independent": lambda: mechanism(bands=1),
+    "two bands": lambda: mechanism(bands=2),
+    "banded strategy": lambda: mechanism(bands=7),
+    "all bands": lambda: mechanism(bands=40),
+    "banded noising": lambda: with_strategy(Toeplitz(BAND, 40).inverse()),
+    "scaled columns": lambda: with_strategy(Product(Toeplitz(BAND, 40), speeds(40))),
+    "scaled rows": lambda: with_strategy(Product(speeds(40), Toeplitz(BAND, 40).inverse())),
+    "two filters": lambda: with_strategy(
+        Product(Toeplitz(BAND, 40), Toeplitz(BAND[:2], 40).inverse())
+    ),
+    "diagonal": lambda: with_strategy(speeds(40)),
+    "dense": lambda: with_strategy(lower(40)),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]()
+
+
+def normals(mechanism, n_parameters, key=KEY):
+    """Z in float64, position by position as the documents define it: shape (n_steps, d)."""
+    source = GaussianSource(key.derive(f"noise {mechanism.fingerprint}"))
+    z = np.empty((mechanism.n_steps, n_parameters), dtype=np.float32)
+    for t in range(mechanism.n_steps):
+        for chunk, low in enumerate(range(0, n_parameters, CHUNK)):
+            source.fill(t, chunk, z[t, low : low + CHUNK])
+    return z.astype(np.float64)
+
+
+def oracle(mechanism, n_parameters):
+    """noise_std * C^-1 Z by a dense float64 triangular solve."""
+    z = normals(mechanism, n_parameters)
+    return mechanism.noise_std * solve_triangular(mechanism.strategy.dense(), z, lower=True)
+
+
+def run(stream, n_steps=None):
+    steps = range(stream.t, stream.n_steps if n_steps is None else n_steps)
+    return np.array([stream.next().numpy() for _ in steps])
+
+
+def assert_close(actual, expected):
+    """Agree to a float32 rounding of the row's own size."""
+    size = np.sqrt(np.mean(np.square(expected), axis=1, keepdims=True))
+    np.testing.assert_allclose(actual / size, expected / size, rtol=0, atol=1e-5)
+
+
+def through_disk(state):
+    """What a checkpoint gives back: no code runs on loading."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+# -------------------------------------------------------------------------------- the right noise
+
+
+@pytest.mark.parametrize("bands", [1, 16, 64])
+def test_2000_steps_agree_with_a_dense_float64_solve(bands):
+    long = mechanism(bands, n_steps=2000)
+    assert_close(run(NoiseStream(long, 8, KEY)), oracle(long, 8))
+
+
+@pytest.mark.parametrize("block_steps", [1, 2, 3, 7, 40, None])
+def test_every_map_in_blocks_of_every_size_agrees_with_the_dense_solve(case, block_steps):
+    stream = NoiseStream(case, 50, KEY, block_steps=block_steps)
+    assert_close(run(stream), oracle(case, 50))
+
+
+@pytest.mark.parametrize("n_parameters", [1, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 3])
+def test_chunks_agree_with_the_dense_solve(n_parameters):
+    short = mechanism(bands=3, n_steps=5)
+    assert_close(run(NoiseStream(short, n_parameters, KEY)), oracle(short, n_parameters))
+
+
+def test_a_position_has_the_same_noise_in_a_longer_vector():
+    short = mechanism(bands=3, n_steps=5)
+    few, many = (run(NoiseStream(short, d, KEY)) for d in (CHUNK + 7, 2 * CHUNK + 1))
+    np.testing.assert_array_equal(few[:, :CHUNK], many[:, :CHUNK])
+    np.testing.assert_allclose(few, many[:, : CHUNK + 7], rtol=0, atol=1e-4)
+
+
+def is_white(noise, mechanism, strategy=None):
+    """C times the noise is white with std noise_std; false-alarm rate below 1e-7.
+
+    Under the null W = C noise / noise_std has independent standard normal entries, N of them. Its
+    mean square has deviation sqrt(2 / N) about 1, and the mean product of its N_j pairs of rows j
+    apart has N_j^-1/2 about 0. Each of 21 scores is held to 6 deviations, which a normal exceeds
+    with probability 2e-9 and a chi-square of N = 400,000 degrees of freedom with at most 3e-9.
+    """
+    w = (mechanism.strategy if strategy is None else strategy).apply(noise.astype(np.float64))
+    w /= mechanism.noise_std
+    scores = [(np.mean(np.square(w)) - 1) * np.sqrt(w.size / 2)]
+    for lag in range(1, 21):
+        products = w[lag:] * w[:-lag]
+        scores.append(products.mean() * np.sqrt(products.size))
+    return np.abs(scores).max() < 6
+
+
+def banded_inverse(bands, n_steps):
+    d = series.invert(SGD(n_steps).square_root(bands), bands)
+    return with_strategy(Toeplitz(d, n_steps).inverse())
+
+
+@pytest.mark.parametrize(("make", "bands"), [(mechanism, 8), (banded_inverse, 4)])
+def test_strategy_times_noise_is_white_and_a_wrong_one_is_seen(make, bands):
+    right = make(bands, n_steps=200)
+    noise = run(NoiseStream(right, 2000, KEY))
+    assert is_white(noise, right)
+    # A scale 2 % off moves the mean square by 4 %: 18 deviations at N = 400,000.
+    assert not is_white(1.02 * noise, right)
+    assert not is_white(0.98 * noise, right)
+    # One band more or less: its coefficient, 0.69 and more of C and 0.039 and more of C^-1, leaves
+    # about as large a correlation at that lag, and 6 deviations are 0.0095.
+    for wrong in (bands - 1, bands + 1):
+        assert not is_white(noise, right, make(wrong, n_steps=200).strategy)
+    coefficients = right.strategy.coefficients.copy()
+    coefficients[3] *= 1.1
+    assert not is_white(noise, right, Toeplitz(coefficients, 200))
+    # Nor does independent noise of the same size pass.
+    assert not is_white(np.random.default_rng(0).normal(0, noise.std(), noise.shape), right)
+
+
+def test_entries_are_normal():
+    right = mechanism(bands=8, n_steps=200)
+    noise = run(NoiseStream(right, 2000, KEY))
+    w = right.strategy.apply(noise.astype(np.float64)) / right.noise_std
+    assert stats.kstest(w.ravel(), "norm").pvalue > 1e-7  # the false-alarm rate
+    assert stats.kstest(1.02 * w.ravel(), "norm").pvalue < 1e-7
+
+
+# ------------------------------------------------------------------------------------------- keys
+
+
+def test_streams_without_a_key_share_no_noise():
+    m = mechanism(bands=3, n_steps=3)
+    first, second = NoiseStream(m, 1000), NoiseStream(m, 1000)
+    assert first.key != second.key
+    a, b = run(first).ravel(), run(second).ravel()
+    # 1,000 independent columns: a correlation of 6 / 1000^0.5 = 0.19 has probability below 1e-7.
+    assert abs(np.corrcoef(a, b)[0, 1]) < 0.19
+    np.testing.assert_array_equal(
+        run(NoiseStream(m, 9, first.key)), run(NoiseStream(m, 9, first.key))
+    )
+
+
+def test_runs_of_different_mechanisms_share_no_noise():
+    # Equal strategies, another noise multiplier: with equal Z, the noise of both could be removed.
+    a, b = mechanism(noise_multiplier=2.0), mechanism(noise_multiplier=3.0)
+    assert a.fingerprint != b.fingerprint
+    za, zb = normals(a, 1000), normals(b, 1000)
+    # 40,000 pairs: a correlation of 6 / 200 happens with probability 2e-9.
+    assert abs(np.corrcoef(za.ravel(), zb.ravel())[0, 1]) < 6 / 200
+
+
+def test_no_global_generator_is_read_or_moved():
+    def states():
+        numpy_state = np.random.get_state(legacy=False)
+        return str(numpy_state), torch.get_rng_state().tolist()
+
+    before = states()
+    run(NoiseStream(mechanism(), 10))
+    assert states() == before
+
+
+def test_the_tensor_is_the_callers_own():
+    m = mechanism(bands=5)
+    stream, kept = NoiseStream(m, 20, KEY), []
+    for _ in range(m.n_steps):
+        kept.append(stream.next())
+        assert kept[-1].dtype == torch.float32
+        assert kept[-1].shape == (20,)
+    expected = torch.stack(kept)
+    other = NoiseStream(m, 20, KEY)
+    for row in expected:
+        tensor = other.next()
+        assert torch.equal(tensor, row)
+        tensor.zero_()
+
+
+@pytest.mark.parametrize(("bands", "m", "rows"), [(1, 1, 1), (2, 1, 2), (16, 8, 23), (40, 20, 59)])
+def test_memory_is_the_state_and_half_as_many_rows(bands, m, rows):
+    stream = NoiseStream(mechanism(bands), 10)
+    assert (stream.block_steps, stream.memory_rows) == (m, rows)
+    assert NoiseStream(mechanism(bands), 10, block_steps=1).memory_rows == bands
+
+
+def test_a_default_block_is_bounded():
+    assert NoiseStream(mechanism(bands=200, n_steps=200), 10).block_steps == engine.MOST_STEPS
+
+
+# --------------------------------------------------------------------------------------- refusals
+
+
+def test_no_noise_past_the_last_step():
+    stream = NoiseStream(mechanism(n_steps=7), 10, KEY)
+    run(stream)
+    message = (
+        "step 7 is past the mechanism's n_steps=7: its privacy claim covers no further release"
+    )
+    for _ in range(2):
+        with pytest.raises(RootnoiseError, match=f"^{message}$"):
+            stream.next()
+
+
+def test_arguments_are_checked():
+    m = mechanism()
+    with pytest.raises(RootnoiseError, match=r"^n_parameters must be >= 1, got 0$"):
+        NoiseStream(m, 0)
+    for block_steps in (0, 41):
+        message = rf"^block_steps must be in \[1, n_steps=40\], got {block_steps}$"
+        with pytest.raises(RootnoiseError, match=message):
+            NoiseStream(m, 10, block_steps=block_steps)
+    with pytest.raises(RootnoiseError, match=r"^key must be a Key, got int$"):
+        NoiseStream(m, 10, 7)
+
+
+class BreaksOff(GaussianSource):
+    """Is interrupted once, in the second chunk of a block: the first one has moved on by then."""
+
+    left = 1
+
+    def fill(self, t, chunk, out):
+        if t == 3 and chunk == 1 and BreaksOff.left:
+            BreaksOff.left -= 1
+            raise KeyboardInterrupt
+        super().fill(t, chunk, out)
+
+
+def test_an_interrupted_block_cannot_be_continued():
+    stream = NoiseStream(mechanism(), CHUNK + 5, KEY, block_steps=2, source=BreaksOff)
+    run(stream, 2)
+    with pytest.raises(KeyboardInterrupt):
+        stream.next()
+    message = "noise must not go on after an exception broke off the block of step 2: resume from "
+    for act in (stream.next, stream.state_dict):
+        with pytest.raises(RootnoiseError, match=f"^{message}"):
+            act()
+
+
+# ----------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3, 4, 39, 40])
+def test_a_resumed_stream_has_the_same_bits(case, stop):
+    whole = run(NoiseStream(case, 30, KEY, block_steps=3))
+    stopped = NoiseStream(case, 30, KEY, block_steps=3)
+    before = run(stopped, stop)
+    state = through_disk(stopped.state_dict())
+    resumed = NoiseStream(case, 30, KEY, block_steps=3)
+    resumed.load_state_dict(state)
+    assert resumed.t == stop
+    after = run(resumed)
+    np.testing.assert_array_equal(
+        np.concatenate([before.reshape(-1, 30), after.reshape(-1, 30)]), whole
+    )
+    # And saving changed nothing for the stream that was saved.
+    np.testing.assert_array_equal(run(stopped).reshape(-1, 30), whole[stop:])
+
+
+@pytest.mark.parametrize("bands", [1, 16])
+def test_a_resume_across_chunks_has_the_same_bits(bands):
+    m, d = mechanism(bands, n_steps=20), CHUNK + 9
+    whole = run(NoiseStream(m, d, KEY))
+    for stop in (7, 8, 9):
+        stopped = NoiseStream(m, d, KEY)
+        run(stopped, stop)
+        resumed = NoiseStream(m, d, KEY)
+        resumed.load_state_dict(through_disk(stopped.state_dict()))
+        np.testing.assert_array_equal(run(resumed), whole[stop:])
+
+
+@pytest.mark.parametrize(("m", "other"), [(1, 7), (7, 1), (7, 3), (3, 40), (40, 5)])
+def test_a_resume_with_other_blocks_agrees_to_rounding(case, m, other):
+    stopped = NoiseStream(case, 30, KEY, block_steps=m)
+    run(stopped, 9)
+    resumed = NoiseStream(case, 30, KEY, block_steps=other)
+    resumed.load_state_dict(stopped.state_dict())
+    assert_close(run(resumed), oracle(case, 30)[9:])
+
+
+def test_the_saved_state_holds_neither_key_nor_a_view():
+    stream = NoiseStream(mechanism(), 30, KEY)
+    run(stream, 5)
+    state = stream.state_dict()
+    before = {name: str(value) for name, value in state.items()}
+    run(stream)
+    assert {name: str(value) for name, value in state.items()} == before
+    assert KEY.secret not in state.values()
+    assert KEY.secret.hex() not in str(state)
+    assert {type(value) for value in state.values()} == {int, str, float, torch.Tensor}
+
+
+def test_a_stream_only_moves_forward():
+    m = mechanism()
+    stream = NoiseStream(m, 10, KEY)
+    fresh = stream.state_dict()
+    stream.next()
+    message = "noise stream must be at step 0 to load a state, got step 1"
+    with pytest.raises(RootnoiseError, match=f"^{message}$"):
+        stream.load_state_dict(fresh)
+    resumed = NoiseStream(m, 10, KEY)
+    resumed.load_state_dict(stream.state_dict())
+    with pytest.raises(RootnoiseError, match=f"^{message}$"):
+        resumed.load_state_dict(stream.state_dict())
+
+
+class Other(GaussianSource):
+    name = "other"
+
+
+OTHERS = {
+    "bands": ("fingerprint", lambda m: NoiseStream(mechanism(bands=4), 10, KEY)),
+    "n_steps": ("fingerprint", lambda m: NoiseStream(mechanism(n_steps=41), 10, KEY)),
+    "sigma": ("fingerprint", lambda m: NoiseStream(mechanism(noise_multiplier=2.1), 10, KEY)),
+    "clip": ("fingerprint", lambda m: NoiseStream(replace(m, clip_norm=1.1), 10, KEY)),
+    "model": ("n_parameters", lambda m: NoiseStream(m, 11, KEY)),
+    "key": ("key_id", lambda m: NoiseStream(m, 10, Key.from_seed(1))),
+    "source": ("source", lambda m: NoiseStream(m, 10, KEY, source=Other)),
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_another_run_is_not_continued(change):
+    field, make = OTHERS[change]
+    m = mechanism()
+    stream = NoiseStream(m, 10, KEY)
+    run(stream, 4)
+    other = make(m)
+    with pytest.raises(RootnoiseError, match=f"^saved noise's {field} must be .*, got .*$"):
+        other.load_state_dict(stream.state_dict())
+    assert other.t == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "saved noise's version must be 1, got 2"),
+        ({"n_steps": 39}, "saved noise's n_steps must be 40, got 39"),
+        ({"noise_std": 0.1}, "saved noise's noise_std must be "),
+        ({"chunk": 10}, f"saved noise's chunk must be {CHUNK}, got 10"),
+        ({"t": 41}, "saved noise's t must be in [0, n_steps=40], got 41"),
+        ({"t": None}, "saved noise's t must be an integer, got None"),
+        ({"made": 2}, "saved noise's made must be in [3, 40], got 2"),
+        (
+            {"made": 5},
+            "saved noise's ready must be float32 of shape (2, 10), got torch.float32 of ",
+        ),
+        (
+            {"state": torch.zeros(3, 10)},
+            "saved noise's state must be float32 of shape (4, 10), got torch.float32 of shape "
+            "(3, 10)",
+        ),
+        ({"ready": None}, "saved noise's ready must be float32 of shape (1, 10), got nothing"),
+        (
+            {"ready": torch.zeros(1, 10).double()},
+            "saved noise's ready must be float32 of shape (1, 10), got torch.float64 of shape "
+            "(1, 10)",
+        ),
+        (
+            {"ready": torch.full((1, 10), torch.nan)},
+            "saved noise's ready must be finite, got NaN or infinite values",
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused(change, message):
+    stream = NoiseStream(mechanism(), 10, KEY)
+    run(stream, 3)
+    fresh = NoiseStream(mechanism(), 10, KEY)
+    with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}"):
+        fresh.load_state_dict(stream.state_dict() | change)
+    assert_close(run(fresh), oracle(mechanism(), 10))  # a refused state leaves no trace

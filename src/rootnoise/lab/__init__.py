@@ -1,0 +1,1 @@
+"""Data, models and runs behind the commands `train`, `reproduce` and `audit`."""

@@ -1,6 +1,6 @@
 """How long a factorization with its sensitivity and error takes, in FFTs of the same length.
 
-Each time is the median of 5 runs and is divided by the median time, in the same process, of one real
+Each time is the median of 5 runs, divided by the median time, in the same process, of one real
 FFT of length 2n: the unit in which the O(n log n) routes are naturally counted.
 """
 

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from rootnoise import accounting, causal, participation, workload
 from rootnoise._check import RootnoiseError, real
+from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
 from rootnoise.causal import CausalMatrix
 from rootnoise.factorization import Factorization
@@ -230,11 +230,7 @@ class Mechanism:
         if target.exists() and not overwrite:
             raise RootnoiseError(f"path must not exist yet, got {target}")
         try:
-            with tempfile.NamedTemporaryFile(
-                "w", dir=target.parent, prefix=target.name, delete=False
-            ) as file:
-                json.dump(self.to_dict(), file, indent=1)
-            Path(file.name).replace(target)
+            write_whole(target, json.dumps(self.to_dict(), indent=1).encode() + b"\n")
         except OSError as reason:
             raise RootnoiseError(
                 f"path must be writable, got {target}: {reason.strerror}"

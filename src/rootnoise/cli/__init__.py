@@ -1,0 +1,53 @@
+"""The command line: `rootnoise COMMAND --help`. Importing it imports no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from rootnoise._check import RootnoiseError
+from rootnoise.cli.account import account
+from rootnoise.cli.demo import demo
+from rootnoise.cli.factorize import factorize
+from rootnoise.cli.train import train
+
+# The base of every usage error; typer names it differently from one release to the next.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    name="rootnoise",
+    help="Differentially private training for PyTorch with correlated noise.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (factorize, account, train, demo):
+    app.command()(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0, or 2 after one line on standard error.
+
+    >>> main(["account", "--epsilon", "1", "--delta", "2"])
+    2
+    """
+    try:
+        status = app(arguments, standalone_mode=False)
+    except RootnoiseError as refusal:
+        return _refuse(str(refusal))
+    except _UsageError as usage:
+        return _refuse(usage.format_message())  # type: ignore[attr-defined]
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    return int(status or 0)
+
+
+def _refuse(message: str) -> int:
+    if message:
+        print("error: " + " ".join(message.split()), file=sys.stderr)
+    return 2

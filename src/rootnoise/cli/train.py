@@ -1,0 +1,94 @@
+"""`rootnoise train`: train a model, privately or not, and keep what it leaves in a folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rootnoise.cli import _options, _progress
+from rootnoise.cli._report import show
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
+    dataset: Annotated[
+        str,
+        typer.Option(help="digits, fashion-mnist, mnist, cifar10, or your own module:function."),
+    ] = "fashion-mnist",
+    model: Annotated[str, typer.Option(help="logistic, mlp or cnn.")] = "cnn",
+    mechanism: Annotated[
+        str,
+        typer.Option(
+            help="bsr, square-root, identity (independent noise), workload; dpsgd (independent "
+            "noise, Poisson sampling); none (no privacy)."
+        ),
+    ] = "bsr",
+    epsilon: Annotated[
+        float | None,
+        typer.Option(help="Privacy loss to spend; needed unless the mechanism is none."),
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Failure probability, in (0, 1).")] = 1e-5,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = 4,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples a step (expected ones under Poisson sampling).")
+    ] = 500,
+    lr: Annotated[
+        float, typer.Option(help="Learning rate of SGD: less where there is more noise.")
+    ] = 0.5,
+    momentum: _options.Momentum = 0.9,
+    decay: _options.Decay = 1.0,
+    clip_norm: Annotated[
+        float, typer.Option("--clip-norm", "--clip", help="Largest l2 norm of one gradient.")
+    ] = 1.0,
+    bands: Annotated[
+        int | None, typer.Option(help="Diagonals p of bsr [default: the steps of one epoch].")
+    ] = None,
+    sampling: Annotated[
+        str, typer.Option(help="auto, fixed-cycle or poisson; auto is poisson for dpsgd only.")
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Fixes the order of the data and first weights.")] = 0,
+    insecure_noise_seed: Annotated[
+        int | None,
+        typer.Option(
+            help="Makes the noise repeatable. Then no privacy is claimed: experiments only."
+        ),
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set's files.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the unfinished run in OUT, same options.")
+    ] = False,
+    json: _options.Json = False,
+) -> None:
+    """Train a model and state its accuracy on the test set and its privacy.
+
+    OUT keeps settings, mechanism, claim, metrics, curve and final weights. While the run is
+    unfinished it also holds noise.key and checkpoint.pt: keep them as secret as the data, for with
+    them the noise can be subtracted. They are deleted when the run ends. Loss and accuracy on the
+    training set are not reported: epsilon does not cover them.
+    """
+    from rootnoise.lab.config import RunConfig
+    from rootnoise.lab.run import run
+
+    config = RunConfig(
+        dataset=dataset,
+        model=model,
+        mechanism=mechanism,
+        epsilon=epsilon,
+        delta=delta,
+        epochs=epochs,
+        batch_size=batch_size,
+        lr=lr,
+        momentum=momentum,
+        decay=decay,
+        clip_norm=clip_norm,
+        bands=bands,
+        sampling=sampling,
+        seed=seed,
+        insecure_noise_seed=insecure_noise_seed,
+    )
+    with _progress.steps(f"{mechanism} on {dataset}", quiet=json) as on_step:
+        result = run(config, out, data_dir=data_dir, resume=resume, on_step=on_step)
+    show(f"{mechanism} on {dataset}", dataclasses.asdict(result), json)

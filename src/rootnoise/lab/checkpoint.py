@@ -1,0 +1,156 @@
+"""The folder of one run: what it holds, written atomically, and what of it is secret.
+
+    config.json      the run's settings; --resume refuses any other
+    mechanism.json   the calibrated mechanism (none for a run without privacy)
+    claim.txt        the privacy claim
+    metrics.jsonl    one line an evaluation, on the test set
+    checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
+    noise.key        SECRET, until the run ends: all noise is a function of it
+    model.pt, curves.png, result.json   when the run has ended
+
+Whoever holds a secret can subtract noise, so both have mode 0600 and are deleted when the run ends.
+A run that was stopped keeps them, for without the key it could not continue bit by bit: resume it,
+or delete them by hand.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rootnoise._check import RootnoiseError
+from rootnoise._files import write_whole
+from rootnoise.mechanism import Mechanism
+from rootnoise.randomness import Key
+
+
+class RunFolder:
+    """Reads and writes the files above; `path` need not exist before `create`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+
+    def refuse_used(self) -> None:
+        """Refuse a path that is not free for a new run.
+
+        Raises:
+            RootnoiseError: `path` is a file, or a folder that is not empty.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RootnoiseError(f"out must be a folder, got the file {self.path}")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise RootnoiseError(
+                f"out must be new or empty (--resume continues a run), got {self.path}"
+            )
+
+    def create(
+        self, config: Mapping[str, Any], claim: str, mechanism: Mechanism | None, key: Key | None
+    ) -> None:
+        """Make the folder of a new run.
+
+        Raises:
+            RootnoiseError: it is in use or cannot be written.
+        """
+        self.refuse_used()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / "config.json", json.dumps(config, indent=1).encode())
+            write_whole(self.path / "claim.txt", claim.encode() + b"\n")
+        except OSError as reason:
+            raise RootnoiseError(
+                f"out must be writable, got {self.path}: {reason.strerror}"
+            ) from None
+        if mechanism is not None:
+            mechanism.save(self.path / "mechanism.json")
+        if key is not None:
+            key.save(self.path / "noise.key")
+
+    def reopen(self, config: Mapping[str, Any]) -> None:
+        """Check that an unfinished run of the same settings is here.
+
+        Raises:
+            RootnoiseError: no run, a finished one, or one with other settings.
+        """
+        if (self.path / "result.json").exists():
+            self.delete_secrets()  # had it been stopped just before
+            raise RootnoiseError(f"out must hold an unfinished run, got a finished one {self.path}")
+        try:
+            saved = json.loads((self.path / "config.json").read_text())
+            if not isinstance(saved, dict):
+                raise ValueError
+        except (OSError, ValueError):
+            raise RootnoiseError(f"out must hold a run's config.json, got {self.path}") from None
+        for name, value in config.items():
+            if saved.get(name) != value:
+                raise RootnoiseError(
+                    f"{name} must be {saved.get(name)!r}, as when the run began, got {value!r}"
+                )
+
+    def mechanism(self) -> Mechanism:
+        """Read the run's mechanism, recomputed and compared.
+
+        Raises:
+            RootnoiseError: it is missing, or it was edited.
+        """
+        return Mechanism.load(self.path / "mechanism.json")
+
+    def key(self) -> Key:
+        """Read the run's noise key.
+
+        Raises:
+            RootnoiseError: it is missing or damaged: the run cannot go on.
+        """
+        try:
+            return Key.load(self.path / "noise.key")
+        except OSError as reason:
+            raise RootnoiseError(
+                f"noise.key must be readable to resume, got {self.path}: {reason.strerror}"
+            ) from None
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint (mode 0600) in one move: a crash leaves the old or the new."""
+        write_whole(self.path / "checkpoint.pt", _serialised(state), 0o600)
+
+    def checkpoint(self) -> dict[str, Any]:
+        """Read the checkpoint, tensors and primitives only.
+
+        Raises:
+            RootnoiseError: it is missing or damaged.
+        """
+        path = self.path / "checkpoint.pt"
+        try:
+            state = torch.load(path, weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as reason:
+            line = " ".join(str(reason).split())
+            raise RootnoiseError(f"checkpoint.pt must be readable, got {line:.120}") from None
+        if not isinstance(state, dict):
+            raise RootnoiseError(f"checkpoint.pt must hold a mapping, got {type(state).__name__}")
+        return state
+
+    def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write all evaluations so far, one JSON object a line."""
+        lines = "".join(json.dumps(entry) + "\n" for entry in history)
+        write_whole(self.path / "metrics.jsonl", lines.encode())
+
+    def finish(self, weights: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Write the final weights and the result, then delete the secrets."""
+        write_whole(self.path / "model.pt", _serialised(weights))
+        write_whole(self.path / "result.json", json.dumps(result, indent=1).encode())
+        self.delete_secrets()
+
+    def delete_secrets(self) -> None:
+        """Remove the key and the checkpoint, which holds noise."""
+        for name in ("checkpoint.pt", "noise.key"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def _serialised(state: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(state), buffer)
+    return buffer.getvalue()

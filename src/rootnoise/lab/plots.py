@@ -1,0 +1,46 @@
+"""Learning curves as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+# Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
+STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#777777", "^"), ("#009E73", "D"))
+
+
+def learning_curves(
+    path: Path,
+    curves: Mapping[str, Sequence[Sequence[float]]],
+    title: str,
+    legend: str | None = None,
+) -> None:
+    """Draw test accuracy in per cent after epochs 1, 2, ... into a PNG file.
+
+    Args:
+        path: the file to write.
+        curves: by label (at most 4), one or more repetitions, each the accuracies in [0, 1] by
+            epoch. Drawn are their mean and, shaded, the range from the lowest to the highest.
+        title: stands above the picture.
+        legend: stands above the labels.
+    """
+    from matplotlib.figure import Figure  # without pyplot: no global figures, no display needed
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for (label, runs), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+        percent = 100 * np.array(runs)
+        epochs = np.arange(1, percent.shape[1] + 1)
+        axes.plot(epochs, percent.mean(0), color=colour, marker=marker, markersize=5, label=label)
+        if len(percent) > 1:
+            low, high = percent.min(0), percent.max(0)
+            axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="epoch", ylabel="test accuracy (%)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, title=legend, alignment="left")
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,331 @@
+"""Clipped, summed and noised gradients for a torch optimizer.
+
+Opacus computes the per-sample gradients; everything that epsilon depends on happens in
+`PrivateOptimizer.step`, in one order: check the batch, clip, sum, add the noise of the step, divide
+by the expected batch size. What the inner optimizer makes of that gradient is post-processing.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from opacus import GradSampleModule
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators import ModuleValidator
+from torch import nn
+
+from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.mechanism import Mechanism
+from rootnoise.noise import NoiseStream
+from rootnoise.randomness import Key
+from rootnoise.sampling import Ledger, Sampler
+
+# A float32 sum over a long row loses more than clipping can afford: torch.linalg.vector_norm of 1e7
+# equal numbers is 0.8 % off. Over blocks of 256, added up in float64, a norm is off by less than
+# (256 + 2) / 2 * 2**-24 = 7.7e-6 whatever the order of the sum; the slack exceeds that.
+BLOCK = 256
+SLACK = 1e-5
+
+
+class NonFiniteGradientWarning(RuntimeWarning):
+    """Some per-sample gradients were NaN or infinite and counted as zero."""
+
+
+def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSampleModule:
+    """Return `model` wrapped by Opacus, so that backward leaves per-sample gradients.
+
+    Args:
+        model: in training mode, each output row a function of its own input row alone.
+        loss_reduction: what the loss does over the batch, "mean" (torch's default) or "sum". A
+            wrong one scales gradients by the batch size before they are clipped; privacy does not
+            depend on it.
+
+    Raises:
+        RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
+            that mixes examples or remembers them (BatchNorm, running statistics).
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
+    if isinstance(model, AbstractGradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
+        raise RootnoiseError(f"model must be a plain module, got {type(model).__name__} of Opacus")
+    _check_layers(model)
+    return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
+
+
+class PrivateOptimizer:
+    """A torch optimizer that sees only clipped, summed and noised gradients.
+
+    A step sets every gradient to (sum of the batch's clipped gradients + noise_std (C^-1 Z)_t) /
+    sampler.batch_size: the divisor is the expected batch size, never the actual one.
+
+    torch.optim.SGD with the workload's momentum is what the noise is optimised for. Any other
+    optimizer has the same guarantee (it is post-processing), but the workload, and so the error
+    that the mechanism reports, is not its own.
+
+    Args:
+        optimizer: holds each trainable parameter of `module` exactly once.
+        module: from `privatize`, or Opacus's own GradSampleModule.
+        mechanism: calibrated for sampler.participation and sampler.n_steps.
+        sampler: whose batches are used; they are checked one by one.
+        key: fixes the noise; fresh from OS entropy when None.
+        decay: alpha in (0, 1]; parameters are multiplied by it before each inner step, so that SGD
+            makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
+
+    Attributes:
+        t: steps made.
+        non_finite: per-sample gradients so far that were not finite and counted as zero. The number
+            is computed from raw data: it is not covered by the guarantee.
+
+    Raises:
+        RootnoiseError: parts that do not fit each other, or a model that `privatize` refuses.
+
+    >>> from rootnoise.factorization import factorize
+    >>> from rootnoise.sampling import FixedCycleSampler
+    >>> from rootnoise.workload import SGD
+    >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
+    >>> workload, cycle = SGD(sampler.n_steps, momentum=0.9), sampler.participation
+    >>> bsr = factorize(workload, cycle, "bsr")
+    >>> mechanism = Mechanism.calibrate(bsr, cycle, epsilon=2.0, delta=1e-5)
+    >>> module = privatize(nn.Linear(3, 2))
+    >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
+    >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
+    >>> for batch in sampler:
+    ...     optimizer.zero_grad()
+    ...     nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+    ...     optimizer.step(batch)
+    >>> optimizer.t
+    6
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: AbstractGradSampleModule,
+        mechanism: Mechanism,
+        sampler: Sampler,
+        key: Key | None = None,
+        *,
+        decay: float = 1.0,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+            optimizer, DPOptimizer | torch.optim.LBFGS
+        ):
+            kind = type(optimizer).__name__
+            raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
+        if not isinstance(module, AbstractGradSampleModule):
+            kind = type(module).__name__
+            raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
+        _check_layers(module)
+        if mechanism.participation != sampler.participation:
+            raise RootnoiseError(
+                f"sampler must draw by the mechanism's participation, {mechanism.participation}; "
+                f"got {sampler.participation}"
+            )
+        integer("sampler's n_steps", sampler.n_steps, mechanism.n_steps, mechanism.n_steps)
+        self.optimizer, self.module, self.sampler = optimizer, module, sampler
+        self.decay = real("decay", decay, above=0, at_most=1)
+        self.mechanism = mechanism
+        self._parameters = _parameters(optimizer, module)
+        self._layout = self._current_layout()
+        self.ledger = Ledger(mechanism.participation, sampler.n_examples)
+        self.stream = self._new_stream(Key.fresh() if key is None else key)
+        self.t = 0
+        self.non_finite = 0
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, per-sample ones included; call it before each backward."""
+        self.module.zero_grad(set_to_none=True)
+
+    def step(self, indices: ArrayLike) -> None:
+        """Make step `t` with the per-sample gradients of the examples `indices`.
+
+        Args:
+            indices: the batch of the last backward, integers in [0, n_examples), one for each of
+                its rows. Empty: the gradient is noise alone, and no backward is needed.
+
+        Raises:
+            RootnoiseError: a closure; the mechanism's steps are used up; indices that break the
+                participation or do not match the per-sample gradients; not exactly one backward in
+                training mode since the last step; parameters that were added, removed, frozen or
+                reshaped; a step that was broken off before. Nothing has been released then.
+        """
+        if callable(indices):
+            raise RootnoiseError("step must get the indices of the batch, got a closure")
+        integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
+        self._check_whole()
+        if isinstance(indices, torch.Tensor):
+            indices = indices.numpy(force=True)
+        batch = np.asarray(indices)
+        gradients = self._per_sample_gradients(batch.size)
+        self.ledger.admit(self.t, batch)
+        with torch.no_grad():
+            sums = self._clipped_sums(gradients)
+            noise = torch.split(self.stream.next(), [p.numel() for p in self._parameters])
+            for p, clipped, z in zip(self._parameters, sums, noise, strict=True):
+                mean = (clipped + z.to(p.device)) / self.sampler.batch_size
+                p.grad = mean.view_as(p).to(p.dtype)
+                p.grad_sample = None  # type: ignore[attr-defined]
+                if self.decay != 1:
+                    p.mul_(self.decay)
+        self.optimizer.step()
+        self.t += 1
+
+    def _per_sample_gradients(self, rows: int) -> list[torch.Tensor]:
+        """Return one (rows, size) float32 matrix a parameter, or refuse what backward has left."""
+        parameters = _parameters(self.optimizer, self.module)
+        same = len(parameters) == len(self._parameters) and all(
+            p is q for p, q in zip(parameters, self._parameters, strict=True)
+        )
+        if not same or self._current_layout() != self._layout:
+            raise RootnoiseError("trainable parameters must stay those of the first step")
+        gradients = []
+        for p, (name, _) in zip(parameters, self._layout, strict=True):
+            g = getattr(p, "grad_sample", None)
+            if isinstance(g, list):
+                raise RootnoiseError(f"backward must run once a step, got {len(g)} for {name}")
+            if g is None and rows:
+                raise RootnoiseError(
+                    f"per-sample gradients of {name} are missing: run forward and backward once, "
+                    "in training mode, through all trainable parameters (evaluate under no_grad)"
+                )
+            found = 0 if g is None else len(g)
+            if found != rows:
+                raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
+            gradients.append(p.new_zeros(0, p.numel()) if g is None else g.flatten(1))
+        return [g.float() for g in gradients]
+
+    def _clipped_sums(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Return the sum over the batch of each parameter's clipped gradients, flattened."""
+        norms = _row_norms(gradients)
+        finite = norms.isfinite()
+        bad = len(norms) - int(finite.sum())
+        if bad:
+            self.non_finite += bad
+            warnings.warn(
+                f"{bad} of {len(norms)} per-sample gradients of step {self.t} are not finite and "
+                "count as zero (the guarantee does not cover this number)",
+                NonFiniteGradientWarning,
+                stacklevel=3,
+            )
+            norms = norms.masked_fill(~finite, torch.inf)
+            gradients = [g.masked_fill(~finite[:, None].to(g.device), 0) for g in gradients]
+        scale = (self.mechanism.clip_norm / (norms * (1 + SLACK))).clamp(max=1).float()
+        return [scale.to(g.device) @ g for g in gradients]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
+
+        It holds recent noise and the sampler's seed: keep it as secret as the key.
+
+        Raises:
+            RootnoiseError: a step was broken off by an exception.
+        """
+        self._check_whole()
+        return {
+            "version": 1,
+            "t": self.t,
+            "non_finite": self.non_finite,
+            "decay": self.decay,
+            "layout": self._layout,
+            "optimizer": self.optimizer.state_dict(),
+            "noise": self.stream.state_dict(),
+            "ledger": self.ledger.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run, bit by bit, given its key; the model's weights are loaded apart.
+
+        Raises:
+            RootnoiseError: this optimizer has made a step, or the saved one had another mechanism
+                (any of its fields), key, sampler, decay or layout. Nothing has changed then.
+        """
+        if self.t or self.ledger.t or self.stream.t:
+            raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
+        for name, ours in {"version": 1, "decay": self.decay, "layout": self._layout}.items():
+            if state.get(name) != ours:
+                raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")
+        t = integer("saved t", state.get("t", -1), 0, self.mechanism.n_steps)
+        bad = integer("saved non_finite", state.get("non_finite", -1), 0)
+        # Into fresh copies first, so that a refusal leaves everything as it was.
+        stream = self._new_stream(self.stream.key)
+        ledger = Ledger(self.ledger.participation, self.ledger.n_examples)
+        sampler = copy.copy(self.sampler)
+        parts: dict[str, Any] = {"noise": stream, "ledger": ledger, "sampler": sampler}
+        for name, part in parts.items():
+            if not isinstance(state.get(name), Mapping):
+                raise RootnoiseError(f"saved {name} must be a mapping, got {state.get(name)!r:.80}")
+            part.load_state_dict(state[name])
+        if not stream.t == ledger.t == t:
+            raise RootnoiseError(
+                f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
+            )
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError) as reason:
+            raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
+        self.sampler.load_state_dict(state["sampler"])
+        self.stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
+
+    def _new_stream(self, key: Key) -> NoiseStream:
+        return NoiseStream(self.mechanism, sum(p.numel() for p in self._parameters), key)
+
+    def _current_layout(self) -> list[list[Any]]:
+        """Return [name, shape] of each trainable parameter, which fixes its place in the noise."""
+        named = self.module.named_parameters()
+        return [[name, list(p.shape)] for name, p in named if p.requires_grad]
+
+    def _check_whole(self) -> None:
+        if not self.t == self.ledger.t == self.stream.t:
+            raise RootnoiseError(
+                f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
+                f"{self.stream.t}): resume from a saved state"
+            )
+
+
+def _row_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return the joint l2 norm of each row over all matrices, float64 on the first's device."""
+    squares = []
+    for g in gradients:
+        n_blocks = g.shape[1] // BLOCK
+        blocks = g[:, : n_blocks * BLOCK].reshape(len(g), n_blocks, BLOCK)
+        rest = torch.linalg.vector_norm(g[:, n_blocks * BLOCK :], dim=1).double()
+        norms = torch.linalg.vector_norm(blocks, dim=2).double()
+        squares.append((norms.square().sum(1) + rest.square()).to(gradients[0].device))
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not held or sorted(held) != sorted(map(id, trainable)):
+        known = len(set(held) & set(map(id, trainable)))
+        raise RootnoiseError(
+            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
+            f"and no other, got {len(held)}, among them {known} of these"
+        )
+    if not all(p.is_floating_point() for p in trainable):
+        raise RootnoiseError("parameters must be real floating-point numbers")
+    return trainable
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse layers that mix the examples of a batch, or whose buffers remember them un-noised."""
+    for name, layer in model.named_modules():
+        mixes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if mixes or getattr(layer, "track_running_stats", False):
+            rule = "must not mix examples or keep running statistics"
+            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {type(layer).__name__}")
+    errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
+    if errors:
+        reason = " ".join(str(errors[0]).split())
+        raise RootnoiseError(f"model must pass Opacus's checks, got {reason}")

@@ -1,0 +1,140 @@
+"""The command line: factorize and account, for people and machines, and every refusal."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import oracle
+from rootnoise.cli import main
+from rootnoise.cli._report import text
+
+
+def run(capsys, *arguments):
+    """Return (exit status, standard output, standard error) of one command."""
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_factorize_agrees_with_dense_algebra(capsys):
+    arguments = "factorize --steps 60 --momentum 0.9 --decay 0.99 --bands 8 --json"
+    status, out, err = run(capsys, *arguments.split(), "--min-sep", "10", "--participations", "6")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    a = oracle.sgd_matrix(60, 0.9, 0.99)
+    c = oracle.banded(oracle.square_root(a), 8)
+    b = oracle.decoder(a, c)
+    sens = (c[:, ::10].sum(1) ** 2).sum() ** 0.5
+    assert result["sensitivity"] == pytest.approx(sens, rel=1e-9)
+    assert result["rmse"] == pytest.approx(sens * (b**2).sum() ** 0.5 / 60**0.5, rel=1e-9)
+    assert result["max_error"] == pytest.approx(sens * (b**2).sum(1).max() ** 0.5, rel=1e-9)
+    assert result["coefficients"] == pytest.approx(c[:8, 0].tolist(), rel=1e-9)
+    assert (result["bands"], result["memory_rows"], result["n_steps"]) == (8, 7, 60)
+    assert result["sensitivity_exact"] is True
+
+
+@pytest.mark.parametrize("mechanism", ["identity", "workload", "square-root", "bsr"])
+@pytest.mark.parametrize(
+    "who",
+    [
+        [],
+        ["--min-sep", "20"],
+        ["--participation", "fixed-cycle", "--min-sep", "20", "--participations", "5"],
+        ["--participation", "single"],
+    ],
+    ids=["default", "min-sep", "fixed-cycle", "single"],
+)
+def test_factorize_prints_tables_and_json(capsys, mechanism, who):
+    arguments = ["factorize", "--steps", "100", "--mechanism", mechanism, *who]
+    status, table, _ = run(capsys, *arguments)
+    assert status == 0
+    assert "rmse" in table
+    status, out, _ = run(capsys, *arguments, "--json")
+    assert status == 0
+    assert out.count("\n") == 1
+    assert json.loads(out)["mechanism"] == mechanism
+
+
+def test_account_converts_both_ways(capsys):
+    _, out, _ = run(capsys, "account", "--epsilon", "8", "--delta", "1e-5", "--json")
+    there = json.loads(out)
+    sigma = str(there["noise_multiplier"])
+    _, out, _ = run(capsys, "account", "--noise-multiplier", sigma, "--delta", "1e-5", "--json")
+    back = json.loads(out)
+    assert back["epsilon"] == pytest.approx(8, rel=1e-9)
+    assert back["epsilon_exact"] is True
+    assert "(8, 1e-05)-differential privacy" in back["claim"]
+
+
+def test_account_with_sampling(capsys):
+    arguments = "account --noise-multiplier 1 --delta 1e-5 --sampling-probability 0.01 --steps 2000"
+    status, out, _ = run(capsys, *arguments.split(), "--json")
+    result = json.loads(out)
+    assert status == 0
+    assert result["epsilon"] == pytest.approx(2.5838, rel=1e-3)
+    assert result["epsilon_exact"] is False
+    assert "an upper bound" in result["claim"]
+
+
+FACTORIZE, ACCOUNT = "factorize --steps 100 ", "account --delta 1e-5 "
+REFUSALS = {
+    "factorize": "Missing option '--steps'.",
+    "factorize --steps 0": "steps must be >= 1, got 0",
+    "factorize --steps x": "Invalid value for '--steps'",
+    FACTORIZE + "--bands 0": "bands must be in [1, n_steps=100], got 0",
+    FACTORIZE + "--bands 101": "bands must be in [1, n_steps=100], got 101",
+    FACTORIZE + "--momentum 1": "momentum must be a finite number >= 0 and < 1, got 1.0",
+    FACTORIZE + "--momentum nan": "momentum must be a finite number >= 0 and < 1, got nan",
+    FACTORIZE + "--decay 1.1": "decay must be a finite number > 0 and <= 1, got 1.1",
+    FACTORIZE + "--mechanism magic": "mechanism must be one of",
+    FACTORIZE + "--mechanism identity --bands 3": "bands must be left out for mechanism 'identity'",
+    FACTORIZE + "--min-sep 10 --participations 11": "max_participations must be in [1,",
+    FACTORIZE + "--min-sep 0": "min-sep must be >= 1, got 0",
+    FACTORIZE + "--min-sep 10 --participations 0": "max_participations must be >= 1, got 0",
+    FACTORIZE + "--participations 2": "min-sep must be given for participation min-sep, got none",
+    FACTORIZE
+    + "--participation fixed-cycle": "min-sep must be given for participation fixed-cycle",
+    FACTORIZE + "--participation fixed-cycle --min-sep 10 --participations 5": "n_steps must be in",
+    FACTORIZE + "--participation single --min-sep 10": "min-sep must be left out for single",
+    FACTORIZE + "--participation often": "Invalid value for '--participation'",
+    "account --epsilon 1": "Missing option '--delta'.",
+    ACCOUNT: "give exactly one of --epsilon and --noise-multiplier",
+    ACCOUNT + "--epsilon 1 --noise-multiplier 1": "give exactly one of --epsilon and",
+    ACCOUNT + "--epsilon -1": "epsilon must be a finite number > 0, got -1.0",
+    ACCOUNT + "--epsilon nan": "epsilon must be a finite number > 0, got nan",
+    ACCOUNT + "--noise-multiplier 0": "noise_multiplier must be a finite number > 0, got 0.0",
+    "account --delta 1 --epsilon 1": "delta must be a finite number > 0 and < 1, got 1.0",
+    ACCOUNT + "--epsilon 1 --sampling-probability 0.1": "steps must be given with",
+    ACCOUNT
+    + "--epsilon 1 --sampling-probability 2 --steps 9": "probability must be a finite number",
+    ACCOUNT + "--epsilon 1 --groups 2": "groups must be 1 without --sampling-probability, got 2",
+    "magic": "No such command 'magic'.",
+    FACTORIZE + "--magic": "No such option: --magic",
+}
+
+
+@pytest.mark.parametrize(("arguments", "line"), REFUSALS.items(), ids=REFUSALS.keys())
+def test_bad_input_is_one_line_and_status_2(capsys, arguments, line):
+    status, out, err = run(capsys, *arguments.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("error: " + line)
+    assert err.count("\n") == 1
+
+
+def test_help_is_help(capsys):
+    for command in ("factorize", "account", "train", "demo"):
+        status, out, _ = run(capsys, command, "--help")
+        assert status == 0
+        assert "--help" in out
+
+
+def test_cells_of_tables():
+    assert [text(value) for value in (None, float("inf"), False, 2, "x")] == [
+        "-",
+        "-",
+        "no",
+        "2",
+        "x",
+    ]

@@ -1,0 +1,160 @@
+"""`rootnoise train` and `rootnoise demo` as a user types them."""
+
+import dataclasses
+import inspect
+import json
+
+import pytest
+
+from rootnoise.cli import main
+from rootnoise.cli.train import train
+from rootnoise.lab import demo as demo_module
+from rootnoise.lab.config import RunConfig
+
+BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
+PRIVATE = [*BASE, "--epsilon", "4"]
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a command line; return its status, standard output and standard error."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def refused(call, *arguments):
+    """Return the one line of a refusal."""
+    status, out, err = call(*arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_train_prints_one_json_object(call, tmp_path):
+    status, out, err = call("train", *PRIVATE, "--out", tmp_path / "run", "--json")
+    assert (status, err) == (0, "")
+    result = json.loads(out)
+    assert set(result) >= {
+        "accuracy",
+        "epsilon",
+        "delta",
+        "noise_multiplier",
+        "sensitivity",
+        "rmse",
+        "n_steps",
+        "bands",
+        "memory_rows",
+        "seconds",
+        "claim",
+        "out",
+        "mechanism",
+    }
+    assert result["accuracy"] > 0.5
+    assert result["claim"].startswith("(4, 1e-05)-differential privacy for one record")
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
+    arguments = ["train", *BASE, "--mechanism", "none", "--out", tmp_path / "run"]
+    status, out, err = call(*arguments)
+    assert (status, err) == (0, "")  # no progress bar where there is no terminal
+    assert "No privacy is claimed" in out
+    before = {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    assert "out must be new or empty" in refused(call, *arguments)
+    assert "got a finished one" in refused(call, *arguments, "--resume")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--epsilon", "-1", "epsilon must be a finite number > 0, got -1.0"),
+        ("--epsilon", "nan", "epsilon must be a finite number > 0, got nan"),
+        ("--delta", "1", "delta must be a finite number > 0 and < 1, got 1.0"),
+        ("--bands", "0", "bands must be >= 1, got 0"),
+        ("--batch-size", "5000", "batch_size must be in [1, n_examples=1442], got 5000"),
+        ("--batch-size", "0", "batch_size must be >= 1, got 0"),
+        ("--epochs", "0", "epochs must be >= 1, got 0"),
+        ("--epochs", "two", "--epochs"),
+        ("--mechanism", "magic", "mechanism must be one of none, dpsgd, bsr"),
+        ("--sampling", "poisson", "sampling must be fixed-cycle for mechanism bsr, got poisson"),
+        ("--model", "huge", "model must be one of logistic, mlp, cnn, got 'huge'"),
+        ("--dataset", "digit", "dataset must be one of digits"),
+        ("--clip", "0", "clip_norm must be a finite number > 0, got 0.0"),
+        ("--nonsense", "1", "--nonsense"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(call, tmp_path, option, value, message):
+    line = refused(call, "train", *PRIVATE, "--out", tmp_path / "run", option, value)
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_input_is_one_line_and_nothing_is_written(call, tmp_path):
+    out = tmp_path / "run"
+    assert "--out" in refused(call, "train", *PRIVATE)
+    assert "epsilon must be given" in refused(call, "train", *BASE, "--out", out)
+    no_data = ["--dataset", "mnist", "--data-dir", tmp_path / "nowhere"]
+    assert "mnist" in refused(call, "train", "--epsilon", "4", *no_data, "--out", out)
+    resume = ["--out", out, "--resume"]
+    assert "out must hold a run's config.json" in refused(call, "train", *PRIVATE, *resume)
+    assert not out.exists()
+
+
+def test_resume_refuses_an_edited_mechanism_and_other_settings(call, tmp_path, monkeypatch):
+    arguments = ["train", *PRIVATE, "--out", tmp_path]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rootnoise.lab.trainer.Trainer.epoch", interrupt)
+        assert call(*arguments)[:2] == (130, "")
+    path = tmp_path / "mechanism.json"
+    sound = path.read_text()
+    edited = json.loads(sound)
+    edited["definition"]["noise_multiplier"] /= 2
+    path.write_text(json.dumps(edited))
+    line = refused(call, *arguments, "--resume")
+    assert "must match what its definition gives" in line
+    path.write_text(sound)
+    line = refused(call, *arguments, "--lr", "0.1", "--resume")
+    assert "lr must be 0.5, as when the run began, got 0.1" in line
+    status, out, _ = call(*arguments, "--resume", "--json")
+    assert (status, json.loads(out)["n_steps"]) == (0, 16)
+
+
+def test_defaults_are_those_of_the_library():
+    options = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    for field in dataclasses.fields(RunConfig):
+        assert options[field.name] == field.default, field.name
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_help_explains(call, command):
+    status, out, err = call(command, "--help")
+    assert (status, err) == (0, "")
+    assert "--out" in out
+
+
+def test_demo_prints_a_table_or_json(call, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo_module, "REPETITIONS", 1)
+    monkeypatch.setattr(demo_module, "EPOCHS", 1)
+    status, out, err = call("demo", "--out", tmp_path / "demo")
+    assert (status, err) == (0, "")
+    for label in ("no privacy", "correlated (BSR)", "independent"):
+        assert label in out
+    status, out, err = call("demo", "--out", tmp_path / "demo", "--json")
+    assert (status, err) == (0, "")
+    assert len(json.loads(out)["rows"]) == 3
+    assert "seed must be >= 0, got -1" in refused(
+        call, "demo", "--out", tmp_path / "x", "--seed", "-1"
+    )
+    assert not (tmp_path / "x").exists()

@@ -41,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _refuse(str(refusal))
     except _UsageError as usage:
         return _refuse(usage.format_message())  # type: ignore[attr-defined]
-    except (typer.Abort, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+    except (typer.Abort, KeyboardInterrupt):  # some releases of typer return 130 themselves
         return 130
     return int(status or 0)
 

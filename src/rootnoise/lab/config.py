@@ -11,6 +11,9 @@ from rootnoise.randomness import Key
 from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Sampler
 from rootnoise.workload import SGD
 
+# Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
+# lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise wants less: 0.1
+# was best for bsr on the digits at epsilon 1.
 DEFAULT_LR = 0.5
 
 

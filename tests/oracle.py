@@ -75,6 +75,36 @@ def sensitivity(strategy: Array, min_sep: int, k: int, fixed: bool) -> float:
     return best
 
 
+def sensitivity_by_ascent(strategy: Array, min_sep: int, k: int, fixed: bool) -> float:
+    """Reach as far as contributions in k dimensions can: a lower bound of the sensitivity.
+
+    For each pattern |C u|^2 is convex in every u_t, so replacing one by its gradient, scaled to
+    norm 1, never loses. Several random starts, and that of all contributions alike.
+    """
+    rng = np.random.default_rng(0)
+    gram = strategy.T @ strategy
+    best = 0.0
+    for pattern in patterns(len(strategy), min_sep, k, fixed):
+        x = gram[np.ix_(pattern, pattern)]
+        size = len(pattern)
+        for start in range(4):
+            u = rng.normal(size=(size, size)) if start else np.ones((size, size))
+            u /= np.linalg.norm(u, axis=1, keepdims=True)
+            for _ in range(60):
+                for t in range(size):
+                    slope = x[t] @ u
+                    u[t] = slope / (np.linalg.norm(slope) or 1.0)
+            best = max(best, float(np.sqrt(np.sum(x * (u @ u.T)))))
+    return best
+
+
+def sensitivity_at_most(strategy: Array, min_sep: int, k: int, fixed: bool) -> float:
+    """Return the upper bound of the largest sum of |X_st| over all patterns."""
+    gram = np.abs(strategy.T @ strategy)
+    sums = (gram[np.ix_(p, p)].sum() for p in patterns(len(strategy), min_sep, k, fixed))
+    return float(np.sqrt(max(sums)))
+
+
 def sgd_power_exact(decay: float, momentum: float, exponent: float, size: int) -> list[mpmath.mpf]:
     """Return the coefficients of ((1 - alpha x)(1 - beta x))^-lambda by recurrence in 60 digits."""
     with mpmath.workdps(60):

@@ -8,19 +8,22 @@ and products stream by algebra on the blocks of their parts, so the noise engine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cached_property, reduce
+from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, signal
-from scipy.linalg import solve_triangular
+from scipy.linalg import solve_triangular, toeplitz
 
-from rootnoise import series
+from rootnoise import gramian, sandwich, series
 from rootnoise._check import RootnoiseError, integer, matrix, vector
 
 Array = NDArray[np.float64]
+M = TypeVar("M", bound="CausalMatrix")
 
 
 class CausalMatrix(ABC):
@@ -85,7 +88,9 @@ class CausalMatrix(ABC):
     def column_norms(self) -> Array:
         """Return the l2 norm of every column, shape (n,)."""
         if self.coefficients is None:
-            return np.asarray(np.linalg.norm(self.dense(), axis=0))
+            if self.state_size**2 <= self.n_steps:
+                return gramian.column_norms(self)
+            return np.concatenate([np.linalg.norm(x, axis=0) for x in self._columns()])
         # Column j of a Toeplitz map holds its first n - j coefficients.
         squares = np.cumsum(np.square(self.coefficients))
         last = np.minimum(np.arange(self.n_steps, 0, -1), squares.size) - 1
@@ -94,12 +99,21 @@ class CausalMatrix(ABC):
     def row_norms(self) -> Array:
         """Return the l2 norm of every row, shape (n,)."""
         if self.coefficients is None:
-            return np.asarray(np.linalg.norm(self.dense(), axis=1))
+            if self.state_size**2 <= self.n_steps:
+                return gramian.row_norms(self)
+            return np.asarray(np.sqrt(sum(np.square(x).sum(axis=1) for x in self._columns())))
         return self.column_norms()[::-1]
 
     def dense(self) -> Array:
         """Return the n x n array: for oracles and small n."""
         return self.apply(np.eye(self.n_steps))
+
+    def _columns(self) -> Iterator[Array]:
+        """Yield the columns in blocks of some million entries."""
+        n = self.n_steps
+        width = max(1, 2**22 // n)
+        for first in range(0, n, width):
+            yield self.apply(np.eye(n, min(width, n - first), -first))
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,6 +156,10 @@ class Toeplitz(CausalMatrix):
             return np.asarray(signal.lfilter([1.0], c, y, axis=0))
         return _convolve(series.invert(c, n), y)
 
+    def dense(self) -> Array:
+        column = np.pad(self.leading, (0, self.n_steps - self.leading.size))
+        return np.asarray(toeplitz(column, np.zeros(self.n_steps)))
+
     is_toeplitz = True
 
     @property
@@ -153,8 +171,7 @@ class Toeplitz(CausalMatrix):
         return self.leading.size - 1
 
     def block(self, t: int, m: int) -> Array:
-        # The state is the last s inputs, oldest first, so [state; inputs] is one window of the
-        # input.
+        # The state is the last s inputs, oldest first: [state; inputs] is one window of the input.
         s = self.state_size
         block = np.zeros((m + s, s + m))
         for j, c in enumerate(self.leading):
@@ -239,6 +256,9 @@ class Dense(CausalMatrix):
 
     def dense(self) -> Array:
         return self.entries
+
+    def _columns(self) -> Iterator[Array]:
+        yield self.entries
 
     is_toeplitz = False
 
@@ -335,6 +355,23 @@ class Product(CausalMatrix):
     def inverse(self) -> CausalMatrix:
         return Product(self.right.inverse(), self.left.inverse())
 
+    def row_norms(self) -> Array:
+        parts = chain(self)
+        norms = _row_norms(parts)
+        if norms is None and parts[-1][0] == "toeplitz" and self.state_size**2 > self.n_steps:
+            before = _factors(self)
+            while before[-1].is_toeplitz:
+                before.pop()
+            if sum(factor.state_size for factor in before) ** 2 <= self.n_steps:
+                return gramian.row_norms_after(reduce(Product, before), parts[-1][1])
+        return super().row_norms() if norms is None else norms
+
+    def column_norms(self) -> Array:
+        # Reflected in its anti-diagonal a Toeplitz map stays, a diagonal turns, a product swaps.
+        parts = [(kind, x if kind == "toeplitz" else x[::-1]) for kind, x in chain(self)[::-1]]
+        norms = _row_norms(parts)
+        return super().column_norms() if norms is None else norms[::-1]
+
     def column(self, j: int) -> Array:
         return self.left.apply(self.right.column(j))
 
@@ -363,6 +400,19 @@ class Product(CausalMatrix):
         return {"type": "product", "left": self.left.to_dict(), "right": self.right.to_dict()}
 
 
+_READERS: dict[str, Callable[..., CausalMatrix]] = {}
+
+
+def readable(kind: str) -> Callable[[type[M]], type[M]]:
+    """Let `from_dict` read a map of another module, by calling its class on the fields."""
+
+    def add(matrix: type[M]) -> type[M]:
+        _READERS[kind] = matrix
+        return matrix
+
+    return add
+
+
 def from_dict(fields: dict[str, Any]) -> CausalMatrix:
     """Rebuild a map from `to_dict`; every check of the constructors runs again.
 
@@ -380,7 +430,53 @@ def from_dict(fields: dict[str, Any]) -> CausalMatrix:
             return Inverse(from_dict(base))
         case {"type": "product", "left": dict(left), "right": dict(right), **rest} if not rest:
             return Product(from_dict(left), from_dict(right))
+        case {"type": str(kind), **rest} if kind in _READERS:
+            try:
+                return _READERS[kind](**rest)
+            except TypeError:  # fields that are missing or do not belong: refused below
+                pass
     raise RootnoiseError(f"matrix must be a known causal map, got {fields!s:.60}")
+
+
+def chain(matrix: CausalMatrix) -> list[tuple[str, Array]]:
+    """Return the first columns and the diagonals that alternate in a product, in order."""
+    n = matrix.n_steps
+    parts: list[tuple[str, Array]] = []
+    for kind, group in groupby(_factors(matrix), key=_kind):
+        vector = np.ones(n) if kind == "diagonal" else np.eye(n, 1)[:, 0]
+        for factor in [] if kind == "other" else list(group)[::-1]:
+            vector = factor.apply(vector)
+        parts.append((kind, vector))
+    return parts
+
+
+def _factors(matrix: CausalMatrix) -> list[CausalMatrix]:
+    if isinstance(matrix, Product):
+        return _factors(matrix.left) + _factors(matrix.right)
+    return [matrix]
+
+
+def _kind(factor: CausalMatrix) -> str:
+    if factor.is_toeplitz:
+        return "toeplitz"
+    return "diagonal" if factor.bands == 1 else "other"
+
+
+def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
+    """Return the row norms of a product of such parts, or None where only its columns can tell."""
+    match parts:
+        case [("diagonal", g)]:
+            return np.abs(g)
+        case [("diagonal", g), *rest]:
+            norms = _row_norms(rest)
+            return None if norms is None else np.abs(g) * norms
+        case [("toeplitz", a)]:
+            return np.asarray(np.sqrt(np.cumsum(a**2)))
+        case [("toeplitz", a), ("diagonal", g)]:
+            return sandwich.row_norms(a, g, np.ones(1))
+        case [("toeplitz", a), ("diagonal", g), ("toeplitz", m)]:
+            return sandwich.row_norms(a, g, m)
+    return None
 
 
 def _convolve(c: Array, x: Array) -> Array:

@@ -112,6 +112,29 @@ def sqrt(series: Series, size: int) -> Series:
     return root + multiply(inverse, (a - multiply(root, root, size)) / 2, size)
 
 
+def power(series: Series, exponent: float, size: int) -> Series:
+    """Return the first `size` coefficients of series^exponent, in O(size^2) (J. C. P. Miller).
+
+    Raises:
+        RootnoiseError: the first coefficient is not positive.
+
+    >>> power(np.ones(4), -1.0, 4)
+    array([ 1., -1.,  0.,  0.])
+    """
+    if not series[0] > 0:
+        raise RootnoiseError(
+            f"series must start with a positive coefficient to have powers, got {series[0]}"
+        )
+    a = np.pad(series[:size], (0, max(0, size - series.size))) / series[0]
+    # From a c' = exponent a' c: j c_j = sum_{i=1}^{j} ((exponent + 1) i - j) a_i c_{j-i}
+    weighted = (exponent + 1) * np.arange(size) * a
+    c = np.zeros(size)
+    c[0] = series[0] ** exponent
+    for j in range(1, size):
+        c[j] = weighted[1 : j + 1] @ c[j - 1 :: -1] / j - a[1 : j + 1] @ c[j - 1 :: -1]
+    return c
+
+
 def sgd_power(decay: float, momentum: float, exponent: float, size: int) -> Series:
     """Return the coefficients of ((1 - alpha x)(1 - beta x))^(-exponent), in O(size).
 

@@ -1,42 +1,19 @@
-"""WHAT is computed: the linear map from the gradients of all steps to what is released.
-
-A workload is a frozen value that knows its matrix A and the square root of that matrix.
-"""
+"""Workloads that treat every step alike: SGD, and any lower-triangular Toeplitz matrix."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from rootnoise import series
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.causal import CausalMatrix, Toeplitz
-
-Array = NDArray[np.float64]
-
-
-class Workload(ABC):
-    """A lower-triangular n x n workload matrix A."""
-
-    n_steps: int
-
-    @property
-    @abstractmethod
-    def matrix(self) -> CausalMatrix:
-        """The matrix A."""
-
-    @abstractmethod
-    def square_root(self, size: int) -> Array:
-        """Return the first `size` coefficients of the lower-triangular C with C C = A."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready description, read back by `from_dict`."""
+from rootnoise.workload.base import Array, Workload
+from rootnoise.workload.descent import Descent
 
 
 @dataclass(frozen=True)
@@ -75,6 +52,10 @@ class SGD(Workload):
             series.sgd_power(self.decay, self.momentum, 1.0, self.n_steps), self.n_steps
         )
 
+    @property
+    def recurrence(self) -> CausalMatrix:
+        return Descent(np.ones(self.n_steps), self.momentum, decay=self.decay)
+
     def square_root(self, size: int) -> Array:
         return series.sgd_power(self.decay, self.momentum, 0.5, size)
 
@@ -93,7 +74,7 @@ class ToeplitzWorkload(Workload):
 
     Raises:
         RootnoiseError: NaN coefficients, or a first one that is not positive (A has no square
-        root).
+            root).
 
     >>> ToeplitzWorkload([4.0, 4.0]).square_root(2)
     array([2., 1.])
@@ -130,17 +111,3 @@ def prefix_sum(n_steps: int) -> SGD:
            [1., 1., 1.]])
     """
     return SGD(n_steps)
-
-
-def from_dict(fields: dict[str, Any]) -> Workload:
-    """Rebuild a workload from `to_dict`.
-
-    Raises:
-        RootnoiseError: an unknown type, or fields that are missing or do not belong.
-    """
-    match fields:
-        case {"type": "sgd", "n_steps": n, "momentum": beta, "decay": alpha, **rest} if not rest:
-            return SGD(n, beta, alpha)
-        case {"type": "toeplitz", "coefficients": list(a), **rest} if not rest:
-            return ToeplitzWorkload(a)
-    raise RootnoiseError(f"workload must be of a known type, got {fields!s:.60}")

@@ -1,0 +1,51 @@
+"""The interface of a workload."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootnoise.causal import CausalMatrix, Toeplitz
+
+Array = NDArray[np.float64]
+
+
+class Workload(ABC):
+    """A lower-triangular n x n workload matrix A."""
+
+    n_steps: int
+
+    @property
+    @abstractmethod
+    def matrix(self) -> CausalMatrix:
+        """The matrix A."""
+
+    @abstractmethod
+    def square_root(self, size: int) -> Array:
+        """Return the first `size` coefficients of the lower-triangular C with C C = A."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description, read back by `from_dict`."""
+
+    def root(self, bands: int) -> CausalMatrix:
+        """Return the first `bands` diagonals of the C with C C = A, as a matrix."""
+        return Toeplitz(self.square_root(bands), self.n_steps)
+
+    @property
+    def root_is_exact(self) -> bool:
+        """Whether C C = A, and not only nearly: see `neighbour`."""
+        return True
+
+    @property
+    def neighbour(self) -> Workload:
+        """The Toeplitz workload that Toeplitz strategies are made for: itself if it is one."""
+        return self
+
+    @property
+    def recurrence(self) -> CausalMatrix:
+        """The matrix A again, in the form that streams with the smallest known state."""
+        return self.matrix

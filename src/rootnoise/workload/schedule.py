@@ -1,0 +1,140 @@
+"""SGD whose settings change from step to step: learning-rate schedules, as PyTorch runs them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from rootnoise._check import RootnoiseError, real, vector
+from rootnoise.causal import CausalMatrix, Diagonal, Product
+from rootnoise.workload.base import Array, Workload
+from rootnoise.workload.descent import Descent
+from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
+
+
+@dataclass(frozen=True, eq=False)
+class ScheduledSGD(Workload):
+    """SGD with a learning rate for every step, as torch.optim.SGD runs it; A is not Toeplitz.
+
+        m_t = beta_t m_{t-1} + (1 - tau)(g_t + w theta_{t-1}),   undampened in the first step,
+        theta_t = alpha_t theta_{t-1} - lr_t m_t,                or looking ahead with Nesterov.
+
+    The learning rate multiplies the momentum, not the gradient: without any decay A = P diag(lr) M,
+    with M the filter of the momentum and P the prefix sums. A maps the gradients to how far the
+    parameters have moved *down*. Toeplitz strategies take the root of a `neighbour`.
+
+    Args:
+        learning_rates: lr >= 0, shape (n,); a step of 0 only gathers momentum.
+        momentum: beta in [0, 1), one number or shape (n,).
+        dampening: tau in [0, 1), the part of a gradient that the momentum leaves out; 0 without any
+            momentum, as in PyTorch.
+        weight_decay: w >= 0, the part of the parameters that is added to the gradient (L2).
+        nesterov: whether to look ahead.
+        decay: alpha in [0, 1], the factor on the parameters (decoupled), one number or shape (n,).
+
+    Raises:
+        RootnoiseError: a value outside its range, no learning rate above 0, or nesterov together
+            with dampening.
+
+    >>> ScheduledSGD([1.0, 0.5, 0.25], momentum=0.5).matrix.dense()
+    array([[1.    , 0.    , 0.    ],
+           [1.25  , 0.5   , 0.    ],
+           [1.3125, 0.625 , 0.25  ]])
+    """
+
+    learning_rates: ArrayLike
+    momentum: ArrayLike = 0.0
+    dampening: float = 0.0
+    weight_decay: float = 0.0
+    nesterov: bool = False
+    decay: ArrayLike = 1.0
+
+    def __post_init__(self) -> None:
+        tau = real("dampening", self.dampening, at_least=0, below=1)
+        if self.nesterov and tau:
+            raise RootnoiseError(f"dampening must be 0 with nesterov, got {tau}")
+        tau *= bool(np.any(self.momentum))
+        rates = vector("learning_rates", self.learning_rates)
+        if not rates.any():
+            raise RootnoiseError(f"learning_rates must not all be 0.0, got {rates.size} of them")
+        # With the momentum in units of 1 - tau, dampening is a factor on the learning rate.
+        rates = rates * (1 - tau)
+        steps = Descent(rates, self.momentum, self.weight_decay, self.decay, self.nesterov)
+        object.__setattr__(self, "dampening", tau)
+        object.__setattr__(self, "n_steps", rates.size)
+        object.__setattr__(self, "_descent", steps)
+
+    @cached_property
+    def matrix(self) -> CausalMatrix:
+        descent: Descent = self.__dict__["_descent"]
+        if not self.dampening:
+            return descent
+        undampened = np.ones(self.n_steps)
+        undampened[0] /= 1 - self.dampening
+        return Product(descent, Diagonal(undampened))
+
+    @cached_property
+    def neighbour(self) -> Workload:
+        """The Toeplitz workload of the mean settings, up to a factor."""
+        n, w = self.n_steps, self.weight_decay
+        rate, beta, alpha = (float(np.mean(x)) for x in self._schedule())
+        rate *= 1 - self.dampening
+        roots = sgd_roots(rate, beta, w, alpha)
+        if roots and not self.nesterov:
+            return SGD(n, momentum=roots[1], decay=roots[0])
+        return ToeplitzWorkload(Descent(np.full(n, rate), beta, w, alpha, self.nesterov).column(0))
+
+    def square_root(self, size: int) -> Array:
+        """Return the coefficients of the neighbour's root."""
+        return self.neighbour.square_root(size)
+
+    @property
+    def root_is_exact(self) -> bool:
+        return False
+
+    def _schedule(self) -> tuple[Array, Array, Array]:
+        rates, beta, alpha = (
+            np.asarray(x, dtype=np.float64)
+            for x in (self.learning_rates, self.momentum, self.decay)
+        )
+        return rates, beta, alpha
+
+    def to_dict(self) -> dict[str, Any]:
+        rates, beta, alpha = self._schedule()
+        return {
+            "type": "scheduled-sgd",
+            "learning_rates": rates.tolist(),
+            "momentum": beta.tolist(),
+            "dampening": float(self.dampening),
+            "weight_decay": float(self.weight_decay),
+            "nesterov": bool(self.nesterov),
+            "decay": alpha.tolist(),
+        }
+
+
+def sgd_roots(
+    learning_rate: float, momentum: float, weight_decay: float, decay: float = 1.0
+) -> tuple[float, float] | None:
+    """Return the (alpha, beta) that SGD with weight decay through its momentum amounts to.
+
+    They are the roots of z^2 - (decay + momentum - learning_rate weight_decay) z + decay momentum,
+    and None where these are complex or not positive: then no `SGD` has the same iterates.
+
+    >>> sgd_roots(0.1, 0.9, 0.0)
+    (1.0, 0.9)
+    >>> alpha, beta = sgd_roots(0.1, 0.9, 1e-3)
+    >>> round(alpha, 9), round(beta, 9)
+    (0.998990825, 0.900909175)
+    """
+    if not weight_decay:
+        return max(decay, momentum), min(decay, momentum)
+    total, product = decay + momentum - learning_rate * weight_decay, decay * momentum
+    square = total**2 - 4 * product
+    if total <= 0 or square < 0:
+        return None
+    alpha = min((total + square**0.5) / 2, 1.0)  # 1 but for rounding is its bound
+    return alpha, product / alpha

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import RootnoiseError, series
+from rootnoise import RootnoiseError, patterns, series
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.sensitivity import sensitivity
@@ -116,6 +116,7 @@ def test_the_pairwise_route_proves_momentum_with_decay_exact():
 def test_the_envelope_is_used_when_pairs_are_too_many(monkeypatch):
     from rootnoise import sensitivity as module
 
+    monkeypatch.setattr(patterns, "MEMORY", 0)  # no dynamic programming, which is exact here
     c = Toeplitz(np.array([1, 0.1, 0.1, 0.9]), 12)
     pairwise = sensitivity(c, MinSeparation(2, 4))
     monkeypatch.setattr(module, "PAIRWISE_WORK", 0)

@@ -25,6 +25,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.patterns import worst_cycle, worst_pattern
 
 Array = NDArray[np.float64]
 
@@ -79,8 +80,8 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
         squares = np.square(strategy.column_norms())
         return Sensitivity(_root(_best_pattern(squares, participation)), True, "orthogonal columns")
     if strategy.coefficients is not None:
-        return _toeplitz(strategy.coefficients, strategy.n_steps, participation)
-    return _gram(strategy.dense(), participation)
+        return _toeplitz(strategy, strategy.coefficients, participation)
+    return _worst(strategy, participation) or _gram(strategy.dense(), participation)
 
 
 def _largest_column(strategy: CausalMatrix) -> Sensitivity:
@@ -92,17 +93,21 @@ def _best_pattern(gains: Array, participation: FixedCycle | MinSeparation) -> fl
     b, k, n = participation.min_sep, participation.max_participations, gains.size
     if isinstance(participation, FixedCycle):
         return float(np.pad(gains, (0, k * b - n)).reshape(k, b).sum(0).max())
-    if np.all(gains[1:] <= gains[:-1]):
-        return float(gains[: k * b : b].sum())  # as early as allowed is best
+    envelope = np.maximum.accumulate(gains[::-1])[::-1]
+    early = float(envelope[: k * b : b].sum())
+    if early <= gains[: k * b : b].sum() * (1 + ROUNDING):
+        return early  # but for rounding the gains shrink: as early as allowed is best
     best = np.zeros(n + b)  # best[i]: from step i on with j participations left (VecSens)
     for _ in range(k):
         best[:n] = np.maximum.accumulate((gains + best[b:])[::-1])[::-1]
     return float(best[0])
 
 
-def _toeplitz(c: Array, n: int, participation: FixedCycle | MinSeparation) -> Sensitivity:
+def _toeplitz(
+    strategy: CausalMatrix, c: Array, participation: FixedCycle | MinSeparation
+) -> Sensitivity:
     """Toeplitz strategies whose columns overlap (bands > separation)."""
-    b, k = participation.min_sep, participation.max_participations
+    n, b, k = strategy.n_steps, participation.min_sep, participation.max_participations
     first = _first_pattern(c, n, b, k)
     if c.min() >= 0:
         if np.all(c[1:] <= c[:-1]):
@@ -114,17 +119,30 @@ def _toeplitz(c: Array, n: int, participation: FixedCycle | MinSeparation) -> Se
             # A later start only cuts the same sum off earlier.
             return Sensitivity(first, True, "first cycle of non-negative coefficients")
     magnitudes = np.abs(c)
-    if isinstance(participation, FixedCycle):
-        return Sensitivity(_first_pattern(magnitudes, n, b, k), False, "absolute coefficients")
-    envelope = np.maximum.accumulate(magnitudes[::-1])[::-1]
-    bound, method = _first_pattern(envelope, n, b, k), "non-increasing envelope"
-    if k * n <= PAIRWISE_WORK:
+    pairwise = np.inf
+    if isinstance(participation, MinSeparation) and k * n <= PAIRWISE_WORK:
         pairwise = _pairwise(magnitudes, n, b, k)
         if c.min() >= 0 and pairwise <= first * (1 + ROUNDING):
             return Sensitivity(first, True, "every pair of steps is worst when earliest")
-        if pairwise < bound:
-            bound, method = pairwise, "worst pair of steps"
-    return Sensitivity(bound, False, method)
+    found = _worst(strategy, participation)
+    if found is not None:
+        return found
+    if isinstance(participation, FixedCycle):
+        return Sensitivity(_first_pattern(magnitudes, n, b, k), False, "absolute coefficients")
+    envelope = _first_pattern(np.maximum.accumulate(magnitudes[::-1])[::-1], n, b, k)
+    if pairwise < envelope:
+        return Sensitivity(pairwise, False, "worst pair of steps")
+    return Sensitivity(envelope, False, "non-increasing envelope")
+
+
+def _worst(strategy: CausalMatrix, participation: FixedCycle | MinSeparation) -> Sensitivity | None:
+    """Find the worst pattern itself, where that is affordable."""
+    b, k = participation.min_sep, participation.max_participations
+    if isinstance(participation, FixedCycle):
+        found, method = worst_cycle(strategy, b), "every cycle of the Gram matrix"
+    else:
+        found, method = worst_pattern(strategy, b, k), "dynamic programming over the Gram matrix"
+    return None if found is None else Sensitivity(_root(found[0]), found[1], method)
 
 
 def _first_pattern(c: Array, n: int, b: int, k: int) -> float:

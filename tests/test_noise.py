@@ -1,6 +1,7 @@
 import io
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,10 +13,10 @@ from rootnoise import noise as engine
 from rootnoise import series
 from rootnoise._check import RootnoiseError
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
-from rootnoise.factorization import factorize
+from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import CHUNK, NoiseStream
-from rootnoise.participation import SingleParticipation
+from rootnoise.participation import FixedCycle, SingleParticipation
 from rootnoise.randomness import GaussianSource, Key
 from rootnoise.workload import SGD
 
@@ -57,6 +58,14 @@ CASES = {
     "diagonal": lambda: with_strategy(speeds(40)),
     "dense": lambda: with_strategy(lower(40)),
 }
+
+
+def registered(name):
+    split = factorize(SGD(40, 0.5), FixedCycle(10, 4), name)
+    return Mechanism.calibrate(split, FixedCycle(10, 4), noise_multiplier=2.0, delta=1e-5)
+
+
+CASES |= {f"mechanism {name}": partial(registered, name) for name in mechanisms()}
 
 
 @pytest.fixture(params=CASES)

@@ -1,13 +1,18 @@
 """HOW to split a workload A = B C: one function an algorithm, one registry."""
 
-from rootnoise.factorization import baseline, square_root
+from rootnoise.factorization import banded, baseline, blt, dense, scaled, square_root, tree
 from rootnoise.factorization.base import Factorization, default_bands, factorize, mechanisms
 
 __all__ = [
     "Factorization",
+    "banded",
     "baseline",
+    "blt",
     "default_bands",
+    "dense",
     "factorize",
     "mechanisms",
+    "scaled",
     "square_root",
+    "tree",
 ]

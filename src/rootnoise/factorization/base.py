@@ -123,13 +123,54 @@ def factorize(
         known = ", ".join(mechanisms())
         raise RootnoiseError(f"mechanism must be one of {known}, got {mechanism!r}")
     builder = _BUILDERS[mechanism]
+    known_options = signature(builder).parameters
     given = {name: value for name, value in options.items() if value is not None}
+    if "progress" not in known_options:  # a closed form has none to report
+        given.pop("progress", None)
     for name, value in given.items():
-        if name not in signature(builder).parameters:
+        if name not in known_options:
             raise RootnoiseError(
                 f"{name} must be left out for mechanism {mechanism!r}, got {value!r}"
             )
     return builder(workload, participation, **given)
+
+
+# What an optimiser reports: the options tried so far, and the least rmse.
+Progress = Callable[[int, float], None]
+
+
+class Search:
+    """Tries options and keeps the factorization of least rmse, as it is reported.
+
+    Attributes:
+        best: the factorization of the best option so far.
+    """
+
+    best: Factorization
+
+    def __init__(
+        self,
+        build: Callable[[Any], Factorization],
+        participation: Participation,
+        progress: Progress | None = None,
+    ):
+        self._build, self._participation, self._progress = build, participation, progress
+        self._tried, self._least = 0, float("inf")
+
+    def __call__(self, option: Any) -> float:
+        """Return the rmse of one option."""
+        factorization = self._build(option)
+        rmse = factorization.rmse(self._participation)
+        if rmse < self._least:
+            self.best, self._least = factorization, rmse
+        self.report(rmse)
+        return rmse
+
+    def report(self, rmse: float) -> None:
+        """Count one more option, tried elsewhere, in the progress."""
+        self._tried += 1
+        if self._progress is not None:
+            self._progress(self._tried, min(rmse, self._least))
 
 
 def default_bands(n_steps: int, participation: Participation) -> int:

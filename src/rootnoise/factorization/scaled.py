@@ -1,0 +1,157 @@
+"""Column-scaled variants of a Toeplitz strategy: unit columns, and one scale an epoch.
+
+C' = C diag(s_t / |c_t|), with c_t column t, costs a stream nothing: the noise of step t is
+multiplied by |c_t| / s_t. Where C has at most b bands, columns b or more steps apart stay
+orthogonal, so
+
+    sens^2 = max over the patterns of one person of the sum of their s_t^2.
+
+One scale s_e for each window of b steps makes that sum_e s_e^2 exactly, for the fixed cycle and for
+the minimum separation alike: no person is twice in a window, and someone is once in every one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize
+
+from rootnoise import sandwich
+from rootnoise._check import RootnoiseError
+from rootnoise.causal import Diagonal, Product, chain
+from rootnoise.factorization.base import (
+    Factorization,
+    Progress,
+    Search,
+    default_bands,
+    factorize,
+    register,
+)
+from rootnoise.participation import FixedCycle, MinSeparation, Participation
+from rootnoise.workload import Workload
+
+Array = NDArray[np.float64]
+
+
+@register("column-normalised")
+def column_normalised(
+    workload: Workload,
+    participation: Participation,
+    base: str = "bsr",
+    bands: int | None = None,
+    progress: Progress | None = None,
+) -> Factorization:
+    """C of the mechanism `base` with columns of norm 1 (Choquette-Choo et al. 2023).
+
+    The last columns of a Toeplitz map are shorter, though they may be a person's too: unit columns
+    make use of that, at no cost in sensitivity where n is a multiple of b. With BSR and single
+    participation this is the column-normalised square root, in O(n^2) time for its error.
+
+    Raises:
+        RootnoiseError: more bands than the separation, where one person takes part more than once.
+    """
+    _, search = _search("column-normalised", workload, participation, base, bands, progress)
+    search(np.ones(workload.n_steps))
+    return search.best
+
+
+@register("epoch-scaled")
+def epoch_scaled(
+    workload: Workload,
+    participation: Participation,
+    base: str = "bsr",
+    bands: int | None = None,
+    progress: Progress | None = None,
+) -> Factorization:
+    """C of the mechanism `base` with unit columns times the best scale for each epoch.
+
+    The noise of early steps stays in all later iterates, so that they deserve larger columns, that
+    is, less noise. With H_ef the sum of (A^T A)_ij (C^-1 C^-T)_ij |c_i| |c_j| over the steps i of
+    epoch e and j of epoch f, s minimises
+
+        rmse^2 = sum_e s_e^2 * sum_ef H_ef / (s_e s_f) / n.
+
+    Any `base` with a banded strategy will do: bsr, bsr-gamma, banded. For 5 to 20 epochs rmse falls
+    by 2 to 5 %, and with a learning rate that falls to zero by a fifth.
+
+    Raises:
+        RootnoiseError: more bands than the separation, where one person takes part more than once.
+
+    >>> from rootnoise.workload import prefix_sum
+    >>> epoch_scaled(prefix_sum(6), FixedCycle(3, 2)).strategy.column_norms().round(3)
+    array([1.081, 1.081, 1.081, 0.912, 0.912, 0.912])
+    """
+    n = workload.n_steps
+    plain, search = _search("epoch-scaled", workload, participation, base, bands, progress)
+    search(np.ones(n))
+    match participation:
+        case MinSeparation(b, k) | FixedCycle(b, k) if k > 1:
+            # With more windows than participations the last ones share a scale: k of them count.
+            epochs = np.minimum(np.arange(n) // b, k - 1)
+            search(_scales(_block_sums(plain, epochs))[epochs])
+    return search.best
+
+
+def _search(
+    name: str,
+    workload: Workload,
+    participation: Participation,
+    base: str,
+    bands: int | None,
+    progress: Progress | None,
+) -> tuple[Factorization, Search]:
+    """Return the base and a search over the column norms s, where None keeps those of the base."""
+    plain = factorize(workload, participation, base, bands=bands)
+    b = default_bands(workload.n_steps, participation)
+    if plain.strategy.bands > b:
+        raise RootnoiseError(
+            f"bands must be in [1, {b}] for scaled columns, got {plain.strategy.bands} ({base})"
+        )
+    norms = plain.strategy.column_norms()
+
+    def build(scales: Array | None) -> Factorization:
+        if scales is None:
+            return replace(plain, mechanism=name)
+        strategy = Product(plain.strategy, Diagonal(scales / norms))
+        return Factorization(name, workload, strategy)
+
+    search = Search(build, participation, progress)
+    search(None)
+    return plain, search
+
+
+def _block_sums(plain: Factorization, epochs: NDArray[np.int64]) -> Array:
+    """Return H, shape (k, k), by the cheapest way that the workload leaves."""
+    work, noising, norms = plain.workload, plain.noising, plain.strategy.column_norms()
+    match chain(Product(work.matrix, Product(Diagonal(norms), noising))):
+        case [("toeplitz", a), ("diagonal", g), ("toeplitz", m)]:
+            return sandwich.block_sums(a, g, m, epochs)
+    if noising.is_toeplitz and work.recurrence.state_size**2 <= work.n_steps:
+        gram = sandwich.streamed_gram(work.recurrence)
+        return sandwich.block_sums_by_lags(gram, norms, noising.column(0), epochs)
+    b, m = work.matrix.dense(), noising.dense()
+    first = np.flatnonzero(np.diff(epochs, prepend=-1))
+    rows = np.add.reduceat((b.T @ b) * (m @ m.T) * np.outer(norms, norms), first, axis=0)
+    return np.add.reduceat(rows, first, axis=1)
+
+
+def _scales(h: Array) -> Array:
+    """Return the s that minimise sum_e s_e^2 * sum_ef H_ef / (s_e s_f), with mean square 1."""
+
+    def objective(u: Array) -> tuple[float, Array]:  # u = log s
+        square, g = np.exp(2 * u), np.exp(-u)
+        error = g * (h @ g)
+        value = np.log(square.sum()) + np.log(error.sum())
+        return float(value), 2 * square / square.sum() - 2 * error / error.sum()
+
+    found = minimize(
+        objective,
+        np.zeros(len(h)),
+        jac=True,
+        method="L-BFGS-B",
+        options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10},
+    )
+    scales = np.exp(found.x)
+    return np.asarray(scales / np.sqrt(np.mean(scales**2)))

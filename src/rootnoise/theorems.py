@@ -1,0 +1,119 @@
+"""What the papers prove about the error, as functions to hold against measured errors.
+
+All are about SGD workloads A with decay alpha and momentum beta, 0 <= beta < alpha <= 1, and the
+rmse at noise multiplier 1. The constants of Kalinin & Lampert (2024) are given as recalled [R]:
+they hold on the grid of the tests. `certificate.lower_bound` is tighter than any bound here.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from scipy.special import ellipkm1
+
+from rootnoise import dual, nuclear, series
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.participation import Participation
+from rootnoise.workload import SGD
+
+
+def square_root_lower(workload: SGD) -> float:
+    """Return a lower bound on the rmse of the square root, one participation [R].
+
+    It is max(1, (ln(n + 1) - 1) / 4) without decay, and 1 with it.
+    """
+    if workload.decay < 1:
+        return 1.0
+    return max(1.0, (math.log(workload.n_steps + 1) - 1) / 4)
+
+
+def square_root_upper(workload: SGD) -> float:
+    """Return an upper bound on the rmse of the square root, one participation [R].
+
+    It is (1 + ln n) / (1 - beta)^2 without decay, with it ln(1 / (1 - alpha^2)) / (alpha - beta)^2.
+
+    Raises:
+        RootnoiseError: momentum >= decay.
+
+    >>> square_root_upper(SGD(100))
+    5.605170...
+    """
+    alpha, beta = _roots(workload)
+    if alpha == 1:
+        return float((1 + np.log(workload.n_steps)) / (1 - beta) ** 2)
+    return float(-np.log1p(-(alpha**2)) / (alpha - beta) ** 2)
+
+
+def square_root_limit(workload: SGD) -> float:
+    """Return the limit for many steps, and upper bound, of the rmse of the square root under decay.
+
+    It is sum_j c_j^2 = 2 K(k) / (pi (1 - alpha beta)), K the complete elliptic integral of modulus
+    k = (alpha - beta) / (1 - alpha beta), 1 - k^2 = (1 - alpha^2)(1 - beta^2) / (1 - alpha beta)^2.
+
+    Raises:
+        RootnoiseError: no decay: the sum diverges.
+
+    >>> square_root_limit(SGD(1, decay=0.999))
+    2.861985...
+    """
+    alpha, beta = _roots(workload)
+    if alpha == 1:
+        raise RootnoiseError("decay must be < 1 for the error to have a limit, got 1.0")
+    rest = (1 - alpha**2) * (1 - beta**2) / (1 - alpha * beta) ** 2
+    return float(2 * ellipkm1(rest) / (np.pi * (1 - alpha * beta)))
+
+
+def any_lower(workload: SGD) -> float:
+    """Return a lower bound on the rmse of every factorization, one participation [R].
+
+    It is max(1, (ln(n + 1) - 1) / pi) without decay, and 1 with it.
+    """
+    if workload.decay < 1:
+        return 1.0
+    return max(1.0, (math.log(workload.n_steps + 1) - 1) / math.pi)
+
+
+def repeated_lower(workload: SGD, participation: Participation) -> float:
+    """Return a lower bound on the rmse of every factorization, k participations.
+
+    It is max(sqrt(k) |A|_* / n, |A 1_pi| / sqrt(n)). The first weighs all patterns alike; the
+    second asks for one person who always gives the same, and is about k / sqrt(3) for prefix sums.
+    A partial last cycle counts as what it is.
+
+    Raises:
+        RootnoiseError: the participation does not fit n_steps.
+    """
+    n = workload.n_steps
+    participation.validate(n)
+    cycles = dual.cycles(n, participation)
+    person = np.zeros(n)
+    person[cycles[0][0]] = 1.0
+    alike = nuclear.nuclear_norm(workload)[0] / np.sqrt(n * sum(len(p) for p in cycles))
+    return float(max(alike, np.linalg.norm(workload.matrix.apply(person)) / np.sqrt(n)))
+
+
+def bsr_growth(workload: SGD, bands: int, participations: int) -> float:
+    """Return what the rmse of BSR without decay tends to for n >> p, p at most the separation.
+
+    The coefficients of B tend to b = 1 / ((1 - beta) sum_{j<p} c_j), and the rmse to
+    b sqrt(k n sum c_j^2 / 2): the sqrt(n k ln p / p) of Kalinin & Lampert (2024) with its constant.
+
+    Raises:
+        RootnoiseError: decay, or bands outside [1, n_steps].
+    """
+    if workload.decay < 1:
+        raise RootnoiseError(f"decay must be 1 for the error to grow, got {workload.decay}")
+    p = integer("bands", bands, 1, workload.n_steps, high_name="n_steps")
+    k = integer("participations", participations, 1)
+    c = series.sgd_power(1.0, workload.momentum, 0.5, p)
+    constant = 1 / ((1 - workload.momentum) * c.sum())
+    return float(np.sqrt(k * workload.n_steps * (c @ c) / 2) * constant)
+
+
+def _roots(workload: SGD) -> tuple[float, float]:
+    if workload.momentum >= workload.decay:
+        raise RootnoiseError(
+            f"momentum must be < decay={workload.decay} for this bound, got {workload.momentum}"
+        )
+    return workload.decay, workload.momentum

@@ -9,6 +9,7 @@ import pytest
 import oracle
 from rootnoise.cli import main
 from rootnoise.cli._report import text
+from rootnoise.factorization import mechanisms
 
 
 def run(capsys, *arguments):
@@ -35,7 +36,7 @@ def test_factorize_agrees_with_dense_algebra(capsys):
     assert result["sensitivity_exact"] is True
 
 
-@pytest.mark.parametrize("mechanism", ["identity", "workload", "square-root", "bsr"])
+@pytest.mark.parametrize("mechanism", mechanisms())
 @pytest.mark.parametrize(
     "who",
     [
@@ -55,6 +56,28 @@ def test_factorize_prints_tables_and_json(capsys, mechanism, who):
     assert status == 0
     assert out.count("\n") == 1
     assert json.loads(out)["mechanism"] == mechanism
+
+
+def test_factorize_prints_the_gap(capsys):
+    arguments = (
+        "factorize --steps 64 --participation fixed-cycle --min-sep 16 --json --effort tight"
+    )
+    _, out, _ = run(capsys, *arguments.split(), "--mechanism", "dense")
+    result = json.loads(out)
+    assert result["rmse"] == pytest.approx(4.407853385292173, rel=1e-3)
+    assert 0 <= result["gap"] < 1e-3
+    assert result["gap"] == pytest.approx(result["rmse"] / result["lower_bound"] - 1)
+    _, out, _ = run(capsys, *arguments.replace("tight", "none").split())
+    assert json.loads(out)["lower_bound"] is None
+
+
+def test_factorize_chooses_bands(capsys):
+    arguments = ("factorize", "--steps", "1000", "--min-sep", "10", "--effort", "none", "--json")
+    errors = {}
+    for bands in ("10", "auto"):
+        _, out, _ = run(capsys, *arguments, "--bands", bands)
+        errors[bands] = json.loads(out)["rmse"]
+    assert errors["auto"] < errors["10"]
 
 
 def test_account_converts_both_ways(capsys):
@@ -84,6 +107,10 @@ REFUSALS = {
     "factorize --steps 0": "steps must be >= 1, got 0",
     "factorize --steps x": "Invalid value for '--steps'",
     FACTORIZE + "--bands 0": "bands must be in [1, n_steps=100], got 0",
+    FACTORIZE + "--bands many": "bands must be an integer or auto, got 'many'",
+    FACTORIZE + "--effort some": "effort must be none, fast or tight, got 'some'",
+    FACTORIZE + "--mechanism blt --buffers 0": "buffers must be in [1, 16], got 0",
+    FACTORIZE + "--buffers 2": "buffers must be left out for mechanism 'bsr', got 2",
     FACTORIZE + "--bands 101": "bands must be in [1, n_steps=100], got 101",
     FACTORIZE + "--momentum 1": "momentum must be a finite number >= 0 and < 1, got 1.0",
     FACTORIZE + "--momentum nan": "momentum must be a finite number >= 0 and < 1, got nan",

@@ -13,7 +13,9 @@ from rootnoise._check import RootnoiseError
 
 if TYPE_CHECKING:
     from rootnoise.accounting import PrivacyCost, noise_multiplier, privacy_cost
+    from rootnoise.buffered import BufferedToeplitz
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
+    from rootnoise.certificate import Certificate, check, lower_bound
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
@@ -28,12 +30,28 @@ if TYPE_CHECKING:
     from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Ledger
     from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
-    from rootnoise.workload import SGD, ToeplitzWorkload, Workload, prefix_sum
+    from rootnoise.workload import (
+        SGD,
+        MatrixWorkload,
+        ScheduledSGD,
+        ToeplitzWorkload,
+        Workload,
+        from_optimizer,
+        prefix_sum,
+    )
 
 # No public name may be that of a submodule: importing the submodule would silently replace it.
 _MODULES = {
     # what is computed, and who takes part when
-    "workload": ("SGD", "ToeplitzWorkload", "Workload", "prefix_sum"),
+    "workload": (
+        "SGD",
+        "MatrixWorkload",
+        "ScheduledSGD",
+        "ToeplitzWorkload",
+        "Workload",
+        "from_optimizer",
+        "prefix_sum",
+    ),
     "participation": (
         "CyclicPoisson",
         "FixedCycle",
@@ -45,6 +63,8 @@ _MODULES = {
     "causal": ("CausalMatrix", "Dense", "Diagonal", "Inverse", "Product", "Toeplitz"),
     "factorization": ("Factorization", "default_bands", "factorize", "mechanisms"),
     "sensitivity": ("Sensitivity",),
+    "buffered": ("BufferedToeplitz",),
+    "certificate": ("Certificate", "check", "lower_bound"),
     # privacy
     "accounting": ("PrivacyCost", "noise_multiplier", "privacy_cost"),
     "mechanism": ("Mechanism",),

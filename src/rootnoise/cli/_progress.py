@@ -6,7 +6,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+
+@contextmanager
+def search(title: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
+    """Show a line and yield its update(tried, least error); silent unless at a terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as line:
+        task = line.add_task(title)
+
+        def update(tried: int, value: float) -> None:
+            line.update(task, description=f"{title}: {tried} tried, {value:.6g}")
+
+        yield update
 
 
 @contextmanager

@@ -83,7 +83,7 @@ def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
         ("--batch-size", "0", "batch_size must be >= 1, got 0"),
         ("--epochs", "0", "epochs must be >= 1, got 0"),
         ("--epochs", "two", "--epochs"),
-        ("--mechanism", "magic", "mechanism must be one of none, dpsgd, bsr"),
+        ("--mechanism", "magic", "mechanism must be one of none, dpsgd, banded"),
         ("--sampling", "poisson", "sampling must be fixed-cycle for mechanism bsr, got poisson"),
         ("--model", "huge", "model must be one of logistic, mlp, cnn, got 'huge'"),
         ("--dataset", "digit", "dataset must be one of digits"),

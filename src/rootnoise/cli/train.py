@@ -22,8 +22,8 @@ def train(
     mechanism: Annotated[
         str,
         typer.Option(
-            help="bsr, square-root, identity (independent noise), workload; dpsgd (independent "
-            "noise, Poisson sampling); none (no privacy)."
+            help="Any of `factorize`, such as bsr or identity (independent noise); dpsgd "
+            "(independent noise, Poisson sampling); none (no privacy)."
         ),
     ] = "bsr",
     epsilon: Annotated[

@@ -8,6 +8,7 @@ import pytest
 
 from rootnoise import RootnoiseError, mechanism
 from rootnoise.causal import Toeplitz
+from rootnoise.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
@@ -222,3 +223,12 @@ def test_file_refusals(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(RootnoiseError, match=line):
             Mechanism.load(tmp_path / "bad.json")
+
+
+def test_gap_is_that_of_the_certificate():
+    made, bound = make(), lower_bound(SGD(40, 0.9), CYCLE)
+    assert made.certificate().value == pytest.approx(bound.value, rel=1e-12)
+    assert made.gap() == pytest.approx(made.rmse / bound.value - 1, rel=1e-9)
+    assert made.gap() >= made.gap("tight") * (1 - 1e-9) > 0
+    with pytest.raises(RootnoiseError, match="effort must be fast or tight, got 'none'"):
+        made.gap("none")

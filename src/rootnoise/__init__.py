@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rootnoise.buffered import BufferedToeplitz
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
     from rootnoise.certificate import Certificate, check, lower_bound
+    from rootnoise.diagnostics import Finding, diagnose
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
@@ -68,6 +69,7 @@ _MODULES = {
     # privacy
     "accounting": ("PrivacyCost", "noise_multiplier", "privacy_cost"),
     "mechanism": ("Mechanism",),
+    "diagnostics": ("Finding", "diagnose"),
     # running
     "randomness": ("Key",),
     "noise": ("NoiseStream",),

@@ -21,6 +21,7 @@ from rootnoise._check import RootnoiseError, real
 from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
 from rootnoise.causal import CausalMatrix
+from rootnoise.certificate import Certificate, Effort, lower_bound
 from rootnoise.factorization import Factorization
 from rootnoise.participation import CyclicPoisson, Participation
 from rootnoise.sensitivity import Sensitivity, sensitivity
@@ -146,6 +147,22 @@ class Mechanism:
         """Expected approximation error at noise multiplier 1 and clip norm 1."""
         factorization = Factorization(self.name, self.workload, self.strategy)
         return factorization.rmse(self.participation)
+
+    def certificate(self, effort: Effort | str = Effort.FAST) -> Certificate:
+        """Return the lower bound on the rmse of every factorization, computed on demand.
+
+        Raises:
+            RootnoiseError: another effort than those of `lower_bound`.
+        """
+        return lower_bound(self.workload, self.participation, effort)
+
+    def gap(self, effort: Effort | str = Effort.FAST) -> float:
+        """Return rmse / lower bound - 1: no factorization can be better by more than this.
+
+        Raises:
+            RootnoiseError: another effort than those of `lower_bound`.
+        """
+        return self.certificate(effort).gap(self.rmse)
 
     @cached_property
     def fingerprint(self) -> str:

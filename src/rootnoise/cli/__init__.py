@@ -10,6 +10,7 @@ import typer
 from rootnoise._check import RootnoiseError
 from rootnoise.cli.account import account
 from rootnoise.cli.demo import demo
+from rootnoise.cli.diagnose import diagnose
 from rootnoise.cli.factorize import factorize
 from rootnoise.cli.train import train
 
@@ -25,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (factorize, account, train, demo):
+for command in (factorize, account, diagnose, train, demo):
     app.command()(command)
 
 

@@ -16,6 +16,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
 from rootnoise import compression, dual, nuclear
 from rootnoise._check import RootnoiseError
@@ -113,6 +114,15 @@ def lower_bound(
     except ValueError:
         known = " or ".join(e.value for e in Effort)
         raise RootnoiseError(f"effort must be {known}, got {effort!r}") from None
+    # Eigenproblems of a few hundred rows gain nothing from a second BLAS thread, and where other
+    # work keeps the cores busy they lose a factor of ten to it.
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _best(workload, participation, effort)
+
+
+def _best(workload: Workload, participation: Participation, effort: Effort) -> Certificate:
+    """Return the best certificate that the effort allows."""
+    n = workload.n_steps
     if n <= (effort.size if compression.sweeps(workload) else Effort.TIGHT.size):
         return _dense(workload, participation, effort)
     bounds = [_nuclear(workload, participation), _pattern(workload, participation)]

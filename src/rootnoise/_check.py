@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import SupportsFloat, SupportsIndex
+from collections.abc import Mapping
+from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -94,6 +95,15 @@ def matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
     if result.shape[0] != result.shape[1]:
         raise RootnoiseError(f"{name} must be square, got shape {result.shape}")
     return result
+
+
+def same(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Refuse a saved state that lacks a field of ours, or holds another value there."""
+    for field, value in ours.items():
+        if field not in saved or saved[field] != value:
+            raise RootnoiseError(
+                f"saved {name}'s {field} must be {value!r}, got {saved.get(field)!r}"
+            )
 
 
 def _array(name: str, value: ArrayLike, ndim: int) -> NDArray[np.float64]:

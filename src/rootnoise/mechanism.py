@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rootnoise import accounting, causal, participation, workload
+from rootnoise import accounting, causal, error, participation, workload
 from rootnoise._check import RootnoiseError, real
 from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
@@ -146,7 +146,7 @@ class Mechanism:
     def rmse(self) -> float:
         """Expected approximation error at noise multiplier 1 and clip norm 1."""
         factorization = Factorization(self.name, self.workload, self.strategy)
-        return factorization.rmse(self.participation)
+        return error.rmse(factorization.decoder, self.sensitivity.value)
 
     def certificate(self, effort: Effort | str = Effort.FAST) -> Certificate:
         """Return the lower bound on the rmse of every factorization, computed on demand.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, same
 from rootnoise.randomness import Float32, GaussianSource, Key, NoiseSource
 
 if TYPE_CHECKING:
@@ -185,11 +185,7 @@ class NoiseStream:
             raise RootnoiseError(
                 f"noise stream must be at step 0 to load a state, got step {self.t}"
             )
-        for name, ours in self._identity().items():
-            if name not in state or state[name] != ours:
-                raise RootnoiseError(
-                    f"saved noise's {name} must be {ours!r}, got {state.get(name)!r}"
-                )
+        same("noise", self._identity(), state)
         t = integer("saved noise's t", state.get("t", -1), 0, self.n_steps, high_name="n_steps")
         made = integer("saved noise's made", state.get("made", -1), t, self.n_steps)
         memory = _rows("state", state.get("state"), self._state.shape)

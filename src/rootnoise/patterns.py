@@ -27,6 +27,14 @@ CALL = 1000
 ROUNDING = 1e-12
 
 
+def comb(x: Array, n: int, min_sep: int, k: int) -> Array:
+    """Return sum_{j<k} of x moved down by jb, on n rounded up to a multiple of b, in O(n)."""
+    rows = -(-n // min_sep)
+    sums = np.cumsum(np.pad(x, (0, rows * min_sep - x.size)).reshape(rows, min_sep), axis=0)
+    sums[k:] -= sums[:-k].copy()
+    return sums.ravel()
+
+
 def gram_diagonals(strategy: CausalMatrix, lags: Iterable[int]) -> Iterator[Array]:
     """Yield the diagonal X_{t-d,t} of C^T C for each lag d: its entry t of n, 0 for t < d."""
     n, p = strategy.n_steps, strategy.bands

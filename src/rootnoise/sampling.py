@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, same
 from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
@@ -98,7 +98,7 @@ class Sampler(ABC):
         Raises:
             RootnoiseError: the saved sampler had another configuration.
         """
-        _same("sampler", self._identity(), state)
+        same("sampler", self._identity(), state)
         self._seed(integer("saved sampler's seed", state.get("seed", -1), 0))
 
 
@@ -296,7 +296,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         """
         if self.t:
             raise RootnoiseError(f"ledger must be at step 0 to load a state, got step {self.t}")
-        _same("ledger", self._identity(), state)
+        same("ledger", self._identity(), state)
         t = integer("saved ledger's t", state.get("t", -1), 0)
         last = self._restored("last_step", state.get("last_step"), max(t - 1, 0))
         self._count = self._restored("count", state.get("count"), t)
@@ -325,12 +325,3 @@ def _rule(participation: Participation) -> tuple[int, int, float]:
         case CyclicPoisson(groups, _):
             return groups, groups, np.inf
     raise RootnoiseError(f"participation must be a known kind, got {participation!r}")
-
-
-def _same(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Refuse a saved state whose identity differs from ours."""
-    for field, value in ours.items():
-        if saved.get(field) != value:
-            raise RootnoiseError(
-                f"saved {name}'s {field} must be {value!r}, got {saved.get(field)!r}"
-            )

@@ -25,7 +25,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
-from rootnoise.patterns import worst_cycle, worst_pattern
+from rootnoise.patterns import comb, worst_cycle, worst_pattern
 
 Array = NDArray[np.float64]
 
@@ -146,11 +146,8 @@ def _worst(strategy: CausalMatrix, participation: FixedCycle | MinSeparation) ->
 
 
 def _first_pattern(c: Array, n: int, b: int, k: int) -> float:
-    """Return the norm of sum_{j<k} C[:, jb] in O(n): a running sum less its shift by k rows."""
-    rows = -(-n // b)
-    sums = np.cumsum(np.pad(c, (0, rows * b - c.size)).reshape(rows, b), axis=0)
-    sums[k:] -= sums[:-k].copy()
-    return float(np.linalg.norm(sums.ravel()[:n]))
+    """Return the norm of sum_{j<k} C[:, jb], in O(n)."""
+    return float(np.linalg.norm(comb(c, n, b, k)[:n]))
 
 
 def _pairwise(magnitudes: Array, n: int, b: int, k: int) -> float:

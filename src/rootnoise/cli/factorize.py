@@ -49,6 +49,7 @@ def factorize(
     bound that says so. No factorization of any kind can have a smaller rmse than lower_bound; gap
     is how far above it this one is, so it is an upper bound on what is left to gain.
     """
+    from rootnoise import error
     from rootnoise.certificate import lower_bound
     from rootnoise.factorization import factorize as split
     from rootnoise.workload import SGD
@@ -61,7 +62,8 @@ def factorize(
     with _progress.search(mechanism, quiet=json) as progress:
         options = {"bands": _bands(bands), "buffers": buffers, "progress": progress}
         result = split(workload, who, mechanism, **options)
-    sens, rmse = result.sensitivity(who), result.rmse(who)
+    sens = result.sensitivity(who)
+    rmse = error.rmse(result.decoder, sens.value)
     bound = None if effort == "none" else lower_bound(workload, who, effort)
     coefficients = result.strategy.coefficients
     values = {
@@ -73,7 +75,7 @@ def factorize(
         "sensitivity_exact": sens.exact,
         "sensitivity_method": sens.method,
         "rmse": rmse,
-        "max_error": result.max_error(who),
+        "max_error": error.max_error(result.decoder, sens.value),
         "lower_bound": bound.value if bound else None,
         "lower_bound_method": bound.method if bound else None,
         "gap": bound.gap(rmse) if bound else None,

@@ -23,6 +23,7 @@ from rootnoise._check import real
 from rootnoise.causal import Inverse, Toeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
+from rootnoise.patterns import comb
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]
@@ -204,18 +205,10 @@ def _separation(n: int, participation: Participation) -> tuple[int, int]:
 def _first_pattern(c: Array, n: int, participation: Participation) -> ValueAndGradient:
     """Return |sum_{j<k} C[:, jb]|^2 and its gradient, in O(n)."""
     b, k = _separation(n, participation)
-    pattern = _comb(c, n, b, k)
+    pattern = comb(c, n, b, k)
     pattern[n:] = 0.0
     # The gradient is the same sum in the other direction.
-    return float(pattern @ pattern), 2 * _comb(pattern[::-1], n, b, k)[::-1][: c.size]
-
-
-def _comb(x: Array, n: int, b: int, k: int) -> Array:
-    """Return sum_{j<k} of x moved down by jb, on n rounded up to a multiple of b."""
-    rows = -(-n // b)
-    sums = np.cumsum(np.pad(x, (0, rows * b - x.size)).reshape(rows, b), axis=0)
-    sums[k:] -= sums[:-k].copy()
-    return sums.ravel()
+    return float(pattern @ pattern), 2 * comb(pattern[::-1], n, b, k)[::-1][: c.size]
 
 
 def _itself(magnitudes: Array) -> NDArray[np.intp]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rootnoise.certificate import Certificate, check, lower_bound
     from rootnoise.diagnostics import Finding, diagnose
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
+    from rootnoise.ledger import Ledger
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
     from rootnoise.participation import (
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
         SingleParticipation,
     )
     from rootnoise.randomness import Key
-    from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Ledger
+    from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
     from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
     from rootnoise.workload import (
@@ -73,7 +74,8 @@ _MODULES = {
     # running
     "randomness": ("Key",),
     "noise": ("NoiseStream",),
-    "sampling": ("CyclicPoissonSampler", "FixedCycleSampler", "Ledger"),
+    "ledger": ("Ledger",),
+    "sampling": ("CyclicPoissonSampler", "FixedCycleSampler"),
     "training": ("PrivateOptimizer", "privatize"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

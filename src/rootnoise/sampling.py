@@ -1,7 +1,7 @@
-"""Batches as a pure function of (seed, step), and the ledger that holds them to a Participation.
+"""Batches as a pure function of (seed, step).
 
 The accountant reads `sampler.participation`, the same value the sampler draws by, so that the two
-cannot drift apart. The ledger checks every batch, whoever made it, before its gradient is computed.
+cannot drift apart.
 """
 
 from __future__ import annotations
@@ -9,24 +9,14 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.participation import (
-    CyclicPoisson,
-    FixedCycle,
-    MinSeparation,
-    Participation,
-    SingleParticipation,
-    to_dict,
-)
+from rootnoise.participation import CyclicPoisson, FixedCycle, Participation, to_dict
 from rootnoise.randomness import Key
-
-if TYPE_CHECKING:
-    import torch
 
 Indices = NDArray[np.int64]
 
@@ -205,123 +195,3 @@ class CyclicPoissonSampler(Sampler):
     def _batch(self, t: int) -> Indices:
         part = self._parts[t % self.participation.groups]
         return part[self._draws.generator(t).random(part.size) < self.participation.probability]
-
-
-class Ledger:
-    """Counts every example's appearances and refuses a batch that breaks the participation.
-
-    `admit` comes before the gradient of the batch is computed. Memory is two int32 arrays of
-    `n_examples`.
-
-    >>> ledger = Ledger(MinSeparation(min_sep=2, max_participations=5), n_examples=4)
-    >>> ledger.admit(0, [0, 1])
-    >>> ledger.admit(1, [1, 2])
-    Traceback (most recent call last):
-    rootnoise._check.RootnoiseError: example 1 at step 1 breaks the participation (at most 5 steps \
-each, at least 2 apart): steps so far 1, the last one 0
-    """
-
-    def __init__(self, participation: Participation, n_examples: int) -> None:
-        self.participation = participation
-        self.n_examples = integer("n_examples", n_examples, 1)
-        self.t = 0
-        self._least, self._modulus, self._most = _rule(participation)
-        self._last = np.zeros(self.n_examples, dtype=np.int32)
-        self._count = np.zeros(self.n_examples, dtype=np.int32)
-
-    def admit(self, t: int, indices: ArrayLike) -> None:
-        """Record that the examples `indices` take part in step t; nothing is recorded on refusal.
-
-        Args:
-            t: the step; it must be the one after the last admitted step, 0 at first.
-            indices: distinct integers in [0, n_examples), in any order; none is a legal batch.
-
-        Raises:
-            RootnoiseError: another step, bad indices, or an example that may not appear in step t.
-        """
-        if integer("t", t) != self.t:
-            raise RootnoiseError(f"step must be the next one, {self.t} (once, in order), got {t}")
-        batch = self._checked(indices)
-        last, count = self._last[batch], self._count[batch]
-        gap = self.t - last
-        broken = (gap < self._least) | (gap % self._modulus != 0) | (count >= self._most)
-        broken &= count > 0  # whoever was never drawn may join at any step
-        if broken.any():
-            i = int(np.argmax(broken))
-            raise RootnoiseError(
-                f"example {batch[i]} at step {t} breaks the participation ({self.participation}): "
-                f"steps so far {count[i]}, the last one {last[i]}"
-            )
-        self._last[batch] = self.t
-        self._count[batch] += 1
-        self.t += 1
-
-    def _checked(self, indices: ArrayLike) -> Indices:
-        """Return the indices sorted, or refuse them."""
-        raw = np.asarray(indices)
-        if raw.ndim != 1 or (raw.size and not np.issubdtype(raw.dtype, np.integer)):
-            raise RootnoiseError(
-                f"indices must be 1-D integers, got {raw.dtype} of shape {raw.shape}"
-            )
-        batch = np.sort(raw)
-        if batch.size and (batch[0] < 0 or batch[-1] >= self.n_examples):
-            bad = batch[0] if batch[0] < 0 else batch[-1]
-            raise RootnoiseError(f"indices must be in [0, n_examples={self.n_examples}), got {bad}")
-        batch = batch.astype(np.int64)
-        twice = batch[1:][batch[1:] == batch[:-1]]
-        if twice.size:
-            raise RootnoiseError(f"indices must be distinct within a batch, got {twice[0]} twice")
-        return batch
-
-    def _identity(self) -> dict[str, Any]:
-        return {
-            "version": 1,
-            "participation": to_dict(self.participation),
-            "n_examples": self.n_examples,
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and primitives that `torch.load(weights_only=True)` reads."""
-        import torch  # here: planning needs samplers, but no torch
-
-        tensors = {"last_step": self._last, "count": self._count}
-        copies = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-        return self._identity() | {"t": self.t} | copies
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved ledger; only a fresh one can, for what was admitted stays admitted.
-
-        Raises:
-            RootnoiseError: this ledger has admitted a step, or the saved one is not its like.
-        """
-        if self.t:
-            raise RootnoiseError(f"ledger must be at step 0 to load a state, got step {self.t}")
-        same("ledger", self._identity(), state)
-        t = integer("saved ledger's t", state.get("t", -1), 0)
-        last = self._restored("last_step", state.get("last_step"), max(t - 1, 0))
-        self._count = self._restored("count", state.get("count"), t)
-        self.t, self._last = t, last
-
-    def _restored(self, name: str, tensor: torch.Tensor | None, most: int) -> NDArray[np.int32]:
-        array: NDArray[Any] = np.empty(0) if tensor is None else tensor.numpy().copy()
-        sound = array.dtype == np.int32 and array.shape == (self.n_examples,)
-        if not sound or array.min() < 0 or array.max() > most:
-            raise RootnoiseError(
-                f"saved ledger's {name} must be {self.n_examples} int32 values in [0, {most}], "
-                f"got {array.dtype} of shape {array.shape}, or values out of range"
-            )
-        return array
-
-
-def _rule(participation: Participation) -> tuple[int, int, float]:
-    """Return the least gap and the divisor of all gaps of one example, and its most appearances."""
-    match participation:
-        case SingleParticipation():
-            return 1, 1, 1
-        case MinSeparation(min_sep, most):
-            return min_sep, 1, most
-        case FixedCycle(period, epochs):
-            return period, period, epochs
-        case CyclicPoisson(groups, _):
-            return groups, groups, np.inf
-    raise RootnoiseError(f"participation must be a known kind, got {participation!r}")

@@ -22,10 +22,11 @@ from opacus.validators import ModuleValidator
 from torch import nn
 
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.randomness import Key
-from rootnoise.sampling import Ledger, Sampler
+from rootnoise.sampling import Sampler
 
 # A float32 sum over a long row loses more than clipping can afford: torch.linalg.vector_norm of 1e7
 # equal numbers is 0.8 % off. Over blocks of 256, added up in float64, a norm is off by less than

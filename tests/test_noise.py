@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import stats
 from scipy.linalg import solve_triangular
+from threadpoolctl import threadpool_limits
 
 from rootnoise import noise as engine
 from rootnoise import series
@@ -129,11 +130,21 @@ def test_chunks_agree_with_the_dense_solve(n_parameters):
     assert_close(run(NoiseStream(short, n_parameters, KEY)), oracle(short, n_parameters))
 
 
-def test_a_position_has_the_same_noise_in_a_longer_vector():
+def test_a_position_has_the_same_bits_in_a_longer_vector():
     short = mechanism(bands=3, n_steps=5)
     few, many = (run(NoiseStream(short, d, KEY)) for d in (CHUNK + 7, 2 * CHUNK + 1))
-    np.testing.assert_array_equal(few[:, :CHUNK], many[:, :CHUNK])
-    np.testing.assert_allclose(few, many[:, : CHUNK + 7], rtol=0, atol=1e-4)
+    np.testing.assert_array_equal(few, many[:, : CHUNK + 7])
+
+
+@pytest.mark.parametrize("bands", [2, 16, 64])
+def test_bits_do_not_depend_on_the_number_of_blas_threads(bands):
+    m = mechanism(bands, n_steps=70)
+    noise = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads, user_api="blas"):
+            noise.append(run(NoiseStream(m, CHUNK + 5, KEY)))
+    np.testing.assert_array_equal(noise[1], noise[0])
+    np.testing.assert_array_equal(noise[2], noise[0])
 
 
 def is_white(noise, mechanism, strategy=None):
@@ -183,6 +194,92 @@ def test_entries_are_normal():
     w = right.strategy.apply(noise.astype(np.float64)) / right.noise_std
     assert stats.kstest(w.ravel(), "norm").pvalue > 1e-7  # the false-alarm rate
     assert stats.kstest(1.02 * w.ravel(), "norm").pvalue < 1e-7
+
+
+# ------------------------------------------------------------------------------------------ spans
+
+D = 3 * CHUNK + 100
+SPANS = {
+    "nothing": [],
+    "empty ones": [(0, 0), (7, 7), (D, D)],
+    "one position": [(CHUNK, CHUNK + 1)],
+    "the last position": [(D - 1, D)],
+    "a whole chunk": [(CHUNK, 2 * CHUNK)],
+    "across a border": [(CHUNK - 3, CHUNK + 5)],
+    "two in a chunk, one far": [(2, 5), (9, 20), (20, 21), (2 * CHUNK + 9, D)],
+    "everything, cut": [(0, 10), (10, 2 * CHUNK), (2 * CHUNK, D)],
+}
+
+
+def columns(spans):
+    return np.concatenate([np.arange(0), *(np.arange(*span) for span in spans)])
+
+
+@pytest.mark.parametrize("spans", SPANS.values(), ids=SPANS)
+@pytest.mark.parametrize("block_steps", [1, 3])
+def test_spans_hold_the_same_bits_as_the_whole_vector(spans, block_steps):
+    m = mechanism(bands=4, n_steps=8)
+    whole = run(NoiseStream(m, D, KEY, block_steps=block_steps))
+    stream = NoiseStream(m, D, KEY, spans=spans, block_steps=block_steps)
+    noise = run(stream)
+    np.testing.assert_array_equal(noise, whole[:, columns(spans)])
+
+
+def test_the_default_block_does_not_depend_on_spans():
+    m = mechanism(bands=16)
+    sizes = {NoiseStream(m, D, KEY, spans=spans).block_steps for spans in SPANS.values()}
+    assert sizes == {NoiseStream(m, D, KEY).block_steps}
+
+
+def test_memory_covers_the_spans_alone():
+    m, d = mechanism(bands=16), 2**40
+    stream = NoiseStream(m, d, KEY, spans=[(2**39, 2**39 + 5)])
+    expected = NoiseStream(m, d, KEY, spans=[(2**39 - 9, 2**39 + 9)]).next()[9:14]
+    assert torch.equal(stream.next(), expected)
+    state = stream.state_dict()
+    assert state["state"].shape == (15, 5)
+    assert state["ready"].shape == (7, 5)
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 8])
+def test_saved_columns_can_be_cut_and_joined(stop):
+    m, d = mechanism(bands=4, n_steps=8), 2 * CHUNK + 9
+    whole = run(NoiseStream(m, d, KEY))
+    shards = [[(0, 5), (CHUNK, CHUNK + 7)], [(5, CHUNK), (CHUNK + 7, d)]]
+    states, order = [], columns(shards[0] + shards[1])
+    for spans in shards:
+        stream = NoiseStream(m, d, KEY, spans=spans)
+        run(stream, stop)
+        states.append(through_disk(stream.state_dict()))
+    assert all(
+        states[0][field] == states[1][field] for field in states[0].keys() - {"state", "ready"}
+    )
+    joined = {
+        name: torch.cat([state[name] for state in states], dim=1)[:, np.argsort(order)]
+        for name in ("state", "ready")
+    }
+    for spans in ([(0, d)], [(3, CHUNK + 2), (CHUNK + 3, d)], []):
+        stream = NoiseStream(m, d, KEY, spans=spans)
+        cut = {name: rows[:, columns(spans)] for name, rows in joined.items()}
+        stream.load_state_dict(states[0] | cut)
+        expected = whole[stop:, columns(spans)]
+        np.testing.assert_array_equal(run(stream).reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize(
+    ("spans", "message"),
+    [
+        ([(0, 5), (4, 9)], "span's start must be in [5, n_parameters=10], got 4"),
+        ([(5, 9), (0, 2)], "span's start must be in [9, n_parameters=10], got 0"),
+        ([(0, 11)], "span's stop must be in [0, n_parameters=10], got 11"),
+        ([(6, 5)], "span's stop must be in [6, n_parameters=10], got 5"),
+        ([(-1, 5)], "span's start must be in [0, n_parameters=10], got -1"),
+        ([(0, 1.5)], "span's stop must be an integer, got 1.5"),
+    ],
+)
+def test_spans_are_checked(spans, message):
+    with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}$"):
+        NoiseStream(mechanism(), 10, KEY, spans=spans)
 
 
 # ------------------------------------------------------------------------------------------- keys

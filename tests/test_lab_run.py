@@ -20,6 +20,7 @@ from rootnoise.mechanism import Mechanism
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)
 LEFT = {"config.json", "claim.txt", "metrics.jsonl", "model.pt", "curves.png", "result.json"}
+PRIVATE = LEFT | {"mechanism.json", "ledger.bin"}
 
 
 def with_(**fields):
@@ -50,7 +51,7 @@ def stopped(out, config=SMALL, step=PERIOD + 3):
 @pytest.mark.parametrize("mechanism", ["bsr", "identity", "square-root", "workload", "dpsgd"])
 def test_a_private_run_keeps_its_folder(tmp_path, mechanism):
     result = run(with_(mechanism=mechanism), tmp_path / "a" / "b")
-    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == LEFT | {"mechanism.json"}
+    assert {file.name for file in (tmp_path / "a" / "b").iterdir()} == PRIVATE
     assert result.private
     assert result.epsilon is not None
     assert 4 * (1 - 1e-3) < result.epsilon <= 4
@@ -126,10 +127,10 @@ def test_resume_gives_the_same_bits(tmp_path, mechanism, step):
 def test_secrets_are_private_while_the_run_lasts_and_gone_after_it(tmp_path):
     config = with_(mechanism="dpsgd")
     stopped(tmp_path, config)
-    for name in ("noise.key", "checkpoint.pt"):
+    for name in ("noise.key", "checkpoint.pt", "ledger.bin"):
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o600
     run(config, tmp_path, resume=True)  # with the sampler's seed, which is in the checkpoint alone
-    assert {file.name for file in tmp_path.iterdir()} == LEFT | {"mechanism.json"}
+    assert {file.name for file in tmp_path.iterdir()} == PRIVATE
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -245,6 +246,11 @@ def change_checkpoint(part, **fields):
     torch.save(torch.load(path, weights_only=True) | fields, path)
 
 
+def cut_ledger(part):
+    path = part / "ledger.bin"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -260,6 +266,8 @@ def change_checkpoint(part, **fields):
         (lambda part: torch.save(1, part / "checkpoint.pt"), "must hold a mapping, got int"),
         (lambda part: change_checkpoint(part, optimizer={}), "saved version must be 1, got None"),
         (lambda part: change_checkpoint(part, model={}), "checkpoint must fit this run, got Error"),
+        (lambda part: (part / "ledger.bin").unlink(), "ledger file must be readable"),
+        (lambda part: cut_ledger(part), "ledger file must hold the 8 steps of the saved state"),
     ],
     ids=[
         "mechanism edited",
@@ -274,6 +282,8 @@ def change_checkpoint(part, **fields):
         "checkpoint replaced",
         "optimizer missing",
         "model missing",
+        "ledger missing",
+        "ledger cut",
     ],
 )
 def test_resume_refuses_a_harmed_folder(part, harm, message):

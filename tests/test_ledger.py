@@ -1,5 +1,8 @@
+import hashlib
 import io
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
+from rootnoise.journal import pack, unpack
 from rootnoise.ledger import Ledger
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 
@@ -156,6 +160,8 @@ def test_a_ledger_is_never_rolled_back():
         ({"participation": None}, "saved ledger's participation must be {'type': 'min-sep', "),
         ({"t": None}, "saved ledger's t must be an integer, got None"),
         ({"t": 1}, "saved ledger's last_step must be 6 int32 values in [0, 0], got int32 of "),
+        ({"salt": "12"}, "saved ledger's salt must be 32 hex digits, got '12'"),
+        ({"digest": None}, "saved ledger's digest must be 64 hex digits, got None"),
         ({"count": None}, "saved ledger's count must be 6 int32 values in [0, 2], got float64 of "),
         ({"count": torch.zeros(6)}, "saved ledger's count must be 6 int32 values in [0, 2], got f"),
         (
@@ -170,3 +176,175 @@ def test_another_ledger_is_not_resumed(change, message):
     with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}"):
         fresh.load_state_dict(state | change)
     assert fresh.t == 0
+
+
+# ------------------------------------------------------------------------------------- its file
+
+
+def replayed(path):
+    """Read the file with nothing of ours but its documented layout."""
+    data = path.read_bytes()
+    at, batches = data.index(b"\n") + 1, []
+    while at < len(data):
+        size, width = int.from_bytes(data[at : at + 4], "little"), data[at + 4]
+        length = (size * width + 7) // 8
+        word = int.from_bytes(data[at + 5 : at + 5 + length], "little")
+        index, batch = -1, []
+        for i in range(size):
+            index += 1 + ((word >> (i * width)) & ((1 << width) - 1))
+            batch.append(index)
+        batches.append(batch)
+        at += 5 + length
+    return batches
+
+
+@given(st.lists(st.sets(st.integers(0, 2**32 - 1), max_size=40), max_size=5))
+def test_a_batch_survives_its_packing(batches):
+    for batch in map(sorted, batches):
+        np.testing.assert_array_equal(unpack(pack(np.array(batch, dtype=np.int64))), batch)
+
+
+def test_the_file_holds_who_took_part_when_and_only_its_owner_reads_it(tmp_path):
+    path, batches = tmp_path / "ledger.bin", [[0, 5], [], [1, 2, 3], [4]]
+    ledger = Ledger(MinSeparation(3, 2), 6)
+    ledger.keep(path)
+    for t, batch in enumerate(batches):
+        ledger.admit(t, batch[::-1])
+    assert replayed(path) == batches
+    assert path.stat().st_mode & 0o777 == 0o600
+    header = json.loads(path.read_bytes().splitlines()[0])
+    assert header["participation"] == {"type": "min-sep", "min_sep": 3, "max_participations": 2}
+    assert header["n_examples"] == 6
+    # The commitment can be recomputed from the file alone, by its documented chain.
+    assert digest_of(path, bytes.fromhex(header["salt"])) == ledger.digest
+
+
+def digest_of(path, salt):
+    data = path.read_bytes()
+    at = data.index(b"\n") + 1
+    digest = hashlib.blake2b(data[:at], key=salt, digest_size=32).digest()
+    while at < len(data):
+        size, width = int.from_bytes(data[at : at + 4], "little"), data[at + 4]
+        end = at + 5 + (size * width + 7) // 8
+        digest = hashlib.blake2b(digest + data[at:end], key=salt, digest_size=32).digest()
+        at = end
+    return digest.hex()
+
+
+def test_the_digest_tells_nothing_without_the_salt():
+    one, two = (ledger_after(CyclicPoisson(1, 0.5), [0], [1]) for _ in range(2))
+    assert one.digest != two.digest
+
+
+def test_the_file_takes_the_stated_room(tmp_path):
+    # 13 bits a participation at q = 1e-3: the largest of 1000 gaps is 1000 ln 1000 = 6900 on
+    # average, and above 2**14 once in 13,000 batches. The mean over 20 batches is below 14.
+    rng, path = np.random.default_rng(0), tmp_path / "ledger.bin"
+    ledger = Ledger(CyclicPoisson(1, 1e-3), 1_000_000)
+    ledger.keep(path)
+    total = 0
+    for t in range(20):
+        batch = np.flatnonzero(rng.random(1_000_000) < 1e-3)
+        ledger.admit(t, batch)
+        total += batch.size
+    assert 12.5 < 8 * path.stat().st_size / total < 14
+    assert ledger._last.nbytes + ledger._count.nbytes == 8_000_000
+
+
+def kept(path, *batches):
+    """A ledger with its file, after these batches."""
+    ledger = Ledger(MinSeparation(2, 5), 6)
+    ledger.keep(path)
+    for t, batch in enumerate(batches):
+        ledger.admit(t, batch)
+    return ledger
+
+
+def resumed(state):
+    ledger = Ledger(MinSeparation(2, 5), 6)
+    ledger.load_state_dict(through_disk(state))
+    return ledger
+
+
+def test_a_killed_run_goes_on_with_its_file_and_repeats_its_batches(tmp_path):
+    path = tmp_path / "ledger.bin"
+    ledger = kept(path, [0], [1])
+    state = ledger.state_dict()
+    ledger.admit(2, [2, 3])  # made, then killed while the next record was written
+    ledger.admit(3, [0])
+    whole = path.read_bytes()
+    path.write_bytes(whole + pack(np.array([1, 4]))[:-1])
+    again = resumed(state)
+    again.keep(path)
+    assert path.read_bytes() == whole
+    with pytest.raises(
+        RootnoiseError,
+        match=r"^step 2 must repeat its batch of before the run was stopped: its noise must not",
+    ):
+        again.admit(2, [2])
+
+
+def test_a_repeated_run_ends_with_the_same_file(tmp_path):
+    path = tmp_path / "ledger.bin"
+    ledger = kept(path, [0], [1])
+    state = ledger.state_dict()
+    for t, batch in ((2, [2, 3]), (3, [0])):
+        ledger.admit(t, batch)
+    whole = path.read_bytes()
+    again = resumed(state)
+    again.keep(path)
+    for t, batch in ((2, [3, 2]), (3, [0])):
+        again.admit(t, batch)
+        assert path.read_bytes() == whole
+    again.admit(4, [5])
+    assert again.t == 5
+    assert replayed(path) == [[0], [1], [2, 3], [0], [5]]
+    ledger.admit(4, [5])
+    assert ledger.digest == again.digest
+
+
+def test_the_file_of_another_run_is_refused(tmp_path):
+    path = tmp_path / "ledger.bin"
+    ledger = kept(path, [0], [1])
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be of this run, got another"):
+        Ledger(MinSeparation(2, 5), 6).keep(path)
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be readable, got .*: No such"):
+        resumed(ledger.state_dict()).keep(tmp_path / "none.bin")
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "emptied"])
+def test_a_changed_file_is_not_continued(tmp_path, damage):
+    path = tmp_path / "ledger.bin"
+    ledger = kept(path, [0, 2], [1])
+    state, whole = ledger.state_dict(), path.read_bytes()
+    changed = whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:]
+    header = whole[: whole.index(b"\n") + 1]
+    path.write_bytes({"cut": whole[:-1], "changed": changed, "emptied": header}[damage])
+    with pytest.raises(
+        RootnoiseError, match=r"^ledger file must hold the 2 steps of the saved state, got others"
+    ):
+        resumed(state).keep(path)
+
+
+def test_a_file_that_cannot_be_written_stops_the_run(tmp_path, monkeypatch):
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be new and writable, got .*: No"):
+        kept(tmp_path / "no folder" / "ledger.bin")
+    ledger = kept(tmp_path / "ledger.bin", [0])
+    (tmp_path / "ledger.bin").unlink()
+    (tmp_path / "ledger.bin").mkdir()
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be writable, got .*: Is a direc"):
+        ledger.admit(1, [1])
+    assert ledger.t == 1
+
+
+def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
+    ledger = kept(tmp_path / "ledger.bin", [0])
+
+    class Full(io.BytesIO):
+        def write(self, data):
+            return 3
+
+    monkeypatch.setattr(Path, "open", lambda *a, **k: Full())
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be writable, got a full disk at "):
+        ledger.admit(1, [1])
+    assert ledger.t == 1

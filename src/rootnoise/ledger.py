@@ -1,17 +1,24 @@
 """The ledger: who took part when, held to the Participation.
 
-It checks every batch, whoever made it, before its gradient is computed.
+It checks every batch, whoever made it, before its gradient is computed; `keep` also writes it to a
+file first, for the auditor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
+from rootnoise.journal import Indices, Journal, first_line, pack
 from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
@@ -24,14 +31,17 @@ from rootnoise.participation import (
 if TYPE_CHECKING:
     import torch
 
-Indices = NDArray[np.int64]
-
 
 class Ledger:
     """Counts every example's appearances and refuses a batch that breaks the participation.
 
     `admit` comes before the gradient of the batch is computed. Memory is two int32 arrays of
-    `n_examples`.
+    `n_examples`: 8 MB for a million.
+
+    Attributes:
+        t: steps admitted.
+        digest: BLAKE2b chain over all admitted batches, keyed with a secret salt: it commits to who
+            took part when, and tells those who do not know the salt nothing about it.
 
     >>> ledger = Ledger(MinSeparation(min_sep=2, max_participations=5), n_examples=4)
     >>> ledger.admit(0, [0, 1])
@@ -43,11 +53,40 @@ each, at least 2 apart): steps so far 1, the last one 0
 
     def __init__(self, participation: Participation, n_examples: int) -> None:
         self.participation = participation
-        self.n_examples = integer("n_examples", n_examples, 1)
+        self.n_examples = integer("n_examples", n_examples, 1, 2**32, high_name="2**32")
         self.t = 0
         self._least, self._modulus, self._most = _rule(participation)
         self._last = np.zeros(self.n_examples, dtype=np.int32)
         self._count = np.zeros(self.n_examples, dtype=np.int32)
+        self._journal: Journal | None = None
+        self._ahead: Iterator[bytes] = iter(())  # steps that the journal holds beyond t
+        self._salt = secrets.token_hex(16)
+        self.digest = self._first_digest()
+
+    def keep(self, path: str | os.PathLike[str]) -> None:
+        """Write each batch to the file `path` (see `journal`) as it is admitted, from step 0 on.
+
+        Under secret sampling the file is as secret as the seed. A resumed ledger goes on with its
+        file. Steps that the file holds beyond those of the saved state were made before a crash,
+        and their noise may have been released: they must be repeated with the same batches.
+
+        Raises:
+            RootnoiseError: the file is missing though steps were made, is another ledger's or was
+                changed, or cannot be written.
+        """
+        file = Path(path)
+        if not file.exists() and self.t == 0:
+            self._journal = Journal.create(file, self._header())
+            return
+        journal = Journal.reopen(file, self._header())
+        records, digest, found = journal.records(), self._first_digest(), 0
+        for found, record in zip(range(1, self.t + 1), records, strict=False):  # noqa: B007
+            digest = chain(digest, record, self._salt)
+        if found != self.t or digest != self.digest:
+            raise RootnoiseError(
+                f"ledger file must hold the {self.t} steps of the saved state, got others in {file}"
+            )
+        self._journal, self._ahead = journal, records
 
     def admit(self, t: int, indices: ArrayLike) -> None:
         """Record that the examples `indices` take part in step t; nothing is recorded on refusal.
@@ -57,7 +96,8 @@ each, at least 2 apart): steps so far 1, the last one 0
             indices: distinct integers in [0, n_examples), in any order; none is a legal batch.
 
         Raises:
-            RootnoiseError: another step, bad indices, or an example that may not appear in step t.
+            RootnoiseError: another step, bad indices, an example that may not appear in step t, or
+                another batch than the one that a run before a crash had in step t.
         """
         if integer("t", t) != self.t:
             raise RootnoiseError(f"step must be the next one, {self.t} (once, in order), got {t}")
@@ -72,9 +112,22 @@ each, at least 2 apart): steps so far 1, the last one 0
                 f"example {batch[i]} at step {t} breaks the participation ({self.participation}): "
                 f"steps so far {count[i]}, the last one {last[i]}"
             )
+        self._write(pack(batch))
         self._last[batch] = self.t
         self._count[batch] += 1
         self.t += 1
+
+    def _write(self, record: bytes) -> None:
+        """Put the record into the journal, or find it there; then into the digest."""
+        before = next(self._ahead, None)
+        if before is None and self._journal is not None:
+            self._journal.append(record)
+        elif before not in (None, record):
+            raise RootnoiseError(
+                f"step {self.t} must repeat its batch of before the run was stopped: its noise "
+                "must not protect two gradients"
+            )
+        self.digest = chain(self.digest, record, self._salt)
 
     def _checked(self, indices: ArrayLike) -> Indices:
         """Return the indices sorted, or refuse them."""
@@ -100,13 +153,24 @@ each, at least 2 apart): steps so far 1, the last one 0
             "n_examples": self.n_examples,
         }
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return tensors and primitives that `torch.load(weights_only=True)` reads."""
-        import torch  # here: planning needs samplers, but no torch
+    def _header(self) -> dict[str, Any]:
+        return self._identity() | {"salt": self._salt}
 
+    def _first_digest(self) -> str:
+        return chain("", first_line(self._header()), self._salt)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors and primitives that `torch.load(weights_only=True)` reads.
+
+        It holds the salt: keep it as secret as the file of `keep`, which is on disk by now.
+        """
+        import torch  # here: auditing needs ledgers, but no torch
+
+        if self._journal is not None:
+            self._journal.sync()
         tensors = {"last_step": self._last, "count": self._count}
         copies = {name: torch.from_numpy(array.copy()) for name, array in tensors.items()}
-        return self._identity() | {"t": self.t} | copies
+        return self._header() | {"t": self.t, "digest": self.digest} | copies
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved ledger; only a fresh one can, for what was admitted stays admitted.
@@ -119,8 +183,9 @@ each, at least 2 apart): steps so far 1, the last one 0
         same("ledger", self._identity(), state)
         t = integer("saved ledger's t", state.get("t", -1), 0)
         last = self._restored("last_step", state.get("last_step"), max(t - 1, 0))
-        self._count = self._restored("count", state.get("count"), t)
-        self.t, self._last = t, last
+        count = self._restored("count", state.get("count"), t)
+        salt, digest = _hex("salt", 32, state), _hex("digest", 64, state)
+        self.t, self._last, self._count, self._salt, self.digest = t, last, count, salt, digest
 
     def _restored(self, name: str, tensor: torch.Tensor | None, most: int) -> NDArray[np.int32]:
         array: NDArray[Any] = np.empty(0) if tensor is None else tensor.numpy().copy()
@@ -131,6 +196,20 @@ each, at least 2 apart): steps so far 1, the last one 0
                 f"got {array.dtype} of shape {array.shape}, or values out of range"
             )
         return array
+
+
+def chain(digest: str, record: bytes, salt: str) -> str:
+    """Return the digest after one more record; the header is the record that comes after ""."""
+    key, text = bytes.fromhex(salt), bytes.fromhex(digest)
+    return hashlib.blake2b(text + record, key=key, digest_size=32).hexdigest()
+
+
+def _hex(name: str, digits: int, state: Mapping[str, Any]) -> str:
+    value = state.get(name)
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
+        rule = f"saved ledger's {name} must be {digits} hex digits"
+        raise RootnoiseError(f"{rule}, got {value!r:.80}")
+    return value
 
 
 def _rule(participation: Participation) -> tuple[int, int, float]:

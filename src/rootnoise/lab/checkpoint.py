@@ -6,9 +6,11 @@
     metrics.jsonl    one line an evaluation, on the test set
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
     noise.key        SECRET, until the run ends: all noise is a function of it
+    ledger.bin       for the auditor: who took part in which step (`journal`); stays
     model.pt, curves.png, result.json   when the run has ended
 
 Whoever holds a secret can subtract noise, so both have mode 0600 and are deleted when the run ends.
+The ledger has mode 0600 too: under Poisson sampling amplification fails against whoever reads it.
 A run that was stopped keeps them, for without the key it could not continue bit by bit: resume it,
 or delete them by hand.
 """

@@ -90,6 +90,8 @@ def run(
     else:
         folder.create(settings, claim(config, mechanism), mechanism, key)
         folder.save_checkpoint(trainer.state_dict())
+    if isinstance(trainer.optimizer, PrivateOptimizer):
+        trainer.optimizer.ledger.keep(folder.path / "ledger.bin")
     while trainer.t < sampler.n_steps:
         trainer.epoch(on_step)
         folder.write_metrics(trainer.history)

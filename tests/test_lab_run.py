@@ -267,7 +267,7 @@ def cut_ledger(part):
         (lambda part: change_checkpoint(part, optimizer={}), "saved version must be 1, got None"),
         (lambda part: change_checkpoint(part, model={}), "checkpoint must fit this run, got Error"),
         (lambda part: (part / "ledger.bin").unlink(), "ledger file must be readable"),
-        (lambda part: cut_ledger(part), "ledger file must hold the 8 steps of the saved state"),
+        (cut_ledger, "ledger file must hold the 8 steps of the saved state"),
     ],
     ids=[
         "mechanism edited",

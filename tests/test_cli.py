@@ -103,7 +103,7 @@ def test_account_with_sampling(capsys):
 
 FACTORIZE, ACCOUNT = "factorize --steps 100 ", "account --delta 1e-5 "
 REFUSALS = {
-    "factorize": "Missing option '--steps'.",
+    "factorize": "steps must be given unless a file says how many, got none",
     "factorize --steps 0": "steps must be >= 1, got 0",
     "factorize --steps x": "Invalid value for '--steps'",
     FACTORIZE + "--bands 0": "bands must be in [1, n_steps=100], got 0",

@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
-from typing import Annotated
+from functools import wraps
+from typing import Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
 
-Steps = Annotated[int, typer.Option(help="Steps n of the whole run.")]
 Momentum = Annotated[float, typer.Option(help="Momentum beta of SGD, in [0, 1).")]
 Decay = Annotated[
     float, typer.Option(help="Factor alpha on the parameters at each step; 1 is no decay.")
 ]
-MinSep = Annotated[
-    int | None, typer.Option(help="Steps b between two of one record (period of a fixed cycle).")
-]
-Participations = Annotated[
-    int | None, typer.Option(help="Most steps k of one record [default: as many as fit].")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take dataclasses of options: each becomes the options that are its fields.
+
+    The `panel` of such a class is their heading in the help.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {n: hint for n, hint in hints.items() if is_dataclass(hint)}
+    parameters = []
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in groups:
+            parameters += _parameters(groups[name])
+        else:
+            parameters.append(parameter.replace(annotation=hints[name]))
+
+    @wraps(command)
+    def flat(**values: Any) -> None:
+        made = {
+            name: group(**{f.name: values.pop(f.name) for f in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**made, **values)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+def _parameters(group: Any) -> list[inspect.Parameter]:
+    kinds = get_type_hints(group, include_extras=True)
+    for f in fields(group):
+        (info,) = kinds[f.name].__metadata__
+        info.rich_help_panel = group.panel
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(f.name, kind, default=f.default, annotation=kinds[f.name])
+        for f in fields(group)
+    ]
 
 
 class Kind(StrEnum):
@@ -32,31 +68,87 @@ class Kind(StrEnum):
     FIXED_CYCLE = "fixed-cycle"
 
 
-ParticipationKind = Annotated[
-    Kind | None,
-    typer.Option(
-        "--participation",
-        help="Who may take part when [default: single; min-sep once --min-sep is given].",
-    ),
-]
+@dataclass(frozen=True)
+class Who:
+    """The options that say who takes part when."""
+
+    panel: ClassVar[str] = "Who takes part when"
+
+    participation: Annotated[
+        Kind | None,
+        typer.Option(help="Who takes part when [default: single; min-sep with --min-sep]."),
+    ] = None
+    min_sep: Annotated[
+        int | None,
+        typer.Option(help="Steps b between two of one record (period of a fixed cycle)."),
+    ] = None
+    participations: Annotated[
+        int | None, typer.Option(help="Most steps k of one record [default: as many as fit].")
+    ] = None
+
+    def value(self, n_steps: int) -> SingleParticipation | MinSeparation | FixedCycle:
+        """Return the participation that the options describe."""
+        kind = self.participation
+        if kind is None:
+            alone = self.min_sep is None and self.participations is None
+            kind = Kind.SINGLE if alone else Kind.MIN_SEP
+        if kind is Kind.SINGLE:
+            for name in ("min_sep", "participations"):
+                value = getattr(self, name)
+                if value is not None:
+                    raise RootnoiseError(
+                        f"{name.replace('_', '-')} must be left out for single participation, "
+                        f"got {value}"
+                    )
+            return SingleParticipation()
+        if self.min_sep is None:
+            raise RootnoiseError(f"min-sep must be given for participation {kind.value}, got none")
+        b = integer("min-sep", self.min_sep, 1)
+        k = -(-n_steps // b) if self.participations is None else self.participations
+        return FixedCycle(b, k) if kind is Kind.FIXED_CYCLE else MinSeparation(b, k)
 
 
-def participation(
-    kind: Kind | None, n_steps: int, min_sep: int | None, participations: int | None
-) -> SingleParticipation | MinSeparation | FixedCycle:
-    """Return the participation value that the options describe."""
-    integer("steps", n_steps, 1)
-    if kind is None:
-        kind = Kind.SINGLE if min_sep is None and participations is None else Kind.MIN_SEP
-    if kind is Kind.SINGLE:
-        for name, value in (("min-sep", min_sep), ("participations", participations)):
-            if value is not None:
-                raise RootnoiseError(
-                    f"{name} must be left out for single participation, got {value}"
-                )
-        return SingleParticipation()
-    if min_sep is None:
-        raise RootnoiseError(f"min-sep must be given for participation {kind.value}, got none")
-    b = integer("min-sep", min_sep, 1)
-    k = -(-n_steps // b) if participations is None else participations
-    return FixedCycle(b, k) if kind is Kind.FIXED_CYCLE else MinSeparation(b, k)
+@dataclass(frozen=True)
+class Split:
+    """The options of all mechanisms together; each takes some, and refuses the others."""
+
+    panel: ClassVar[str] = "Of some mechanisms"
+
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<int|auto>",
+            help="Diagonals p of a banded strategy (auto: the best, for bsr and bisr) "
+            "[default: the separation b, else n].",
+        ),
+    ] = None
+    buffers: Annotated[
+        int | None, typer.Option(help="Buffers of blt [default: while each gains 0.1 %].")
+    ] = None
+    gamma: Annotated[
+        float | None, typer.Option(help="Power of bsr-gamma, in [0, 1] [default: the best].")
+    ] = None
+    lam: Annotated[
+        float | None, typer.Option(help="Coefficient of lambda-cgd [default: the best].")
+    ] = None
+    base: Annotated[
+        str | None,
+        typer.Option(help="Strategy that epoch-scaled and column-normalised scale [default: bsr]."),
+    ] = None
+    estimator: Annotated[
+        str | None, typer.Option(help="Of tree: full, online or naive [default: full].")
+    ] = None
+    tolerance: Annotated[
+        float | None, typer.Option(help="Gap at which dense stops [default: 1e-4].")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the options as `factorize` takes them, those that were left out apart."""
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        if values.get("bands", "auto") != "auto":
+            try:
+                values["bands"] = int(values["bands"])
+            except ValueError:
+                got = values["bands"]
+                raise RootnoiseError(f"bands must be an integer or auto, got {got!r}") from None
+        return values

@@ -3,70 +3,107 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rootnoise._check import RootnoiseError
-from rootnoise.cli import _options, _progress
+from rootnoise.cli import _offline, _options, _plots, _progress, _workload
 from rootnoise.cli._report import show
 
+if TYPE_CHECKING:
+    from rootnoise.factorization import Factorization
+    from rootnoise.participation import Participation
 
+
+@_options.grouped
 def factorize(
-    steps: _options.Steps,
+    *,
+    steps: Annotated[int | None, typer.Option(help="Steps n of the whole run.")] = None,
     mechanism: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="How to split: banded, banded-inverse, bisr, blt, bsr, bsr-gamma, "
             "column-normalised, dense, epoch-scaled, identity, lambda-cgd, square-root, tree, "
-            "workload."
-        ),
-    ] = "bsr",
-    bands: Annotated[
-        str | None,
-        typer.Option(
-            metavar="<int|auto>",
-            help="Diagonals p of a banded strategy, or auto for the best "
-            "[default: the separation b, else n].",
+            "workload [default: bsr]."
         ),
     ] = None,
-    buffers: Annotated[
-        int | None, typer.Option(help="Buffers of blt [default: while each gains 0.1 %].")
-    ] = None,
+    work: _workload.Options,
+    who: _options.Who,
+    split: _options.Split,
     effort: Annotated[
         str, typer.Option(help="How hard to look for the lower bound: none, fast or tight.")
     ] = "fast",
-    momentum: _options.Momentum = 0.0,
-    decay: _options.Decay = 1.0,
-    participation: _options.ParticipationKind = None,
-    min_sep: _options.MinSep = None,
-    participations: _options.Participations = None,
+    offline: Annotated[
+        bool,
+        typer.Option(
+            "--offline", help="The file is symmetric positive semi-definite: its root, no stream."
+        ),
+    ] = False,
+    ablation: Annotated[
+        bool,
+        typer.Option("--ablation", help="With --offline: break its bands, symmetry, definiteness."),
+    ] = False,
+    epsilon: Annotated[
+        float | None, typer.Option(help="With --save: privacy loss of the mechanism.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="Its failure probability.")] = 1e-5,
+    save: Annotated[
+        Path | None, typer.Option(help="New JSON file for the mechanism, calibrated to --epsilon.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG file for the coefficients and the error of each step.")
+    ] = None,
     json: _options.Json = False,
 ) -> None:
-    """Factorize the workload of SGD and print sensitivity, expected error and its gap.
+    """Factorize a workload and print sensitivity, expected error and its gap.
 
     rmse and max_error are at noise multiplier 1 and clip norm 1. Sensitivity is exact, or an upper
     bound that says so. No factorization of any kind can have a smaller rmse than lower_bound; gap
     is how far above it this one is, so it is an upper bound on what is left to gain.
-    """
-    from rootnoise import error
-    from rootnoise.certificate import lower_bound
-    from rootnoise.factorization import factorize as split
-    from rootnoise.workload import SGD
 
+    The workload is SGD over --steps steps unless --schedule, --optimizer or --workload say more.
+    """
     start = time.perf_counter()
     if effort not in ("none", "fast", "tight"):
         raise RootnoiseError(f"effort must be none, fast or tight, got {effort!r}")
-    who = _options.participation(participation, steps, min_sep, participations)
-    workload = SGD(steps, momentum, decay)
-    with _progress.search(mechanism, quiet=json) as progress:
-        options = {"bands": _bands(bands), "buffers": buffers, "progress": progress}
-        result = split(workload, who, mechanism, **options)
+    if offline:
+        others = {"steps": steps, "mechanism": mechanism, "save": save, "plot": plot}
+        values = _offline.values(work, who, split, others, ablation=ablation)
+        show("symmetric workload", values | {"seconds": time.perf_counter() - start}, json)
+        return
+    if ablation:
+        raise RootnoiseError("ablation must come with --offline, got it alone")
+    if (epsilon is None) != (save is None):
+        raise RootnoiseError(f"epsilon must come with --save, got {epsilon} and {save}")
+    from rootnoise.factorization import factorize as splitter
+
+    name, workload = mechanism or "bsr", work.value(steps)
+    participation = who.value(workload.n_steps)
+    with _progress.search(name, quiet=json) as progress:
+        result = splitter(workload, participation, name, progress=progress, **split.given())
+    values = _values(result, participation, effort)
+    if save is not None:
+        values |= _saved(result, participation, save, epsilon, delta)
+    if plot is not None:
+        _plots.factorization(plot, result, participation)
+        values["plot"] = str(plot)
+    values["seconds"] = time.perf_counter() - start
+    show(f"{name} over {workload.n_steps} steps", values, json)
+
+
+def _values(result: Factorization, who: Participation, effort: str) -> dict[str, Any]:
+    """Return everything that is printed about a factorization."""
+    from rootnoise import error
+    from rootnoise.certificate import lower_bound
+
     sens = result.sensitivity(who)
-    rmse = error.rmse(result.decoder, sens.value)
-    bound = None if effort == "none" else lower_bound(workload, who, effort)
+    errors = error.per_step(result.decoder, sens.value)
+    rmse = float((errors**2).mean() ** 0.5)
+    bound = None if effort == "none" else lower_bound(result.workload, who, effort)
     coefficients = result.strategy.coefficients
-    values = {
+    return {
         "mechanism": result.mechanism,
         "n_steps": result.n_steps,
         "bands": result.strategy.bands,
@@ -75,22 +112,27 @@ def factorize(
         "sensitivity_exact": sens.exact,
         "sensitivity_method": sens.method,
         "rmse": rmse,
-        "max_error": error.max_error(result.decoder, sens.value),
+        "max_error": float(errors.max()),
         "lower_bound": bound.value if bound else None,
         "lower_bound_method": bound.method if bound else None,
         "gap": bound.gap(rmse) if bound else None,
         "coefficients": None if coefficients is None else coefficients[:8].tolist(),
         "memory_rows": result.memory_rows,
-        "seconds": time.perf_counter() - start,
     }
-    show(f"{mechanism} over {steps} steps", values, json)
 
 
-def _bands(value: str | None) -> int | str | None:
-    """Return --bands as factorizations take it."""
-    if value is None or value == "auto":
-        return value
-    try:
-        return int(value)
-    except ValueError:
-        raise RootnoiseError(f"bands must be an integer or auto, got {value!r}") from None
+def _saved(
+    result: Factorization, who: Participation, path: Path, epsilon: float | None, delta: float
+) -> dict[str, Any]:
+    """Save the calibrated mechanism and return what is printed about it."""
+    from rootnoise.mechanism import Mechanism
+
+    made = Mechanism.calibrate(result, who, epsilon=epsilon, delta=delta)
+    made.save(path)
+    return {
+        "epsilon": made.epsilon,
+        "delta": made.delta,
+        "noise_multiplier": made.noise_multiplier,
+        "claim": made.claim(),
+        "saved": str(path),
+    }

@@ -11,7 +11,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.workload.base import Workload
 from rootnoise.workload.matrix import MatrixWorkload
 from rootnoise.workload.optimizer import from_optimizer
-from rootnoise.workload.schedule import ScheduledSGD
+from rootnoise.workload.schedule import ScheduledSGD, learning_rates
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload, prefix_sum
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "Workload",
     "from_dict",
     "from_optimizer",
+    "learning_rates",
     "prefix_sum",
 ]
 

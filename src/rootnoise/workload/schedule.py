@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import RootnoiseError, real, vector
+from rootnoise._check import RootnoiseError, integer, real, vector
 from rootnoise.causal import CausalMatrix, Diagonal, Product
 from rootnoise.workload.base import Array, Workload
 from rootnoise.workload.descent import Descent
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
+
+# Where a schedule ends unless told, relative to its peak.
+FINAL = {"cosine": 0.0, "linear": 0.0, "exponential": 0.01, "step": 0.01}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,3 +141,45 @@ def sgd_roots(
         return None
     alpha = min((total + square**0.5) / 2, 1.0)  # 1 but for rounding is its bound
     return alpha, product / alpha
+
+
+def learning_rates(
+    schedule: str, n_steps: int, warmup: int = 0, final: float | None = None
+) -> Array:
+    """Return the learning rate of every step relative to its peak, shape (n_steps,).
+
+    After `warmup` steps that rise evenly, with u in [0, 1) the part of the others that is over and
+    f = `final`, the schedules are those of torch.optim.lr_scheduler:
+
+    - cosine: f + (1 - f) (1 + cos(pi u)) / 2, CosineAnnealingLR;
+    - linear: 1 - (1 - f) u, LinearLR;
+    - exponential: f^u, ExponentialLR;
+    - step: 1, f^(1/2), f for a third each, StepLR.
+
+    Args:
+        schedule: its name.
+        n_steps: steps n.
+        warmup: steps before the peak, less than n; step t has the rate (t + 1) / (warmup + 1).
+        final: f in [0, 1], above 0 for exponential and step (default: 0, or 0.01 for these two).
+
+    Raises:
+        RootnoiseError: another name, or a value outside its range.
+
+    >>> learning_rates("linear", n_steps=6, warmup=2)
+    array([0.33333333, 0.66666667, 1. , 0.75 , 0.5 , 0.25 ])
+    """
+    if schedule not in FINAL:
+        raise RootnoiseError(f"schedule must be one of {', '.join(FINAL)}, got {schedule!r}")
+    n = integer("n_steps", n_steps, 1)
+    w = integer("warmup", warmup, 0, n - 1, high_name="n_steps-1")
+    f = FINAL[schedule] if final is None else real("final", final, at_least=0, at_most=1)
+    if schedule in ("exponential", "step"):
+        real("final", f, above=0, at_most=1)
+    u = np.arange(n - w) / (n - w)
+    rates = {
+        "cosine": f + (1 - f) * (1 + np.cos(np.pi * u)) / 2,
+        "linear": 1 - (1 - f) * u,
+        "exponential": f**u,
+        "step": f ** (np.floor(3 * u) / 2),
+    }[schedule]
+    return np.concatenate([np.arange(1, w + 1) / (w + 1), rates])

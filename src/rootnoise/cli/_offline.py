@@ -1,0 +1,51 @@
+"""`rootnoise factorize --offline`: symmetric workloads, which do not stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rootnoise._check import RootnoiseError
+from rootnoise.cli._options import Split, Who
+from rootnoise.cli._workload import Options, read
+
+
+def values(
+    work: Options, who: Who, split: Split, others: Mapping[str, Any], *, ablation: bool
+) -> dict[str, Any]:
+    """Return the errors of A^(1/2), or of its bands, and of what is broken on purpose."""
+    from rootnoise import offline
+
+    given = {**vars(work), **vars(who), **vars(split), **others}
+    for name, value in given.items():
+        if name not in ("workload", "bands") and value is not None and value is not False:
+            option = name.replace("_", "-")
+            raise RootnoiseError(f"{option} must be left out with --offline, got {value}")
+    if work.workload is None:
+        raise RootnoiseError("workload must be given with --offline, got none")
+    bands = split.given().get("bands")
+    if bands == "auto":
+        raise RootnoiseError("bands must be an integer with --offline, got auto")
+    a = read(work.workload)
+    made = offline.offline_factorization(a, bands)
+    n = len(a)
+    result = {
+        "mechanism": "offline-root",
+        "n_steps": n,
+        "bands": n if bands is None else bands,
+        "participation": "one row each, all rows at once",
+        "sensitivity": made.sensitivity,
+        "sensitivity_exact": True,
+        "sensitivity_method": "largest column norm",
+        "rmse": made.rmse,
+        "max_error": made.max_error,
+        "lower_bound": made.lower_bound,
+        "lower_bound_method": "trace",
+        "gap": made.rmse / made.lower_bound - 1,
+        "coefficients": None,
+        "memory_rows": None,
+    }
+    if ablation:
+        sizes = sorted({p for p in (1, 2, 4, 8, 16) if p < n})
+        result["ablation"] = [row._asdict() for row in offline.ablation(a, sizes)]
+    return result

@@ -7,6 +7,7 @@ import pytest
 
 from rootnoise import RootnoiseError, causal, series
 from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz
+from rootnoise.diagonals import Banded
 
 N = 20
 RNG = np.random.default_rng(5)
@@ -14,6 +15,7 @@ BANDED = Toeplitz(series.sgd_power(1, 0.9, 0.5, 6), N)
 FULL = Toeplitz(series.sgd_power(0.99, 0.3, 0.5, N), N)
 SCALES = Diagonal(RNG.uniform(0.5, 2, N))
 LOWER = Dense(np.tril(RNG.normal(size=(N, N))) + 4 * np.eye(N))
+FREE = Banded(RNG.uniform(0.2, 1, (4, N)) * np.array([[3], [1], [1], [1]]))
 NARROW = Dense(np.tril(LOWER.entries) - np.tril(LOWER.entries, -3))
 
 MAPS = {
@@ -23,6 +25,8 @@ MAPS = {
     "diagonal": SCALES,
     "dense": LOWER,
     "narrow": NARROW,
+    "free bands": FREE,
+    "inverse of free bands": FREE.inverse(),
     "inverse of banded": BANDED.inverse(),
     "inverse of dense": LOWER.inverse(),
     "inverse of diagonal": SCALES.inverse(),
@@ -119,6 +123,9 @@ def test_inverse_of_an_inverse_is_the_map():
         (lambda: Dense(np.ones((2, 2))), r"lower-triangular \(causal\), got 1 at \(0, 1\)"),
         (lambda: Dense(np.tril(np.ones((2, 2)), -1)), r"invertible, got 0.0 at \(0, 0\)"),
         (lambda: Dense(np.ones((2, 3))), r"matrix must be square, got shape \(2, 3\)"),
+        (lambda: Banded(np.ones((3, 2))), "diagonals must be at most n_steps=2 many, got 3"),
+        (lambda: Banded([[1.0, 0.0]]), r"invertible, got 0.0 at \(1, 1\)"),
+        (lambda: Banded([[1.0, np.nan]]), "diagonals must be finite, got 1 NaN"),
         (lambda: Product(BANDED, Toeplitz(np.ones(1), 3)), "same n_steps, got 20 and 3"),
         (lambda: causal.from_dict({"type": "nothing"}), "matrix must be a known causal map, got"),
         (

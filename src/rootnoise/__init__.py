@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
     from rootnoise.certificate import Certificate, check, lower_bound
     from rootnoise.diagnostics import Finding, diagnose
+    from rootnoise.diagonals import Banded
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
     from rootnoise.ledger import Ledger
     from rootnoise.mechanism import Mechanism
@@ -66,6 +67,7 @@ _MODULES = {
     "factorization": ("Factorization", "default_bands", "factorize", "mechanisms"),
     "sensitivity": ("Sensitivity",),
     "buffered": ("BufferedToeplitz",),
+    "diagonals": ("Banded",),
     "certificate": ("Certificate", "check", "lower_bound"),
     # privacy
     "accounting": ("PrivacyCost", "noise_multiplier", "privacy_cost"),

@@ -89,10 +89,10 @@ def vector(name: str, value: ArrayLike) -> NDArray[np.float64]:
     return _array(name, value, 1)
 
 
-def matrix(name: str, value: ArrayLike) -> NDArray[np.float64]:
-    """Return a private, read-only, finite, non-empty square float64 copy, or refuse it."""
+def matrix(name: str, value: ArrayLike, *, square: bool = True) -> NDArray[np.float64]:
+    """Return a private, read-only, finite, non-empty 2-D float64 copy, or refuse it."""
     result = _array(name, value, 2)
-    if result.shape[0] != result.shape[1]:
+    if square and result.shape[0] != result.shape[1]:
         raise RootnoiseError(f"{name} must be square, got shape {result.shape}")
     return result
 

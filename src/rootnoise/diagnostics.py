@@ -22,7 +22,7 @@ Array = NDArray[np.float64]
 # Strategies of p bands whose error falls with p up to the separation b.
 BANDED = ("bsr", "bsr-gamma", "banded")
 # Mechanisms that take the workload as it is, or nothing from it.
-ANY_WORKLOAD = ("dense", "epoch-scaled", "identity", "workload")
+ANY_WORKLOAD = ("bandmf", "dense", "epoch-scaled", "identity", "workload")
 # Less than this part is no reason to change anything, nor told from rounding and PLD grids.
 SLIGHT = 0.01
 # A workload farther than this from Toeplitz is reported.

@@ -24,7 +24,7 @@ def factorize(
     mechanism: Annotated[
         str | None,
         typer.Option(
-            help="How to split: banded, banded-inverse, bisr, blt, bsr, bsr-gamma, "
+            help="How to split: banded, banded-inverse, bandmf, bisr, blt, bsr, bsr-gamma, "
             "column-normalised, dense, epoch-scaled, identity, lambda-cgd, square-root, tree, "
             "workload [default: bsr]."
         ),

@@ -1,11 +1,12 @@
 """HOW to split a workload A = B C: one function an algorithm, one registry."""
 
-from rootnoise.factorization import banded, baseline, blt, dense, scaled, square_root, tree
+from rootnoise.factorization import banded, bandmf, baseline, blt, dense, scaled, square_root, tree
 from rootnoise.factorization.base import Factorization, default_bands, factorize, mechanisms
 
 __all__ = [
     "Factorization",
     "banded",
+    "bandmf",
     "baseline",
     "blt",
     "default_bands",

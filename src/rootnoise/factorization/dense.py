@@ -9,12 +9,12 @@ dual ascent is a lower bound that certifies the best strategy so far.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
-from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise import dual
 from rootnoise._check import integer, real
@@ -24,7 +24,6 @@ from rootnoise.participation import CyclicPoisson, MinSeparation, Participation
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]
-Indices = NDArray[np.intp]
 
 # An iteration takes about 10 n^3 multiply-adds: 0.6 s at n = 1024, 40 s at this size (one core).
 LARGEST = 4096
@@ -42,30 +41,29 @@ def dense(
 
     Optimal up to `tolerance` for one participation and for a fixed cycle. For a minimal separation
     no optimum is known: it is the best C with `min_sep` bands, so that every pattern has orthogonal
-    columns (BandMF, Choquette-Choo et al. 2023). Cyclic Poisson sampling allows `groups` bands.
+    columns (`bandmf`). Cyclic Poisson sampling allows `groups` bands.
 
     Args:
         workload: at most 4096 steps, as the matrices are dense.
         participation: who may take part when.
         tolerance: the gap to the lower bound at which to stop.
         progress: called with the iteration and the gap; for a banded C, where no bound is at hand,
-            with the relative gain of the iteration.
+            with the rmse.
 
     Raises:
         RootnoiseError: too many steps, or a tolerance outside (0, 1).
     """
     n = integer("n_steps", workload.n_steps, 1, LARGEST)
     tolerance = real("tolerance", tolerance, above=0, below=1)
-    a = workload.matrix.dense()
+    bands = _bands(n, participation)
+    if bands < n:
+        options = {"bands": bands, "tolerance": tolerance, "progress": progress}
+        return replace(factorize(workload, participation, "bandmf", **options), mechanism="dense")
     start = factorize(workload, participation, "bsr").strategy
     search = Search(lambda c: Factorization("dense", workload, c), participation)
     search(start)
-    bands, epochs = _banding(n, participation)
-    if bands < n:
-        strategy = _banded(a, start.dense(), bands, epochs, tolerance, progress)
-    else:
-        strategy = _optimum(a, start.dense(), participation, tolerance, progress)
-    search(Dense(strategy))
+    a = workload.matrix.dense()
+    search(Dense(_optimum(a, start.dense(), participation, tolerance, progress)))
     return search.best
 
 
@@ -82,15 +80,14 @@ def reverse_cholesky(gram: Array) -> Array:
     return np.ascontiguousarray(np.linalg.cholesky(gram[::-1, ::-1]).T[::-1, ::-1])
 
 
-def _banding(n: int, participation: Participation) -> tuple[int, Indices]:
-    """Return how many bands C may have, and for each step a window that a person enters once."""
+def _bands(n: int, participation: Participation) -> int:
+    """Return how many bands C may have for its sensitivity to be known."""
     match participation:
         case CyclicPoisson(groups=groups):
-            return min(groups, n), np.zeros(n, np.intp)
+            return min(groups, n)
         case MinSeparation(min_sep=b, max_participations=k) if k > 1:
-            # With more windows than participations a person would pick those of the largest norm.
-            return b, np.arange(n) // b if n <= k * b else np.zeros(n, np.intp)
-    return n, np.zeros(n, np.intp)
+            return b
+    return n
 
 
 def _optimum(
@@ -142,57 +139,3 @@ def _strategy(a: Array, x: Array, patterns: dual.Patterns) -> tuple[Array, float
         norms[p] = np.sqrt(overlaps.sum((1, 2)))[:, None]
     c /= norms
     return c, float(np.linalg.norm(solve_triangular(c, a.T, lower=True, trans="T")))
-
-
-def _banded(
-    a: Array,
-    start: Array,
-    bands: int,
-    windows: Indices,
-    tolerance: float,
-    progress: Progress | None,
-) -> Array:
-    """Return the best strategy with few bands whose columns have equal norms within a window.
-
-    L-BFGS on the entries E in the band and the logarithms of the windows' norms s; C is E with its
-    columns scaled to them. The objective is log |B|_F^2 + log sum s^2, where B = A C^-1 changes by
-    -B dC C^-1, so that the gradient of |B|_F^2 is -2 B^T B C^-T.
-    """
-    n = len(a)
-    rows, columns = np.nonzero(np.tri(n) - np.tri(n, k=-bands))
-    count = int(windows.max()) + 1
-
-    def strategy(u: Array) -> tuple[Array, Array, Array]:
-        c, s = np.zeros((n, n)), np.exp(u[:count])
-        c[rows, columns] = u[count:]
-        scale = s[windows] / np.linalg.norm(c, axis=0)
-        return c * scale, scale, s
-
-    def objective(u: Array) -> tuple[float, Array]:
-        c, scale, s = strategy(u)
-        decoder = solve_triangular(c, a.T, lower=True, trans="T")  # B^T
-        error, squares = float(np.vdot(decoder, decoder)), s * s
-        slope = solve_triangular(c, decoder @ decoder.T, lower=True).T * (-2 / error)
-        along = (slope * c).sum(0)
-        # Along a column lies the change of its window's norm; across, that of its direction.
-        of_norms = np.bincount(windows, along, count) + 2 * squares / squares.sum()
-        of_entries = (slope - c * (along / squares[windows])) * scale
-        value = float(np.log(error * squares.sum()))
-        return value, np.append(of_norms, of_entries[rows, columns])
-
-    def report(intermediate_result: OptimizeResult) -> None:
-        values.append(float(intermediate_result.fun))
-        if progress is not None:
-            progress(len(values) - 1, float(np.expm1((values[-2] - values[-1]) / 2)))
-
-    first: Array = np.append(np.zeros(count), start[rows, columns])
-    values = [objective(first)[0]]
-    found = minimize(
-        objective,
-        first,
-        jac=True,
-        method="L-BFGS-B",
-        callback=report,
-        options={"maxiter": MAX_ITERATIONS, "maxcor": 20, "ftol": tolerance / 100, "gtol": 0.0},
-    )
-    return strategy(np.asarray(found.x))[0]

@@ -20,6 +20,7 @@ from rootnoise.mechanism import Mechanism
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)
 LEFT = {"config.json", "claim.txt", "metrics.jsonl", "model.pt", "curves.png", "result.json"}
+LEFT |= {"privacy.json", "privacy.md"}
 PRIVATE = LEFT | {"mechanism.json", "ledger.bin"}
 
 
@@ -267,6 +268,12 @@ def cut_ledger(part):
         (lambda part: change_checkpoint(part, optimizer={}), "saved version must be 1, got None"),
         (lambda part: change_checkpoint(part, model={}), "checkpoint must fit this run, got Error"),
         (lambda part: (part / "ledger.bin").unlink(), "ledger file must be readable"),
+        (lambda part: (part / "privacy.json").unlink(), "privacy.json must be readable, got No"),
+        (lambda part: (part / "privacy.json").write_text("{"), "privacy.json must hold JSON, got"),
+        (
+            lambda part: (part / "privacy.json").write_text("{}"),
+            "privacy.json must be as it was se",
+        ),
         (cut_ledger, "ledger file must hold the 8 steps of the saved state"),
     ],
     ids=[
@@ -283,6 +290,9 @@ def cut_ledger(part):
         "optimizer missing",
         "model missing",
         "ledger missing",
+        "privacy missing",
+        "privacy damaged",
+        "privacy edited",
         "ledger cut",
     ],
 )

@@ -3,6 +3,7 @@
     config.json      the run's settings; --resume refuses any other
     mechanism.json   the calibrated mechanism (none for a run without privacy)
     claim.txt        the privacy claim
+    privacy.json, privacy.md   all that the run says about its privacy (`privacy`)
     metrics.jsonl    one line an evaluation, on the test set
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
     noise.key        SECRET, until the run ends: all noise is a function of it
@@ -28,8 +29,13 @@ import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
+from rootnoise.lab import privacy
+from rootnoise.lab.privacy import Statement
+from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
 from rootnoise.randomness import Key
+
+SECRETS = ("checkpoint.pt", "noise.key")
 
 
 class RunFolder:
@@ -52,7 +58,11 @@ class RunFolder:
             )
 
     def create(
-        self, config: Mapping[str, Any], claim: str, mechanism: Mechanism | None, key: Key | None
+        self,
+        config: Mapping[str, Any],
+        stated: Statement,
+        mechanism: Mechanism | None,
+        key: Key | None,
     ) -> None:
         """Make the folder of a new run.
 
@@ -63,7 +73,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_whole(self.path / "config.json", json.dumps(config, indent=1).encode())
-            write_whole(self.path / "claim.txt", claim.encode() + b"\n")
+            write_whole(self.path / "claim.txt", stated["claim"].encode() + b"\n")
+            self._write_privacy(stated)
         except OSError as reason:
             raise RootnoiseError(
                 f"out must be writable, got {self.path}: {reason.strerror}"
@@ -140,15 +151,44 @@ class RunFolder:
         lines = "".join(json.dumps(entry) + "\n" for entry in history)
         write_whole(self.path / "metrics.jsonl", lines.encode())
 
-    def finish(self, weights: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        """Write the final weights and the result, then delete the secrets."""
+    def finish(
+        self,
+        weights: Mapping[str, Any],
+        result: Mapping[str, Any],
+        stated: Statement,
+        ledger: Ledger | None,
+    ) -> None:
+        """Write the final weights, what the run says about its privacy and the result.
+
+        The secrets are deleted after that.
+        """
         write_whole(self.path / "model.pt", _serialised(weights))
-        write_whole(self.path / "result.json", json.dumps(result, indent=1).encode())
+        last = json.dumps(result, indent=1).encode()
+        files = {name: (self.path / name).read_bytes() for name in self.evidence()}
+        self._write_privacy(privacy.completed(stated, ledger, files | {"result.json": last}))
+        write_whole(self.path / "result.json", last)
         self.delete_secrets()
+
+    def evidence(self) -> list[str]:
+        """Return the names of the files that `privacy.json` vouches for, in order."""
+        names = (file.name for file in self.path.iterdir() if not file.name.startswith("."))
+        return sorted(set(names) - {*SECRETS, "privacy.json", "privacy.md"})
+
+    def statement(self) -> Statement:
+        """Read what the run says about its privacy.
+
+        Raises:
+            RootnoiseError: it is missing, or it was edited.
+        """
+        return privacy.read(self.path / "privacy.json")
+
+    def _write_privacy(self, stated: Statement) -> None:
+        write_whole(self.path / "privacy.json", privacy.as_json(stated))
+        write_whole(self.path / "privacy.md", privacy.as_markdown(stated))
 
     def delete_secrets(self) -> None:
         """Remove the key and the checkpoint, which holds noise."""
-        for name in ("checkpoint.pt", "noise.key"):
+        for name in SECRETS:
             (self.path / name).unlink(missing_ok=True)
 
 

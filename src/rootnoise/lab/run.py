@@ -13,6 +13,7 @@ from rootnoise.lab import plots
 from rootnoise.lab.checkpoint import RunFolder
 from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import load
+from rootnoise.lab.privacy import statement
 from rootnoise.lab.trainer import OnStep, Trainer
 from rootnoise.mechanism import Mechanism
 from rootnoise.training import PrivateOptimizer
@@ -84,14 +85,16 @@ def run(
     key = None
     if private:
         key = folder.key() if resume else make_key(config)
+    stated = folder.statement() if resume else statement(config, sampler, mechanism, key)
     trainer = Trainer(config, data, sampler, mechanism, key)
     if resume:
         trainer.load_state_dict(folder.checkpoint())
     else:
-        folder.create(settings, claim(config, mechanism), mechanism, key)
+        folder.create(settings, stated, mechanism, key)
         folder.save_checkpoint(trainer.state_dict())
-    if isinstance(trainer.optimizer, PrivateOptimizer):
-        trainer.optimizer.ledger.keep(folder.path / "ledger.bin")
+    ledger = trainer.optimizer.ledger if isinstance(trainer.optimizer, PrivateOptimizer) else None
+    if ledger is not None:
+        ledger.keep(folder.path / "ledger.bin")
     while trainer.t < sampler.n_steps:
         trainer.epoch(on_step)
         folder.write_metrics(trainer.history)
@@ -100,7 +103,7 @@ def run(
     curve = [entry["test_accuracy"] for entry in trainer.history]
     plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
     result = _result(config, trainer, mechanism, folder.path)
-    folder.finish(trainer.model.state_dict(), asdict(result))
+    folder.finish(trainer.model.state_dict(), asdict(result), stated, ledger)
     return result
 
 

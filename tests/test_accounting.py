@@ -135,7 +135,8 @@ def test_poisson_lies_between_a_fine_optimistic_pld_and_renyi(sigma, q, steps, g
 
 
 @pytest.mark.parametrize(
-    ("epsilon", "q", "steps"), [(8.0, 500 / 60000, 1200), (1.0, 0.1, 50), (0.3, 0.5, 4)]
+    ("epsilon", "q", "steps"),
+    [(8.0, 500 / 60000, 1200), (1.0, 0.1, 50), (0.3, 0.5, 4), (8.0, 1e-4, 10), (20.0, 0.9, 10)],
 )
 def test_poisson_calibration_is_on_the_private_side(epsilon, q, steps):
     who = CyclicPoisson(1, q)
@@ -143,6 +144,9 @@ def test_poisson_calibration_is_on_the_private_side(epsilon, q, steps):
     cost = accounting.privacy_cost(who, steps, sigma, 1e-5).epsilon
     assert epsilon * 0.999 <= cost <= epsilon
     assert sigma < accounting.noise_multiplier(ONCE, 1, epsilon, 1e-5) * steps**0.5
+    rough = accounting.noise_multiplier(who, steps, epsilon, 1e-5, tolerance=0.01)
+    assert sigma * (1 - 1e-6) <= rough <= sigma * 1.01
+    assert epsilon * 0.99 <= accounting.privacy_cost(who, steps, rough, 1e-5).epsilon <= epsilon
 
 
 def test_grids_hold_within_a_thousandth():
@@ -173,6 +177,14 @@ def test_grids_hold_within_a_thousandth():
             "epsilon must be .*, got inf",
         ),
         (lambda: accounting.noise_multiplier(ONCE, 1, 1, 2), "delta must be .* < 1, got 2.0"),
+        (
+            lambda: accounting.noise_multiplier(CyclicPoisson(1, 1e-3), 5, 1.0, 0.01),
+            r"delta must be below the chance to be drawn, at most 0.005, got 0.01",
+        ),
+        (
+            lambda: accounting.noise_multiplier(CyclicPoisson(1, 0.5), 5, 1.0, 0.01, 1e-4),
+            "tolerance must be a finite number >= 0.001 and < 1, got 0.0001",
+        ),
         (
             lambda: accounting.privacy_cost(FixedCycle(5, 2), 11, 1, 0.1),
             r"n_steps must be in \[6, period\*epochs=10\]",

@@ -82,6 +82,7 @@ def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
         ("--batch-size", "5000", "batch_size must be in [1, n_examples=1442], got 5000"),
         ("--batch-size", "0", "batch_size must be >= 1, got 0"),
         ("--epochs", "0", "epochs must be >= 1, got 0"),
+        ("--checkpoint-every", "0", "checkpoint_every must be >= 1, got 0"),
         ("--epochs", "two", "--epochs"),
         ("--mechanism", "magic", "mechanism must be one of none, dpsgd, banded"),
         ("--sampling", "poisson", "sampling must be fixed-cycle for mechanism bsr, got poisson"),

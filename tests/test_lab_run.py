@@ -11,10 +11,12 @@ from torch.nn.functional import cross_entropy
 
 from rootnoise._check import RootnoiseError
 from rootnoise.lab import demo as demo_module
+from rootnoise.lab import trainer as trainer_module
+from rootnoise.lab.checkpoint import RunFolder
 from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import load
 from rootnoise.lab.run import run
-from rootnoise.lab.trainer import Trainer
+from rootnoise.lab.trainer import SurroundingsWarning, Trainer
 from rootnoise.mechanism import Mechanism
 
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
@@ -125,6 +127,29 @@ def test_resume_gives_the_same_bits(tmp_path, mechanism, step):
     assert accuracies[0] == accuracies[1]
 
 
+@pytest.mark.parametrize("every", [1, 3, 1000])
+def test_checkpoints_come_every_so_many_steps_and_each_epoch(tmp_path, every):
+    steps, config = [], with_(insecure_noise_seed=5)
+
+    def on_step(t, n_steps, accuracy):
+        steps.append(RunFolder(tmp_path / "out").checkpoint()["optimizer"]["t"])
+
+    run(config, tmp_path / "out", checkpoint_every=every, on_step=on_step)
+    made = [t - t % PERIOD + t % PERIOD // every * every for t in range(3 * PERIOD)]
+    assert steps == made
+    run(config, tmp_path / "whole")
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "out")[name], weight)
+
+
+def test_other_surroundings_are_warned_of(tmp_path, monkeypatch):
+    config = with_(insecure_noise_seed=5)
+    stopped(tmp_path / "out", config)
+    monkeypatch.setattr(trainer_module, "surroundings", lambda: "torch 1.0, 99 threads")
+    with pytest.warns(SurroundingsWarning, match=r"goes on in torch 1\.0, .* written in torch 2"):
+        run(config, tmp_path / "out", resume=True)
+
+
 def test_secrets_are_private_while_the_run_lasts_and_gone_after_it(tmp_path):
     config = with_(mechanism="dpsgd")
     stopped(tmp_path, config)
@@ -176,6 +201,7 @@ def test_settings_are_refused(fields, message):
     ("fields", "message"),
     [
         ({"batch_size": 2000}, r"batch_size must be in \[1, n_examples=1442\], got 2000"),
+        ({"every": 0}, "checkpoint_every must be >= 1, got 0"),
         ({"bands": 25}, r"bands must be in \[1, n_steps=24\], got 25"),
         ({"mechanism": "identity", "bands": 2}, "bands must be left out for mechanism 'identity'"),
         ({"model": "huge"}, "model must be one of .*, got 'huge'"),
@@ -185,8 +211,10 @@ def test_settings_are_refused(fields, message):
 def test_what_does_not_fit_the_data_is_refused_before_anything_is_written(
     tmp_path, fields, message
 ):
+    every = fields.get("every")
+    config = with_(**{name: value for name, value in fields.items() if name != "every"})
     with pytest.raises(RootnoiseError, match=message):
-        run(with_(**fields), tmp_path / "out")
+        run(config, tmp_path / "out", checkpoint_every=every)
     assert not list(tmp_path.iterdir())
 
 
@@ -243,8 +271,8 @@ def weaken_mechanism(part):
 
 
 def change_checkpoint(part, **fields):
-    path = part / "checkpoint.pt"
-    torch.save(torch.load(path, weights_only=True) | fields, path)
+    folder = RunFolder(part)
+    folder.save_checkpoint(folder.checkpoint() | fields)
 
 
 def cut_ledger(part):
@@ -263,8 +291,9 @@ def cut_ledger(part):
         (lambda part: (part / "noise.key").unlink(), "noise.key must be readable to resume"),
         (lambda part: (part / "noise.key").write_text("00" * 32), "saved noise's key_id must be"),
         (lambda part: (part / "checkpoint.pt").unlink(), "checkpoint.pt must be readable"),
-        (lambda part: (part / "checkpoint.pt").write_bytes(b"x"), "checkpoint.pt must be readable"),
-        (lambda part: torch.save(1, part / "checkpoint.pt"), "must hold a mapping, got int"),
+        (lambda part: (part / "checkpoint.pt").write_bytes(b"x"), "checkpoint.pt must be as a run"),
+        (lambda part: torch.save({}, part / "checkpoint.pt"), "checkpoint.pt must be as a run"),
+        (lambda part: change_checkpoint(part, data="0"), "training set must be the one the run"),
         (lambda part: change_checkpoint(part, optimizer={}), "saved version must be 1, got None"),
         (lambda part: change_checkpoint(part, model={}), "checkpoint must fit this run, got Error"),
         (lambda part: (part / "ledger.bin").unlink(), "ledger file must be readable"),
@@ -287,6 +316,7 @@ def cut_ledger(part):
         "checkpoint missing",
         "checkpoint damaged",
         "checkpoint replaced",
+        "data changed",
         "optimizer missing",
         "model missing",
         "ledger missing",

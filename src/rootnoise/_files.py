@@ -9,12 +9,25 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace `path` in one move once `content` is on disk: a crash leaves the old or the new file.
 
+    When it returns, the new file survives a crash of the machine.
+
     Raises:
         OSError: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial(path)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the new name, too, is on disk
+        finally:
+            os.close(folder)
+
+
+def partial(path: Path) -> Path:
+    """Return where `write_whole` writes first; a crash can leave that file behind."""
+    return path.with_name(f".{path.name}.partial")

@@ -10,6 +10,7 @@ where its entropy is 11.4.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError
+from rootnoise._files import write_whole
 
 Indices = NDArray[np.int64]
 
@@ -74,13 +76,13 @@ class Journal:
             RootnoiseError: the file exists or cannot be written.
         """
         try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            write_whole(path, first_line(header), 0o600)
         except OSError as reason:
             raise RootnoiseError(
                 f"ledger file must be new and writable, got {path}: {reason.strerror}"
             ) from None
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(first_line(header))
         return cls(path)
 
     @classmethod

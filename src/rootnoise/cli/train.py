@@ -57,6 +57,9 @@ def train(
         ),
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set's files.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue the unfinished run in OUT, same options.")
     ] = False,
@@ -90,5 +93,12 @@ def train(
         insecure_noise_seed=insecure_noise_seed,
     )
     with _progress.steps(f"{mechanism} on {dataset}", quiet=json) as on_step:
-        result = run(config, out, data_dir=data_dir, resume=resume, on_step=on_step)
+        result = run(
+            config,
+            out,
+            data_dir=data_dir,
+            resume=resume,
+            checkpoint_every=checkpoint_every,
+            on_step=on_step,
+        )
     show(f"{mechanism} on {dataset}", dataclasses.asdict(result), json)

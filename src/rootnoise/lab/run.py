@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rootnoise._check import integer
 from rootnoise.lab import plots
 from rootnoise.lab.checkpoint import RunFolder
 from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import load
-from rootnoise.lab.privacy import statement
+from rootnoise.lab.privacy import Statement, statement
 from rootnoise.lab.trainer import OnStep, Trainer
-from rootnoise.mechanism import Mechanism
 from rootnoise.training import PrivateOptimizer
 
 
@@ -58,6 +58,7 @@ def run(
     *,
     data_dir: Path | None = None,
     resume: bool = False,
+    checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
     """Train and evaluate, or continue to; all that can be refused is refused before `out` is made.
@@ -71,12 +72,36 @@ def run(
         out: a new or empty folder; `lab.checkpoint` lists its files.
         data_dir: where the data set's files are.
         resume: continue the unfinished run in `out`, with the same config.
+        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
         on_step: called after every step.
 
     Raises:
         RootnoiseError: settings that do not fit each other, the data or the folder.
     """
-    folder, settings = RunFolder(out), asdict(config)
+    if checkpoint_every is not None:
+        integer("checkpoint_every", checkpoint_every, 1)
+    with RunFolder(out) as folder:
+        trainer, stated = _begin(config, folder, data_dir, resume)
+        folder.write_metrics(trainer.history)
+        while trainer.t < trainer.sampler.n_steps:
+            trainer.epoch(on_step, checkpoint_every)
+            folder.save_checkpoint(trainer.state_dict())
+            folder.write_metrics(trainer.history)
+        title = f"{config.mechanism} on {config.dataset}"
+        curve = [entry["test_accuracy"] for entry in trainer.history]
+        plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
+        optimizer = trainer.optimizer
+        ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
+        result = _result(config, trainer, folder.path)
+        folder.finish(trainer.model.state_dict(), asdict(result), stated, ledger)
+    return result
+
+
+def _begin(
+    config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
+) -> tuple[Trainer, Statement]:
+    """Return the new or resumed run, its checkpoint on disk, and what it states."""
+    settings = asdict(config)
     folder.reopen(settings) if resume else folder.refuse_used()
     data = load(config.dataset, data_dir)
     sampler = make_sampler(config, data.n_train)
@@ -90,26 +115,17 @@ def run(
     if resume:
         trainer.load_state_dict(folder.checkpoint())
     else:
-        folder.create(settings, stated, mechanism, key)
-        folder.save_checkpoint(trainer.state_dict())
-    ledger = trainer.optimizer.ledger if isinstance(trainer.optimizer, PrivateOptimizer) else None
-    if ledger is not None:
-        ledger.keep(folder.path / "ledger.bin")
-    while trainer.t < sampler.n_steps:
-        trainer.epoch(on_step)
-        folder.write_metrics(trainer.history)
-        folder.save_checkpoint(trainer.state_dict())
-    title = f"{config.mechanism} on {config.dataset}"
-    curve = [entry["test_accuracy"] for entry in trainer.history]
-    plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
-    result = _result(config, trainer, mechanism, folder.path)
-    folder.finish(trainer.model.state_dict(), asdict(result), stated, ledger)
-    return result
+        folder.create(settings, stated, mechanism, key, trainer.state_dict())
+    if isinstance(trainer.optimizer, PrivateOptimizer):
+        trainer.optimizer.ledger.keep(folder.path / "ledger.bin")
+    return trainer, stated
 
 
-def _result(config: RunConfig, trainer: Trainer, mechanism: Mechanism | None, out: Path) -> Result:
+def _result(config: RunConfig, trainer: Trainer, out: Path) -> Result:
     optimizer, last = trainer.optimizer, trainer.history[-1]
-    rows = optimizer.stream.memory_rows if isinstance(optimizer, PrivateOptimizer) else None
+    rows, mechanism = None, None
+    if isinstance(optimizer, PrivateOptimizer):
+        rows, mechanism = optimizer.stream.memory_rows, optimizer.mechanism
     return Result(
         dataset=config.dataset,
         model=config.model,

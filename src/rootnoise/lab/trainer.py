@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -24,6 +27,10 @@ from rootnoise.training import PrivateOptimizer, privatize
 OnStep = Callable[[int, int, float | None], None]
 
 EVALUATION_BATCH = 2000
+
+
+class SurroundingsWarning(RuntimeWarning):
+    """A run is resumed where arithmetic may round differently."""
 
 
 class Trainer:
@@ -64,21 +71,36 @@ class Trainer:
         """Steps made."""
         return self.optimizer.t
 
-    def epoch(self, on_step: OnStep | None = None) -> None:
-        """Train until the end of the epoch, evaluate on the test set, and add to `history`."""
+    def epoch(self, on_step: OnStep | None = None, most: int | None = None) -> None:
+        """Train to the end of the epoch, evaluate on the test set, and add to `history`.
+
+        With `most`, stop after that many steps if the epoch does not end before.
+        """
         start = time.perf_counter()
         per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
+        end = min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
+        stop = end if most is None else min(self.t + most, end)
         accuracy = self.history[-1]["test_accuracy"] if self.history else None
         with warnings.catch_warnings():
             # torch, on Opacus's hooks: the first layer's input, the data, needs no gradient.
             warnings.filterwarnings("ignore", "Full backward hook is firing")
-            for _ in range(min(per_epoch, self.sampler.n_steps - self.t)):
+            while self.t < stop:
                 self._step()
                 if on_step is not None:
                     on_step(self.t, self.sampler.n_steps, accuracy)
         self._seconds += time.perf_counter() - start
+        if stop < end:
+            return
         entry = {"epoch": len(self.history) + 1, "step": self.t, "test_accuracy": self.accuracy()}
         self.history.append(entry | {"seconds": self._seconds})
+
+    @cached_property
+    def _data(self) -> str:
+        """A hash of the training set; as secret as the checkpoint that it goes into."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (self.data.train_inputs, self.data.train_labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
 
     def _step(self) -> None:
         batch = self.sampler.batch(self.t)
@@ -103,6 +125,8 @@ class Trainer:
         """Return all that a resumed run needs, but the key."""
         return {
             "version": 1,
+            "data": self._data,
+            "surroundings": surroundings(),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
@@ -112,9 +136,22 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run.
 
+        The bits are those of the uninterrupted run in the same surroundings; others are warned of.
+        They do not touch privacy: steps past the checkpoint have released nothing.
+
         Raises:
-            RootnoiseError: the state is not of this run.
+            RootnoiseError: the state is not of this run, or the training set has changed.
         """
+        if state.get("data") != self._data:
+            raise RootnoiseError("training set must be the one the run began with, got another")
+        then, now = state.get("surroundings"), surroundings()
+        if then != now:
+            warnings.warn(
+                f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "
+                "of the weights will not be those of an uninterrupted run",
+                SurroundingsWarning,
+                stacklevel=2,
+            )
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             self.model.load_state_dict(state["model"])
@@ -122,6 +159,12 @@ class Trainer:
         except (KeyError, TypeError, RuntimeError) as reason:
             line = " ".join(str(reason).split())
             raise RootnoiseError(f"checkpoint must fit this run, got {line:.120}") from None
+
+
+def surroundings() -> str:
+    """Return what the last bits of a run depend on besides its settings, in one line."""
+    cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"
 
 
 class _PlainOptimizer:

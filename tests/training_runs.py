@@ -1,0 +1,68 @@
+"""What the processes of test_kill run; a child can import it, a test module it cannot."""
+
+from __future__ import annotations
+
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from processes import kill_at_line, kill_at_state, kill_inside_write
+from rootnoise.lab import plots
+from rootnoise.lab.config import RunConfig
+from rootnoise.lab.run import run
+
+CONFIG = RunConfig(
+    dataset="digits",
+    model="logistic",
+    epsilon=4.0,
+    epochs=3,
+    batch_size=200,
+    lr=0.2,
+    insecure_noise_seed=5,
+)
+RUN = (
+    "_files.py",
+    "randomness.py",
+    "noise.py",
+    "ledger.py",
+    "training.py",
+    "lab/checkpoint.py",
+    "lab/trainer.py",
+    "lab/run.py",
+)
+FOLDER = ("_files.py", "lab/checkpoint.py", "lab/run.py")
+
+
+def train(out: Path, every: int | None, config: RunConfig = CONFIG) -> None:
+    """Start the run in `out`, or resume it where it has a config.json; without its picture."""
+    plots.learning_curves = _nothing  # type: ignore[assignment]
+    run(config, out, resume=(out / "config.json").exists(), checkpoint_every=every)
+
+
+def _nothing(*_: object) -> None:
+    """Drawing takes most of the time of so short a run."""
+
+
+def train_killed_at_line(out: Path, every: int, fuse: int) -> None:
+    kill_at_line(fuse, RUN)
+    train(out, every)
+
+
+def train_killed_at_state(out: Path, every: int, fuse: int) -> None:
+    kill_at_state(fuse, out, FOLDER)
+    train(out, every)
+
+
+def train_killed_inside_write(out: Path, every: int, fuse: int) -> None:
+    kill_inside_write(fuse)
+    train(out, every)
+
+
+def train_and_wait(out: Path, at: Connection) -> None:
+    """Say when the second step is made, and make no third."""
+
+    def on_step(t: int, n_steps: int, accuracy: float | None) -> None:
+        if t == 2:
+            at.send(t)
+            at.recv()
+
+    run(CONFIG, out, checkpoint_every=1, on_step=on_step)

@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 from rootnoise import RootnoiseError, accounting
+from rootnoise.accounting import gaussian
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 
 ONCE = SingleParticipation()
@@ -152,8 +153,8 @@ def test_poisson_calibration_is_on_the_private_side(epsilon, q, steps):
 def test_grids_hold_within_a_thousandth():
     """Ten times finer than where refinement stopped changes epsilon by less than promised."""
     sigma, q, steps = 10.0, 0.01, 2000  # a small epsilon needs the finest grids
-    epsilon, grid = accounting._refined(sigma, q, steps, 1e-5)
-    finer = accounting._poisson_epsilon(sigma, q, steps, 1e-5, grid / 10)
+    epsilon, grid = gaussian._refined(sigma, q, steps, 1e-5)
+    finer = gaussian._on_grid(sigma, q, steps, 1e-5, grid / 10)
     assert finer * (1 - 1e-4) <= epsilon <= finer * 1.001
 
 

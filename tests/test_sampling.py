@@ -11,12 +11,13 @@ from scipy import stats
 from rootnoise._check import RootnoiseError
 from rootnoise.ledger import Ledger
 from rootnoise.participation import CyclicPoisson, FixedCycle
-from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
+from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, FixedCycleSampler
 
 SAMPLERS = {
     "fixed cycle": lambda **k: FixedCycleSampler(n_examples=103, batch_size=10, epochs=3, **k),
     "poisson": lambda **k: CyclicPoissonSampler(n_examples=103, batch_size=10, n_steps=40, **k),
     "cyclic": lambda **k: CyclicPoissonSampler(103, batch_size=5, n_steps=40, groups=7, **k),
+    "bins": lambda **k: BallsInBinsSampler(n_examples=103, batch_size=10, epochs=3, **k),
     "single": lambda **k: FixedCycleSampler(n_examples=103, batch_size=99, epochs=1, **k),
 }
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rootnoise._check import RootnoiseError
 
 if TYPE_CHECKING:
-    from rootnoise.accounting import PrivacyCost, noise_multiplier, privacy_cost
+    from rootnoise.accounting import MonteCarlo, PrivacyCost, noise_multiplier, privacy_cost
     from rootnoise.buffered import BufferedToeplitz
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
     from rootnoise.certificate import Certificate, check, lower_bound
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
     from rootnoise.participation import (
+        BallsInBins,
         CyclicPoisson,
         FixedCycle,
         MinSeparation,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         SingleParticipation,
     )
     from rootnoise.randomness import Key
-    from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
+    from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, FixedCycleSampler
     from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
     from rootnoise.workload import (
@@ -56,6 +57,7 @@ _MODULES = {
         "prefix_sum",
     ),
     "participation": (
+        "BallsInBins",
         "CyclicPoisson",
         "FixedCycle",
         "MinSeparation",
@@ -70,14 +72,14 @@ _MODULES = {
     "diagonals": ("Banded",),
     "certificate": ("Certificate", "check", "lower_bound"),
     # privacy
-    "accounting": ("PrivacyCost", "noise_multiplier", "privacy_cost"),
+    "accounting": ("MonteCarlo", "PrivacyCost", "noise_multiplier", "privacy_cost"),
     "mechanism": ("Mechanism",),
     "diagnostics": ("Finding", "diagnose"),
     # running
     "randomness": ("Key",),
     "noise": ("NoiseStream",),
     "ledger": ("Ledger",),
-    "sampling": ("CyclicPoissonSampler", "FixedCycleSampler"),
+    "sampling": ("BallsInBinsSampler", "CyclicPoissonSampler", "FixedCycleSampler"),
     "training": ("PrivateOptimizer", "privatize"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

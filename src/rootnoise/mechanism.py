@@ -73,7 +73,11 @@ class Mechanism:
         sens = sensitivity(self.strategy, self.participation)
         object.__setattr__(self, "sensitivity", sens)
         cost = accounting.privacy_cost(
-            self.participation, self.n_steps, self.noise_multiplier, self.delta
+            self.participation,
+            self.n_steps,
+            self.noise_multiplier,
+            self.delta,
+            strategy=self.strategy,
         )
         object.__setattr__(self, "privacy", cost)
 
@@ -110,7 +114,11 @@ class Mechanism:
         if noise_multiplier is None:
             assert epsilon is not None  # noqa: S101 - for the type checker
             noise_multiplier = accounting.noise_multiplier(
-                participation, factorization.n_steps, epsilon, delta
+                participation,
+                factorization.n_steps,
+                epsilon,
+                delta,
+                strategy=factorization.strategy,
             )
         return cls(
             factorization.mechanism,
@@ -173,13 +181,15 @@ class Mechanism:
     def claim(self) -> str:
         """Return the privacy guarantee as sentences that an auditor can check."""
         sens, cost = self.sensitivity, self.privacy
-        amplified = isinstance(self.participation, CyclicPoisson)
+        amplified = self.participation.amplified
         relation = (
             "added to or removed from the data set"
             if amplified
             else "zeroed out (its gradients replaced by zero, everybody else's steps unchanged)"
         )
-        sens_name = "column norm" if amplified else "sensitivity"
+        sens_name = (
+            "column norm" if isinstance(self.participation, CyclicPoisson) else "sensitivity"
+        )
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         return (

@@ -1,12 +1,14 @@
 """WHO may take part WHEN: frozen values that sampler, sensitivity and accountant all read.
 
 A "person" is one record of the data set. Each value bounds the steps at which one person's
-gradient may enter, and refuses (`validate`) the step counts that it cannot cover.
+gradient may enter, and refuses (`validate`) the step counts that it cannot cover. Where steps are
+drawn at random, and kept secret, privacy is `amplified`.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from dataclasses import fields as fields_of
 from typing import Any, ClassVar
 
 from rootnoise._check import RootnoiseError, integer, real
@@ -17,6 +19,7 @@ class SingleParticipation:
     """Every person takes part in at most one step: one pass over the data."""
 
     type: ClassVar[str] = "single"
+    amplified: ClassVar[bool] = False
 
     def validate(self, n_steps: int) -> None:
         """Accept any number of steps."""
@@ -36,6 +39,7 @@ class MinSeparation:
     min_sep: int
     max_participations: int
     type: ClassVar[str] = "min-sep"
+    amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _set_integers(self, "min_sep", "max_participations")
@@ -64,6 +68,7 @@ class FixedCycle:
     period: int
     epochs: int
     type: ClassVar[str] = "fixed-cycle"
+    amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _set_integers(self, "period", "epochs")
@@ -92,6 +97,25 @@ class FixedCycle:
 
 
 @dataclass(frozen=True)
+class BallsInBins(FixedCycle):
+    """A fixed cycle in which each person's first step is drawn: uniform on the first `period` ones.
+
+    Choquette-Choo et al. (2024): every person falls into one of `period` bins, independently of all
+    others, and takes part whenever the bin has its turn. Sensitivity and error are those of the
+    fixed cycle; the accountant knows that the bin is random, and that it is secret.
+
+    Raises:
+        RootnoiseError: period or epochs below 1.
+    """
+
+    type: ClassVar[str] = "balls-in-bins"
+    amplified: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"{super().__str__()}, from a first step drawn at random"
+
+
+@dataclass(frozen=True)
 class CyclicPoisson:
     """Step t draws each person of group t mod `groups` independently with `probability`.
 
@@ -105,6 +129,7 @@ class CyclicPoisson:
     groups: int
     probability: float
     type: ClassVar[str] = "cyclic-poisson"
+    amplified: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _set_integers(self, "groups")
@@ -124,7 +149,7 @@ class CyclicPoisson:
         return f"independently with probability {self.probability:.6g} at {turn}"
 
 
-Participation = SingleParticipation | MinSeparation | FixedCycle | CyclicPoisson
+Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | CyclicPoisson
 
 
 def to_dict(participation: Participation) -> dict[str, Any]:
@@ -145,7 +170,7 @@ def from_dict(fields: dict[str, Any]) -> Participation:
     known = {kind.type: kind for kind in Participation.__args__}
     kind = known.get(str(fields.get("type")))
     values = {name: value for name, value in fields.items() if name != "type"}
-    if kind is None or set(values) != set(kind.__dataclass_fields__) - {"type"}:
+    if kind is None or set(values) != {field.name for field in fields_of(kind)}:
         raise RootnoiseError(f"participation must be of a known type, got {fields!s:.60}")
     result: Participation = kind(**values)
     return result

@@ -15,7 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.participation import CyclicPoisson, FixedCycle, Participation, to_dict
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    Participation,
+    to_dict,
+)
 from rootnoise.randomness import Key
 
 Indices = NDArray[np.int64]
@@ -29,7 +35,7 @@ class Sampler(ABC):
         batch_size: expected size of a batch and always the divisor of the mean gradient.
         n_steps: how many batches there are.
         participation: who may appear when; what the accountant reads.
-        seed: fixes all batches. For Poisson sampling it is a secret: the privacy amplification
+        seed: fixes all batches. Where `participation.amplified` it is a secret: the amplification
             holds only against those who cannot tell who was drawn.
     """
 
@@ -42,8 +48,8 @@ class Sampler(ABC):
         self._seed(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
 
     @abstractmethod
-    def _shuffle(self, permutation: Indices) -> None:
-        """Take the random order of the examples that the seed gives."""
+    def _assign(self) -> None:
+        """Make what the seed fixes for all steps."""
 
     @abstractmethod
     def _batch(self, t: int) -> Indices:
@@ -52,7 +58,10 @@ class Sampler(ABC):
     def _seed(self, seed: int) -> None:
         self.seed = seed
         self._key = Key.from_seed(seed).derive(f"sampler {self.participation.type}")
-        self._shuffle(self._key.derive("shuffle").generator().permutation(self.n_examples))
+        self._assign()
+
+    def _permutation(self) -> Indices:
+        return self._key.derive("shuffle").generator().permutation(self.n_examples)
 
     def batch(self, t: int) -> Indices:
         """Return the indices of step t, sorted; it may be empty when the size is random.
@@ -136,8 +145,8 @@ class FixedCycleSampler(Sampler):
             n_steps = self.participation.period * self.participation.epochs
         super().__init__(size, batch, n_steps, seed)
 
-    def _shuffle(self, permutation: Indices) -> None:
-        self._order = permutation
+    def _assign(self) -> None:
+        self._order = self._permutation()
 
     def _batch(self, t: int) -> Indices:
         start = t % self.participation.period * self.batch_size
@@ -187,11 +196,63 @@ class CyclicPoissonSampler(Sampler):
         self.participation = CyclicPoisson(groups, drawn / size)
         super().__init__(size, batch, n_steps, seed)
 
-    def _shuffle(self, permutation: Indices) -> None:
-        parts = np.array_split(permutation, self.participation.groups)
+    def _assign(self) -> None:
+        parts = np.array_split(self._permutation(), self.participation.groups)
         self._parts = [np.sort(part) for part in parts]
         self._draws = self._key.derive("draws")
 
     def _batch(self, t: int) -> Indices:
         part = self._parts[t % self.participation.groups]
         return part[self._draws.generator(t).random(part.size) < self.participation.probability]
+
+
+class BallsInBinsSampler(Sampler):
+    """Every example falls into one of the bins, and every epoch takes the bins in the same order.
+
+    Bins are drawn independently and uniformly (Choquette-Choo et al., 2024), so that their sizes
+    vary and a bin can be empty. There are period = ceil(n_examples / batch_size) of them; all
+    examples are used, once an epoch.
+
+    Args:
+        n_examples: size of the data set.
+        batch_size: expected examples a step, up to rounding; the divisor of the mean gradient.
+        epochs: how often each example takes part.
+        seed: fixes the bins; from OS entropy when None. Keep it secret, see `Sampler`.
+        n_steps: steps to make, inside the last epoch; all period * epochs when None.
+
+    Raises:
+        RootnoiseError: a number out of its range.
+
+    >>> sampler = BallsInBinsSampler(n_examples=10, batch_size=4, epochs=2, seed=0)
+    >>> sampler.participation
+    BallsInBins(period=3, epochs=2)
+    >>> [batch.tolist() for batch in sampler][:3] == [batch.tolist() for batch in sampler][3:]
+    True
+    """
+
+    participation: BallsInBins
+
+    def __init__(
+        self,
+        n_examples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int | None = None,
+        n_steps: int | None = None,
+    ) -> None:
+        size, batch = _sizes(n_examples, batch_size)
+        self.participation = BallsInBins(-(-size // batch), epochs)
+        if n_steps is None:
+            n_steps = self.participation.period * self.participation.epochs
+        super().__init__(size, batch, n_steps, seed)
+
+    def _assign(self) -> None:
+        period = self.participation.period
+        bins = self._key.derive("bins").generator().integers(period, size=self.n_examples)
+        # Stable: within a bin the examples stay in order.
+        self._order = np.argsort(bins, kind="stable")
+        self._starts = np.searchsorted(bins[self._order], np.arange(period + 1))
+
+    def _batch(self, t: int) -> Indices:
+        i = t % self.participation.period
+        return self._order[self._starts[i] : self._starts[i + 1]].copy()

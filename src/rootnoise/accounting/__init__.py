@@ -1,0 +1,230 @@
+"""(epsilon, delta) <-> noise multiplier, for a whole run.
+
+Without amplification the run is ONE Gaussian mechanism of sensitivity 1 and standard deviation
+`noise_multiplier`, whatever the strategy (Denisov et al. 2022: adaptivity costs nothing when C is
+lower-triangular). Its epsilon is exact. Where a person's steps are drawn at random, the accountant
+composes subsampled Gaussians, or samples the likelihood ratio of a Gaussian mixture. The page
+Accounting of the documentation says which theorem stands behind each number. Every number is
+rounded to the private side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from scipy.optimize import brentq
+
+from rootnoise._check import RootnoiseError, real
+from rootnoise.accounting import estimate, gaussian
+from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
+from rootnoise.accounting.estimate import Mixture
+from rootnoise.accounting.gaussian import GRID_TOLERANCE, SAFETY
+from rootnoise.causal import CausalMatrix
+from rootnoise.participation import BallsInBins, CyclicPoisson, Participation
+from rootnoise.sensitivity import sensitivity
+
+__all__ = [
+    "SAFETY",
+    "MonteCarlo",
+    "PrivacyCost",
+    "noise_multiplier",
+    "noise_multiplier_for",
+    "privacy_cost",
+]
+
+# A calibration confirms at most this often; the evaluations share the probability of failure.
+ATTEMPTS = 8
+
+
+def privacy_cost(
+    participation: Participation,
+    n_steps: int,
+    noise_multiplier: float,
+    delta: float,
+    *,
+    strategy: CausalMatrix | None = None,
+    monte_carlo: MonteCarlo | None = None,
+) -> PrivacyCost:
+    """Return the epsilon that `noise_multiplier` buys at `delta`, one person added or removed.
+
+    Unamplified: Balle & Wang (2018), Theorem 8, exact. Cyclic Poisson: ceil(n / groups)
+    compositions of the Poisson-subsampled Gaussian (Choquette-Choo et al. 2023, Theorem 4; one
+    group is DP-SGD) by privacy loss distributions, an upper bound within 0.1 % of the exact
+    composition. Balls in bins: an upper confidence bound by Monte Carlo.
+
+    Args:
+        participation: who may take part when.
+        n_steps: steps of the run.
+        noise_multiplier: standard deviation of Z over clip norm * sensitivity, as `sensitivity`
+            defines it for this participation.
+        delta: in (0, 1).
+        strategy: C; balls in bins need it, nothing else does.
+        monte_carlo: how to sample where that is needed.
+
+    Raises:
+        RootnoiseError: an argument out of range, n_steps that the participation refuses, or a
+            strategy that is missing or not its like.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> round(privacy_cost(SingleParticipation(), 100, 3.7306316348, 1e-5).epsilon, 6)
+    1.0
+    """
+    sigma = real("noise_multiplier", noise_multiplier, above=0)
+    real("delta", delta, above=0, below=1)
+    participation.validate(n_steps)
+    if isinstance(participation, BallsInBins):
+        settings = monte_carlo or MonteCarlo()
+        mixture = _mixture(participation, n_steps, strategy)
+        return _sampled(participation, mixture, sigma, delta, settings)
+    if isinstance(participation, CyclicPoisson):
+        rounds = participation.rounds(n_steps)
+        epsilon = gaussian.poisson_epsilon(sigma, participation.probability, rounds, delta)
+        return PrivacyCost(epsilon, delta, False, f"PLD of {rounds} Poisson-subsampled Gaussians")
+    epsilon = gaussian.gaussian_epsilon(sigma, delta)
+    mu = 1 / sigma
+    return PrivacyCost(epsilon, delta, True, "analytic Gaussian", mu, mu**2 / 2)
+
+
+def noise_multiplier(
+    participation: Participation,
+    n_steps: int,
+    epsilon: float,
+    delta: float,
+    tolerance: float = GRID_TOLERANCE,
+    *,
+    strategy: CausalMatrix | None = None,
+    monte_carlo: MonteCarlo | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Return the least noise multiplier found that costs at most `epsilon` at `delta`.
+
+    `privacy_cost` with the same arguments confirms it.
+
+    Args:
+        participation: who may take part when.
+        n_steps: steps of the run.
+        epsilon: what may be spent.
+        delta: in (0, 1).
+        tolerance: part of epsilon that the grid of a privacy loss distribution may waste; a larger
+            one is faster, and its noise multiplier larger, never too small.
+        strategy: C; balls in bins need it, nothing else does.
+        monte_carlo: how to sample where that is needed.
+        progress: called with every noise multiplier tried and its epsilon.
+
+    Raises:
+        RootnoiseError: an argument out of range, n_steps that the participation refuses, a strategy
+            that is missing or not its like, or too few samples for this delta.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> round(noise_multiplier(SingleParticipation(), 100, epsilon=8, delta=1e-5), 6)
+    0.600229
+    """
+    target = real("epsilon", epsilon, above=0)
+    real("delta", delta, above=0, below=1)
+    tolerance = real("tolerance", tolerance, at_least=GRID_TOLERANCE, below=1)
+    participation.validate(n_steps)
+    if isinstance(participation, BallsInBins):
+        settings = monte_carlo or MonteCarlo()
+        mixture = _mixture(participation, n_steps, strategy)
+        return _sampled_multiplier(participation, mixture, target, delta, settings, progress)
+    if isinstance(participation, CyclicPoisson):
+        q, rounds = participation.probability, participation.rounds(n_steps)
+        return gaussian.poisson_multiplier(target, q, rounds, delta, tolerance, progress)
+    return gaussian.gaussian_multiplier(target, delta)
+
+
+def noise_multiplier_for(
+    participation: Participation, *, mu: float | None = None, rho: float | None = None
+) -> float:
+    """Return the noise multiplier of a mu-GDP (Dong et al. 2022) or rho-zCDP run (Bun & Steinke).
+
+    Raises:
+        RootnoiseError: both or neither, a value out of range, or a participation that amplifies:
+            neither number is tight then.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> noise_multiplier_for(SingleParticipation(), rho=0.5)
+    1.0
+    """
+    if (mu is None) == (rho is None):
+        raise RootnoiseError(f"give exactly one of mu and rho, got mu={mu}, rho={rho}")
+    if participation.amplified:
+        raise RootnoiseError(
+            f"participation must not be random for mu and rho, got {participation.type}"
+        )
+    if rho is not None:
+        mu = math.sqrt(2 * real("rho", rho, above=0))
+    mu = real("mu", mu, above=0)  # type: ignore[arg-type]
+    sigma = 1 / mu
+    while 1 / sigma > mu:
+        sigma = math.nextafter(sigma, math.inf)
+    return sigma
+
+
+# Mixture of a run at noise multiplier sigma.
+_At = Callable[[float], Mixture]
+
+
+def _mixture(participation: BallsInBins, n_steps: int, strategy: CausalMatrix | None) -> _At:
+    if strategy is None:
+        raise RootnoiseError(f"strategy must be given for participation {participation.type}")
+    if strategy.n_steps != n_steps:
+        raise RootnoiseError(f"strategy must have n_steps={n_steps}, got {strategy.n_steps}")
+    scale = sensitivity(strategy, participation).value
+    gram = bin_gram(strategy, participation.period) / scale**2
+    return lambda sigma: Bins(gram / sigma**2)
+
+
+def _sampled(
+    participation: Participation, mixture: _At, sigma: float, delta: float, settings: MonteCarlo
+) -> PrivacyCost:
+    certain = gaussian.gaussian_epsilon(sigma, delta)
+    attempt = dataclasses.replace(settings, failure=settings.failure / ATTEMPTS)
+    found = estimate.epsilon(mixture(sigma), delta, attempt)
+    if found >= certain:  # too few samples; amplified or not, the run is one Gaussian mechanism
+        return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
+    method = (
+        f"upper confidence bound by Monte Carlo of {participation.type}: {settings.samples} "
+        f"samples each way from seed {settings.seed}, too small with probability "
+        f"{settings.failure:g}"
+    )
+    return PrivacyCost(found, delta, False, method, monte_carlo=settings)
+
+
+def _sampled_multiplier(
+    participation: Participation,
+    mixture: _At,
+    target: float,
+    delta: float,
+    settings: MonteCarlo,
+    progress: Progress | None,
+) -> float:
+    """Bracket with forecasts, then confirm."""
+    report: Progress = progress or (lambda sigma, epsilon: None)
+
+    def forecast(log_sigma: float) -> float:
+        sigma = math.exp(log_sigma)
+        epsilon = estimate.forecast(mixture(sigma), delta, settings)
+        report(sigma, epsilon)
+        return epsilon
+
+    enough = gaussian.gaussian_multiplier(target, delta)
+    high = math.log(enough)
+    if forecast(high) > target:
+        return enough  # amplification does not pay for the confidence
+    aim, low = target, high
+    for _ in range(ATTEMPTS):
+        while forecast(low) <= aim:
+            low -= 0.5
+        sigma = math.exp(float(brentq(lambda s: forecast(s) - aim, low, high, xtol=1e-3)))  # noqa: B023
+        found = _sampled(participation, mixture, sigma, delta, settings).epsilon
+        report(sigma, found)
+        if found <= target:
+            return sigma
+        aim *= 0.998 * target / found
+    raise RootnoiseError(
+        f"samples must be enough to confirm a noise multiplier, got {settings.samples}"
+    )

@@ -1,0 +1,107 @@
+"""Balls in bins: one of b patterns, i, i + b, i + 2b, ..., with probability 1 / b each.
+
+Choquette-Choo, Ganesh, Haque, Steinke & Thakurta (2024), "Near exact privacy amplification for
+matrix mechanisms", Lemma 3.2: only the Gram matrix of the b means matters.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootnoise.accounting.dominating import magnitudes
+from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
+from rootnoise.causal import CausalMatrix
+
+Array = NDArray[np.float64]
+
+# Entries of the largest array of a block, 32 MB.
+BLOCK = 2**22
+
+
+def bin_gram(strategy: CausalMatrix, bins: int) -> Array:
+    """Return <m_i, m_j> of the means m_i = sum_j |C|[:, jb + i], before division by the noise."""
+    n = strategy.n_steps
+    comb = np.zeros((n, bins))
+    comb[np.arange(n), np.arange(n) % bins] = 1.0
+    means = magnitudes(strategy).apply(comb)
+    gram: Array = means.T @ means
+    return gram
+
+
+class Bins(Mixture):
+    """The mixture of b equally likely means, given by their Gram matrix in units of the noise."""
+
+    def __init__(self, gram: Array) -> None:
+        self.gram = gram
+        b = len(gram)
+        self.mean_norm2 = float(gram.mean())
+        self.mean_square = float(np.diag(gram).mean())
+        self.block = max(1, BLOCK // b)
+        values, vectors = np.linalg.eigh(gram)
+        self._root = vectors * np.sqrt(np.maximum(values, 0.0))
+
+    def tilts(self) -> list[Tilt]:
+        """Return those of 1, 2 and 3 patterns at a time."""
+        found = [Tilt(1, 1.0, 0.0)]
+        for power in POWERS:
+            for order in (1, 2, 3):
+                if (order * power) ** 2 * self.gram.max() <= LARGEST:
+                    found.append(Tilt(order, power, self._log_scale(order, power)))
+        return found
+
+    def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
+        """Return log L and log dR/dQ of samples from the tilted R."""
+        drawn = self._patterns(rng, size, tilt)
+        shift = tilt.power * sum(self.gram[column] for column in drawn)
+        log_x = self._noise(rng, size) + shift - np.diag(self.gram) / 2
+        log_r = tilt.order * _log_mean_exp(tilt.power * log_x) - tilt.log_scale
+        return _log_mean_exp(log_x), log_r
+
+    def add(self, rng: np.random.Generator, size: int, tau: float) -> Samples:
+        """Return log L and log dR/dQ of samples from N(-tau m, 1)."""
+        u = self._noise(rng, size) - tau * self.gram.mean(axis=1)
+        log_r = -tau * u.mean(axis=1) - tau**2 * self.mean_norm2 / 2
+        return _log_mean_exp(u - np.diag(self.gram) / 2), log_r
+
+    def _noise(self, rng: np.random.Generator, size: int) -> Array:
+        """Return <m_i, z> for all i, z standard normal."""
+        noise: Array = rng.standard_normal((size, len(self.gram))) @ self._root.T
+        return noise
+
+    def _weights(self, power: float) -> tuple[Array, Array]:
+        """Return the factor of a pattern alone, and those of two patterns together."""
+        alone = np.exp((power**2 - power) / 2 * np.diag(self.gram)) / len(self.gram)
+        return alone, np.exp(power**2 * self.gram)
+
+    def _joint(self, order: int, power: float) -> Array:
+        """Return the weights of the first pattern, or of the first two where there are more."""
+        alone, pair = self._weights(power)
+        if order == 1:
+            return alone
+        both = alone[:, None] * alone * pair
+        return both if order == 2 else both * ((pair * alone) @ pair)
+
+    def _log_scale(self, order: int, power: float) -> float:
+        return float(np.log(self._joint(order, power).sum()))
+
+    def _patterns(self, rng: np.random.Generator, size: int, tilt: Tilt) -> list[NDArray[np.int64]]:
+        """Draw the patterns of each sample, in proportion to their weights together."""
+        b = len(self.gram)
+        joint = self._joint(tilt.order, tilt.power)
+        flat = rng.choice(joint.size, size, p=joint.ravel() / joint.sum())
+        if tilt.order == 1:
+            return [flat]
+        first, second = np.divmod(flat, b)
+        if tilt.order == 2:
+            return [first, second]
+        alone, pair = self._weights(tilt.power)
+        last = np.cumsum(alone * pair[first] * pair[second], axis=1)
+        third = (last < last[:, -1:] * rng.random((size, 1))).sum(axis=1)
+        return [first, second, np.minimum(third, b - 1)]
+
+
+def _log_mean_exp(x: Array) -> Array:
+    top = x.max(axis=1)
+    result: Array = top + np.log(np.exp(x - top[:, None]).mean(axis=1))
+    return result

@@ -86,7 +86,11 @@ def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
         ("--epochs", "two", "--epochs"),
         ("--mechanism", "magic", "mechanism must be one of none, dpsgd, banded"),
         ("--sampling", "poisson", "sampling must be fixed-cycle for mechanism bsr, got poisson"),
-        ("--model", "huge", "model must be one of logistic, mlp, cnn, got 'huge'"),
+        (
+            "--model",
+            "huge",
+            "model must be one of logistic, mlp, cnn, resnet18, transformer, got 'huge'",
+        ),
         ("--dataset", "digit", "dataset must be one of digits"),
         ("--clip", "0", "clip_norm must be a finite number > 0, got 0.0"),
         ("--nonsense", "1", "--nonsense"),

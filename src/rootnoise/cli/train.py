@@ -18,7 +18,9 @@ def train(
         str,
         typer.Option(help="digits, fashion-mnist, mnist, cifar10, or your own module:function."),
     ] = "fashion-mnist",
-    model: Annotated[str, typer.Option(help="logistic, mlp or cnn.")] = "cnn",
+    model: Annotated[
+        str, typer.Option(help="logistic, mlp, cnn, resnet18 or transformer.")
+    ] = "cnn",
     mechanism: Annotated[
         str,
         typer.Option(

@@ -62,7 +62,7 @@ class Journal:
     """An append-only file of records that only its owner can read (mode 0600).
 
     No handle stays open: a process that is killed between two appends leaves whole records, and one
-    killed within an append a torn one, which `reopen` cuts off (its gradient was never computed).
+    killed within an append a torn one, which `cut` removes (its gradient was never computed).
     """
 
     def __init__(self, path: Path) -> None:
@@ -87,7 +87,7 @@ class Journal:
 
     @classmethod
     def reopen(cls, path: Path, header: Mapping[str, Any]) -> Journal:
-        """Return the file of the same header, without a torn last record.
+        """Return the file of the same header.
 
         Raises:
             RootnoiseError: it cannot be read, or it is another ledger's.
@@ -95,9 +95,6 @@ class Journal:
         journal = cls(path)
         if journal.first_line() != first_line(header):
             raise RootnoiseError(f"ledger file must be of this run, got another one's {path}")
-        whole = len(journal.first_line()) + sum(map(len, journal.records()))
-        with path.open("r+b") as file:
-            file.truncate(whole)
         return journal
 
     def first_line(self) -> bytes:
@@ -125,6 +122,12 @@ class Journal:
                 if len(body) < length:
                     return
                 yield head + body
+
+    def cut(self) -> None:
+        """Remove a torn last record."""
+        whole = len(self.first_line()) + sum(map(len, self.records()))
+        with self.path.open("r+b") as file:
+            file.truncate(whole)
 
     def append(self, record: bytes) -> None:
         """Add a record.

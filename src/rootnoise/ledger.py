@@ -86,6 +86,7 @@ each, at least 2 apart): steps so far 1, the last one 0
             raise RootnoiseError(
                 f"ledger file must hold the {self.t} steps of the saved state, got others in {file}"
             )
+        journal.cut()
         self._journal, self._ahead = journal, records
 
     def admit(self, t: int, indices: ArrayLike) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from rootnoise._check import RootnoiseError
 from rootnoise.cli.account import account
+from rootnoise.cli.audit import audit
 from rootnoise.cli.demo import demo
 from rootnoise.cli.diagnose import diagnose
 from rootnoise.cli.factorize import factorize
@@ -26,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (factorize, account, diagnose, train, demo):
+for command in (factorize, account, diagnose, train, audit, demo):
     app.command()(command)
 
 

@@ -71,7 +71,7 @@ def completed(stated: Statement, ledger: Ledger | None, files: Mapping[str, byte
     return sealed(done)
 
 
-def described(mechanism: Mechanism) -> dict[str, Any]:
+def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any]:
     """Return unit, relation, participation, noise, and epsilon at several deltas."""
     sens, delta = mechanism.sensitivity, mechanism.delta
     others = [replace(mechanism, delta=f * delta).privacy for f in FACTORS if f * delta < 1]
@@ -90,7 +90,7 @@ def described(mechanism: Mechanism) -> dict[str, Any]:
         "noise_multiplier": mechanism.noise_multiplier,
         "noise_std": mechanism.noise_std,
         "privacy": [asdict(cost) for cost in costs],
-        "error": error_of(mechanism),
+        "error": error_of(mechanism) if with_bound else None,
     }
 
 

@@ -1,0 +1,275 @@
+"""Sensitivity, epsilon and error by a second route that shares no formula with the first.
+
+The strategy is read back from the map that the noise engine runs, C = (C^-1)^-1; the sensitivity is
+searched for over patterns of its Gram matrix; epsilon comes from integrating the trade-off itself,
+or from convolving discretised privacy losses rounded down and up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import fft, integrate, optimize, stats
+from scipy.linalg import solve_triangular
+
+from rootnoise.causal import CausalMatrix
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, Participation
+
+Array = NDArray[np.float64]
+# A grid, the mass of each loss on it, and the mass beyond.
+Losses = tuple[Array, Array, float]
+
+# The Gram matrix of so many steps is 18 MB; beyond, patterns are applied one by one.
+DENSE = 1500
+# All patterns are tried up to this number; beyond, the best found by ascent is a lower bound.
+PATTERNS = 20_000
+# Largest grid of a convolution, 64 MB as complex numbers.
+GRID = 2**22
+
+
+@dataclass(frozen=True)
+class Range:
+    """A number is known to lie in [low, high], up to rounding.
+
+    Attributes:
+        low: the largest value reached.
+        high: the least upper bound, or infinity where none was computed.
+        method: how.
+    """
+
+    low: float
+    high: float
+    method: str
+
+    def holds(self, value: float, tolerance: float) -> bool:
+        """Whether `value` is not below the range, nor above it, but for a relative tolerance."""
+        return self.low * (1 - tolerance) <= value <= self.high * (1 + tolerance)
+
+
+def streamed(matrix: CausalMatrix, x: Array, m: int = 16) -> Array:
+    """Return M x for x of shape (n, d), m steps at a time through the blocks of the engine."""
+    state = np.zeros((matrix.state_size, x.shape[1]))
+    rows = []
+    for t in range(0, len(x), m):
+        part = x[t : t + m]
+        both = matrix.block(t, len(part)) @ np.concatenate([state, part])
+        rows.append(both[: len(part)])
+        state = both[len(part) :]
+    return np.concatenate(rows)
+
+
+def strategy_of(mechanism: Mechanism) -> Array:
+    """Return the dense C whose inverse the noise engine runs."""
+    n = mechanism.n_steps
+    return np.asarray(
+        solve_triangular(streamed(mechanism.noising, np.eye(n)), np.eye(n), lower=True)
+    )
+
+
+def sensitivity_range(mechanism: Mechanism) -> Range:
+    """Return what the sensitivity must lie in.
+
+    Up to DENSE steps from the Gram matrix of `strategy_of`: at least the largest change of a person
+    whose gradients are all alike or alternate as the signs of the Gram matrix, and at most the
+    largest sum of magnitudes, over all patterns where they can be listed. Beyond, a lower bound.
+    """
+    participation, n = mechanism.participation, mechanism.n_steps
+    if n > DENSE:
+        return _long(mechanism)
+    c = strategy_of(mechanism)
+    gram = c.T @ c
+    if _single(participation):
+        column = math.sqrt(gram.diagonal().max())
+        return Range(column, column, "columns of the map that the engine runs")
+    assert isinstance(participation, FixedCycle | MinSeparation)  # noqa: S101
+    listed = _patterns(participation, n)
+    if listed is None:
+        return Range(_ascent(gram, participation), math.inf, "ascent over patterns: a lower bound")
+    patterns = list(listed)
+    low = max(_aligned(gram[np.ix_(p, p)]) for p in patterns)
+    high = max(float(np.abs(gram[np.ix_(p, p)]).sum()) for p in patterns)
+    return Range(
+        math.sqrt(low), math.sqrt(high), f"all {len(patterns)} patterns of the Gram matrix"
+    )
+
+
+def epsilon_ranges(mechanism: Mechanism, claimed: Mapping[float, float]) -> list[Range]:
+    """Return what epsilon must lie in at each delta; the claimed epsilons only place the grid.
+
+    Without sampling the trade-off of two Gaussians is integrated numerically. Under cyclic Poisson
+    sampling the losses of one round are put on a grid, down and up, and convolved by FFT.
+    """
+    sigma, p = mechanism.noise_multiplier, mechanism.participation
+    if not isinstance(p, CyclicPoisson):
+        exact = (_integrated(1 / sigma, delta) for delta in claimed)
+        return [Range(epsilon, epsilon, "numerical integration") for epsilon in exact]
+    rounds = p.rounds(mechanism.n_steps)
+    width = 2 * max(claimed.values()) + 40  # losses beyond it weigh nothing
+    step = max(0.01 * min(claimed.values()) / rounds, 2 * width / GRID)
+    down, up = (_convolved(sigma, p.probability, rounds, step, width, way) for way in (0, 1))
+    return [
+        Range(_epsilon_of(down, delta), _epsilon_of(up, delta), "losses rounded down and up")
+        for delta in claimed
+    ]
+
+
+def rmse(mechanism: Mechanism) -> float:
+    """Return sens |A C^-1|_F / sqrt(n) from the dense inverse that the engine runs."""
+    n = mechanism.n_steps
+    b = mechanism.workload.matrix.dense() @ streamed(mechanism.noising, np.eye(n))
+    return mechanism.sensitivity.value * float(np.linalg.norm(b)) / math.sqrt(n)
+
+
+# ------------------------------------------------------------------------------------ sensitivity
+
+
+def _single(participation: Participation) -> bool:
+    return getattr(participation, "max_participations", 1) == 1
+
+
+def _patterns(participation: FixedCycle | MinSeparation, n: int) -> Iterator[list[int]] | None:
+    """Yield all patterns that no other contains, or None where they are too many."""
+    b, k = participation.min_sep, participation.max_participations
+    if isinstance(participation, FixedCycle):
+        return (list(range(i, n, b)) for i in range(min(b, n)))
+    free = n - (k - 1) * (b - 1)  # close every gap by b - 1: k of the steps that remain
+    if math.comb(free, k) > PATTERNS:
+        return None
+    spread = [j * (b - 1) for j in range(k)]
+    return ([t + s for t, s in zip(p, spread, strict=True)] for p in combinations(range(free), k))
+
+
+def _aligned(x: Array) -> float:
+    """Return the larger |C u|^2 of two u: all ones, and the signs of the leading eigenvector."""
+    signs = np.where(np.linalg.eigh(x)[1][:, -1] < 0, -1.0, 1.0)
+    return max(float(x.sum()), float(signs @ x @ signs))
+
+
+def _ascent(gram: Array, participation: FixedCycle | MinSeparation) -> float:
+    """Return the best pattern found by moving one step of a pattern at a time, from many starts."""
+    n, b, k = len(gram), participation.min_sep, participation.max_participations
+    rng = np.random.default_rng(0)
+    best = 0.0
+    for start in range(24):
+        slack = n - 1 - (k - 1) * b
+        shifts = np.sort(rng.integers(0, slack + 1, k)) if start else np.zeros(k, dtype=np.int64)
+        pattern = np.arange(k) * b + shifts
+        value, before = float(gram[np.ix_(pattern, pattern)].sum()), -1.0
+        while value > before * (1 + 1e-12):
+            before = value
+            for j in range(k):
+                rest = np.delete(pattern, j)
+                low = pattern[j - 1] + b if j else 0
+                high = pattern[j + 1] - b if j < k - 1 else n - 1
+                steps = np.arange(low, high + 1)
+                gains = gram[steps, steps] + 2 * gram[np.ix_(steps, rest)].sum(1)
+                pattern[j] = steps[int(np.argmax(gains))]
+            value = float(gram[np.ix_(pattern, pattern)].sum())
+        best = max(best, value)
+    return math.sqrt(best)
+
+
+def _long(mechanism: Mechanism) -> Range:
+    """Apply C to some patterns and see that the engine's map takes the results back."""
+    p, n = mechanism.participation, mechanism.n_steps
+    b, k = getattr(p, "min_sep", n), 1 if _single(p) else p.max_participations  # type: ignore[union-attr]
+    starts = sorted({0, (n - (k - 1) * b) // 2, b // 2, b - 1} & set(range(n)))
+    u = np.zeros((n, len(starts)))
+    for column, start in enumerate(starts):
+        u[np.arange(start, n, b)[:k], column] = 1.0
+    y = mechanism.strategy.apply(u)
+    noising = mechanism.noising
+    back = streamed(noising, y, 64) if noising.state_size <= DENSE else noising.apply(y)
+    if not np.allclose(back, u, atol=1e-8):
+        return Range(math.inf, math.inf, "the engine does not run the inverse of the strategy")
+    low = float(np.linalg.norm(y, axis=0).max())
+    return Range(low, math.inf, f"{len(starts)} patterns applied: a lower bound")
+
+
+# ---------------------------------------------------------------------------------------- epsilon
+
+
+def _integrated(mu: float, delta: float) -> float:
+    """Return the epsilon at which E[(1 - exp(epsilon - loss))_+] is delta, loss of N(mu, 1)."""
+
+    def excess(epsilon: float) -> float:
+        edge = epsilon / mu + mu / 2  # where the loss mu x - mu^2 / 2 is epsilon
+        # From the edge on, scaled by the density there: no term underflows.
+        level = stats.norm.logpdf(edge, mu)
+
+        def integrand(y: float) -> float:
+            return math.exp(-y * (edge - mu) - y * y / 2) * -math.expm1(-mu * y)
+
+        reach = max(mu - edge, 0.0) + 40 / max(1.0, edge - mu)
+        area = integrate.quad(integrand, 0, reach, epsabs=0, epsrel=1e-12, limit=400)[0]
+        return float(level + math.log(area)) - math.log(delta)
+
+    high = 1.0
+    while excess(high) > 0:
+        high *= 2
+    return float(optimize.brentq(excess, 1e-12, high, xtol=1e-14, rtol=1e-13))
+
+
+def _convolved(
+    sigma: float, q: float, rounds: int, step: float, width: float, way: int
+) -> list[Losses]:
+    """Return the composed losses of both directions, each loss rounded down (0) or up (1)."""
+    size = 2 ** math.ceil(math.log2(2 * width / step))
+    grid = (np.arange(size) - size // 2) * step
+    found = []
+    for removed in (True, False):
+        mass, beyond = _losses(sigma, q, grid, removed, way)
+        total = fft.irfft(fft.rfft(np.roll(mass, -(size // 2))) ** rounds, size)
+        total = np.maximum(np.roll(total, size // 2), 0.0)
+        found.append((grid, total, rounds * beyond if way else 0.0))
+    return found
+
+
+def _losses(sigma: float, q: float, grid: Array, removed: bool, way: int) -> tuple[Array, float]:
+    """Return the mass of one round at each grid point, and that beyond the last."""
+    edges = grid if removed else -grid[::-1]
+    # log(1 - q + q exp((2 x - 1) / (2 sigma^2))) = edge, solved for x: -inf below log(1 - q).
+    inner = np.expm1(edges) / q + 1
+    x = np.where(inner > 0, np.log(np.maximum(inner, 1e-300)) * sigma**2 + 0.5, -np.inf)
+    if removed:
+        below = (1 - q) * stats.norm.cdf(x / sigma) + q * stats.norm.cdf((x - 1) / sigma)
+        above = (1 - q) * stats.norm.sf(x / sigma) + q * stats.norm.sf((x - 1) / sigma)
+    else:
+        below = stats.norm.sf(x / sigma)[::-1]
+        above = stats.norm.cdf(x / sigma)[::-1]
+    between = np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
+    mass = np.zeros(grid.size)
+    mass[way : way + between.size] += between
+    mass[0] += below[0]
+    if not way:
+        mass[-1] += above[-1]
+    return mass, float(above[-1])
+
+
+def _epsilon_of(directions: list[Losses], delta: float) -> float:
+    """Return the least epsilon >= 0 with sum of mass (1 - exp(epsilon - loss))_+ + lost <= delta.
+
+    In the worse of the two directions.
+    """
+    return max(_smallest(*losses, delta) for losses in directions)
+
+
+def _smallest(grid: Array, mass: Array, lost: float, delta: float) -> float:
+    positive = grid >= 0
+    loss, mass = grid[positive], mass[positive]
+    tail = np.cumsum(mass[::-1])[::-1] + lost
+    damped = np.cumsum((mass * np.exp(-loss))[::-1])[::-1]
+    fits = np.flatnonzero(tail - np.exp(loss) * damped <= delta)
+    if not fits.size:
+        return math.inf
+    i = int(fits[0])
+    if i == 0:
+        return 0.0
+    # Between two grid points the same losses count, those from i on.
+    return float(np.log((tail[i] - delta) / damped[i])) if tail[i] > delta else float(loss[i - 1])

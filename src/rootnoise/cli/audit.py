@@ -1,0 +1,46 @@
+"""`rootnoise audit`: check a run from its files."""
+
+from __future__ import annotations
+
+import dataclasses
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from rootnoise.cli import _options
+
+
+def audit(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run of `train`.")],
+    seal: Annotated[
+        str | None, typer.Option(help="The seal noted when the run ended; finds every edit.")
+    ] = None,
+    json: _options.Json = False,
+) -> None:
+    """Recompute what a run claims from its files; exit 0 only if all of it holds, else 1.
+
+    Each file is compared with its hash; sensitivity, noise, epsilon, error and lower bound are
+    computed again by a second route; the ledger is replayed person by person.
+    """
+    from rootnoise.lab.audit import audit as run_audit
+
+    checks = run_audit(run_dir, seal)
+    held = all(check.held for check in checks)
+    if json:
+        rows = [dataclasses.asdict(check) for check in checks]
+        print(dumps({"held": held, "checks": rows}))
+    else:
+        table = Table(title=f"audit of {run_dir}", title_justify="left")
+        for name in ("check", "held", "stated", "found"):
+            table.add_column(name, overflow="fold")
+        for check in checks:
+            mark = "yes" if check.held else "[bold red]NO[/]"
+            table.add_row(check.name, mark, check.stated, check.found)
+        Console().print(table)
+        failed = sum(not check.held for check in checks)
+        print("all hold" if held else f"{failed} of {len(checks)} checks do not hold")
+    raise typer.Exit(0 if held else 1)

@@ -14,7 +14,13 @@ from rootnoise.auditing.recompute import Range
 from rootnoise.causal import Dense, Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    MinSeparation,
+    SingleParticipation,
+)
 from rootnoise.workload import SGD, prefix_sum
 
 PARTICIPATIONS = [
@@ -133,6 +139,19 @@ def test_convolution_agrees_with_dp_accounting(q, n, groups, sigma):
         assert found.low <= epsilon <= found.high
         assert found.high < found.low * 1.05
         assert (found.low + found.high) / 2 == pytest.approx(epsilon, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ["identity", "bsr", "square-root"])
+def test_balls_in_bins_lie_between_plain_samples_and_no_amplification(name):
+    p = BallsInBins(8, 3)
+    m = mechanism(name, p, sigma=1.0)
+    claimed = {d: replace(m, delta=d).privacy.epsilon for d in (1e-3, 1e-5)}
+    for (_, epsilon), found in zip(
+        claimed.items(), recompute.epsilon_ranges(m, claimed), strict=True
+    ):
+        assert found.holds(epsilon, 1e-9)
+        assert found.low > 0.75 * epsilon  # the power of the refutation
+        assert found.high > 1.1 * epsilon  # amplification is real
 
 
 def test_a_probability_of_one_is_composition():

@@ -24,7 +24,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.lab.config import RunConfig, claim
 from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson, to_dict
+from rootnoise.participation import to_dict
 from rootnoise.randomness import Key
 from rootnoise.sampling import Sampler
 
@@ -76,12 +76,11 @@ def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any
     sens, delta = mechanism.sensitivity, mechanism.delta
     others = [replace(mechanism, delta=f * delta).privacy for f in FACTORS if f * delta < 1]
     costs = sorted([mechanism.privacy, *others], key=lambda cost: -cost.delta)
-    amplified = isinstance(mechanism.participation, CyclicPoisson)
     return {
         "name": mechanism.name,
         "fingerprint": mechanism.fingerprint,
         "unit": "one record",
-        "relation": "add-or-remove" if amplified else "zero-out",
+        "relation": "add-or-remove" if mechanism.participation.amplified else "zero-out",
         "participation": to_dict(mechanism.participation),
         "n_steps": mechanism.n_steps,
         "bands": mechanism.strategy.bands,
@@ -162,7 +161,7 @@ def as_markdown(stated: Statement) -> bytes:
 
 
 LEDGER = (
-    "`ledger.bin` is for the auditor. It says who took part in which step; under Poisson sampling "
+    "`ledger.bin` is for the auditor. It says who took part in which step; under random sampling "
     "the epsilon above does not hold against whoever reads it. Leave it out of what you publish: "
     "its digest, salted, tells nothing."
 )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Participation,
         SingleParticipation,
     )
+    from rootnoise.planner import Job, plan
     from rootnoise.randomness import Key
     from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, FixedCycleSampler
     from rootnoise.sensitivity import Sensitivity
@@ -75,6 +76,7 @@ _MODULES = {
     "accounting": ("MonteCarlo", "PrivacyCost", "noise_multiplier", "privacy_cost"),
     "mechanism": ("Mechanism",),
     "diagnostics": ("Finding", "diagnose"),
+    "planner": ("Job", "plan"),
     # running
     "randomness": ("Key",),
     "noise": ("NoiseStream",),

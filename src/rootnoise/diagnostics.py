@@ -268,7 +268,7 @@ def _amplification_would_win(m: Mechanism, probability: float) -> Finding | None
     if is_dpsgd or m.epsilon == 0:
         return None
     poisson = CyclicPoisson(1, probability)
-    sigma = accounting.noise_multiplier(poisson, m.n_steps, m.epsilon, m.delta)
+    sigma = accounting.noise_multiplier(poisson, m.n_steps, m.epsilon, m.delta, SLIGHT)
     # Independent noise: C = Id has sensitivity 1 under Poisson sampling, and B = A.
     ratio = m.rmse * m.noise_multiplier / (error.rmse(m.workload.matrix, 1.0) * sigma)
     if ratio <= 1 + SLIGHT:

@@ -1,0 +1,199 @@
+"""The planner: every row within its epsilon and memory, ranked as recomputed, and honest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import oracle
+from rootnoise import accounting
+from rootnoise._check import RootnoiseError
+from rootnoise.certificate import lower_bound
+from rootnoise.factorization import factorize, mechanisms
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson, FixedCycle, SingleParticipation
+from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, plan, samplings
+from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
+from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
+
+JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
+WORK = SGD(28, momentum=0.9)
+CALLS: list[tuple[int, str]] = []
+
+
+@pytest.fixture(scope="module")
+def made():
+    """Return the plan of the job above, and what its progress said."""
+    CALLS.clear()
+    return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)))
+
+
+def sampler(row, job):
+    if row.sampling == "fixed-cycle":
+        return FixedCycleSampler(job.n_examples, job.batch_size, job.epochs, seed=0)
+    groups = row.participation.groups
+    return CyclicPoissonSampler(job.n_examples, job.batch_size, job.n_steps, groups, seed=0)
+
+
+def dense_error(row, work, job):
+    """Return sigma * sens * |B|_F / sqrt(n) / batch size by dense algebra and every pattern."""
+    split = factorize(work, row.participation, row.mechanism, **row.options)
+    a, c = work.matrix.dense(), split.strategy.dense()
+    b = oracle.decoder(a, c)
+    if isinstance(row.participation, FixedCycle):
+        cycle = row.participation
+        patterns = [np.arange(i, len(a), cycle.period) for i in range(cycle.period)]
+        gram = np.abs(c.T @ c)
+        sens = max(gram[np.ix_(p, p)].sum() for p in patterns) ** 0.5
+    else:
+        sens = np.linalg.norm(c, axis=0).max()
+    rmse = sens * np.linalg.norm(b) / len(a) ** 0.5
+    return row.noise_multiplier * rmse / job.batch_size, sens
+
+
+def test_each_row_by_dense_algebra(made):
+    once = lower_bound(WORK, SingleParticipation())
+    cycle = lower_bound(WORK, FixedCycle(7, 4))
+    for row in made.rows:
+        error, sens = dense_error(row, WORK, JOB)
+        assert row.rmse_per_example == pytest.approx(error, rel=1e-6), row
+        assert row.sensitivity == pytest.approx(sens, rel=1e-6), row
+        bound = once if isinstance(row.participation, CyclicPoisson) else cycle
+        rmse = error * JOB.batch_size / row.noise_multiplier
+        assert row.gap == pytest.approx(rmse / bound.value - 1, rel=1e-5, abs=1e-6), row
+        assert row.gap >= 0
+
+
+def test_rows_spend_at_most_epsilon(made):
+    for who, sigma in {(row.participation, row.noise_multiplier) for row in made.rows}:
+        spent = accounting.privacy_cost(who, JOB.n_steps, sigma, JOB.delta).epsilon
+        assert 0.98 * JOB.epsilon <= spent <= JOB.epsilon
+
+
+def test_rows_are_ranked_by_error(made):
+    errors = [row.rmse_per_example for row in made.rows]
+    assert errors == sorted(errors)
+    assert len({(r.mechanism, r.participation, r.bands, r.memory_rows) for r in made.rows}) == len(
+        made.rows
+    )
+
+
+def test_every_mechanism_is_ranked_or_left_out_with_a_reason(made):
+    ranked = {row.mechanism for row in made.rows}
+    assert ranked | set(made.left_out) == set(mechanisms())
+    assert not ranked & set(made.left_out)
+    assert all("got" in reason or "must" in reason for reason in made.left_out.values())
+
+
+def test_no_candidate_takes_longer_than_is_allowed():
+    job = Job(n_examples=300, batch_size=300, epochs=300, epsilon=8, delta=1e-5, memory_rows=1)
+    left = plan(SGD(300), job).left_out
+    assert left["dense"] == "n_steps must be at most 256 for an answer in seconds"
+    assert set(AFFORDABLE) <= set(mechanisms())
+
+
+def test_rows_can_be_run(made):
+    """The participation is the sampler's own, and every split calibrates to the same mechanism."""
+    for row in made.rows:
+        drawn = sampler(row, JOB)
+        assert drawn.participation == row.participation
+        assert drawn.n_steps == JOB.n_steps
+        split = factorize(WORK, row.participation, row.mechanism, **row.options)
+        sigma = row.noise_multiplier
+        ready = Mechanism.calibrate(
+            split, row.participation, noise_multiplier=sigma, delta=JOB.delta
+        )
+        assert ready.epsilon <= JOB.epsilon
+        assert (ready.strategy.bands, split.memory_rows) == (row.bands, row.memory_rows)
+        assert ready.rmse * sigma / JOB.batch_size == pytest.approx(row.rmse_per_example)
+
+
+def test_amplified_rows_say_what_they_count_on(made):
+    amplified = [row for row in made.rows if isinstance(row.participation, CyclicPoisson)]
+    assert {row.sampling for row in amplified} == {"poisson", "cyclic-poisson"}
+    for row in made.rows:
+        assert row.note.startswith(AMPLIFIED) == (row in amplified)
+    assert "secret random sampling needed" in AMPLIFIED
+    assert "added or removed" in AMPLIFIED
+    [poisson] = [row for row in amplified if row.sampling == "poisson"]
+    assert (poisson.mechanism, poisson.memory_rows) == ("identity", 0)
+    for row in amplified:
+        assert row.bands <= row.participation.groups
+        assert row.participation.probability == row.participation.groups * 15 / 100
+
+
+@pytest.mark.parametrize("memory", [0, 1, 3])
+def test_rows_obey_the_memory_limit(made, memory):
+    job = Job(100, 15, 4, 2.0, 1e-5, memory)
+    rows = plan(WORK, job).rows
+    assert max(row.memory_rows for row in rows) <= memory
+    # What fits is as good as without a limit.
+    best = min(r.rmse_per_example for r in made.rows if r.memory_rows <= memory)
+    assert rows[0].rmse_per_example <= best * (1 + 1e-9)
+
+
+def test_memory_that_nothing_fits_is_independent_noise():
+    found = plan(WORK, Job(100, 15, 4, 2.0, 1e-5, 0))
+    assert {row.mechanism for row in found.rows} == {"identity"}
+    assert found.left_out["bsr"] == "memory_rows must be >= 1, got 0"
+    assert found.left_out["dense"] == "memory_rows must be >= 27, got 0"
+    assert set(found.left_out) | {"identity"} == set(mechanisms())
+
+
+def test_sampling_wins_where_epsilon_is_small_and_correlation_where_it_is_large():
+    jobs = [Job(1000, 20, 2, epsilon, 1e-5, memory_rows=1) for epsilon in (0.5, 2.0)]
+    tight, loose = (plan(SGD(100, momentum=0.9), job).rows[0] for job in jobs)
+    assert tight.sampling != "fixed-cycle"
+    assert loose.sampling == "fixed-cycle"
+
+
+def test_samplings_cover_all_groups_that_amplify():
+    groups = [who.groups for who in samplings(JOB)[1:]]
+    assert groups == [1, 2, 4]  # 8 * 15 > 100
+    assert samplings(Job(100, 100, 3, 1.0, 1e-5)) == [FixedCycle(1, 3)]
+
+
+def test_one_step_an_epoch_and_one_epoch():
+    for job in (Job(100, 100, 3, 8.0, 1e-5), Job(100, 40, 1, 8.0, 1e-5), Job(5, 5, 1, 8.0, 1e-5)):
+        rows = plan(SGD(job.n_steps, 0.5), job).rows
+        assert rows[0].gap >= -1e-9
+
+
+def test_schedules_and_matrices_are_planned_too():
+    work = ScheduledSGD(learning_rates("cosine", 28, warmup=5), 0.9)
+    rows = plan(work, JOB).rows
+    assert rows[0].rmse_per_example == pytest.approx(dense_error(rows[0], work, JOB)[0], rel=1e-6)
+    matrix = plan(MatrixWorkload(work.matrix.dense()), JOB)
+    assert "workload must be Toeplitz, or SGD with a schedule" in matrix.left_out["blt"]
+    by_name = {(r.mechanism, r.sampling): r.rmse_per_example for r in rows}
+    for row in matrix.rows:
+        if row.mechanism == "identity":
+            assert row.rmse_per_example == pytest.approx(by_name["identity", row.sampling])
+
+
+def test_findings_are_of_the_best_row_without_amplification():
+    found = plan(WORK, Job(100, 15, 4, 0.5, 1e-5, memory_rows=1)).findings
+    assert "amplification-would-win" in {finding.name for finding in found}
+
+
+def test_progress_names_what_is_tried(made):
+    assert len(CALLS) == sum(len(candidates(JOB, who)) for who in samplings(JOB))
+    assert CALLS[0] == (0, "identity")
+    assert {name for _, name in CALLS} == set(mechanisms())
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: Job(0, 1, 1, 1, 0.1), "n_examples must be >= 1, got 0"),
+        (lambda: Job(5, 6, 1, 1, 0.1), r"batch_size must be in \[1, n_examples=5\], got 6"),
+        (lambda: Job(5, 5, 0, 1, 0.1), "epochs must be >= 1, got 0"),
+        (lambda: Job(5, 5, 1, 0, 0.1), "epsilon must be a finite number > 0, got 0"),
+        (lambda: Job(5, 5, 1, 1, 1), "delta must be a finite number > 0 and < 1, got 1.0"),
+        (lambda: Job(5, 5, 1, 1, 0.1, -1), "memory_rows must be >= 0, got -1"),
+        (lambda: plan(SGD(29), JOB), r"workload's n_steps must be in \[28, 28\], got 29"),
+    ],
+)
+def test_refusals(call, line):
+    with pytest.raises(RootnoiseError, match=line):
+        call()

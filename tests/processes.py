@@ -42,6 +42,16 @@ def outcome(target: Callable[..., object], *arguments: Any) -> int:
     return process.exitcode
 
 
+def launch(size: int, target: Callable[..., object], *arguments: Any) -> None:
+    """Call `target(rank, size, *arguments)` in `size` processes; each must end well."""
+    ranks = [start(target, rank, size, *arguments) for rank in range(size)]
+    for process in ranks:
+        process.join(60)
+        process.kill()
+        process.join()
+    assert [process.exitcode for process in ranks] == [0] * size
+
+
 def kill_at_line(fuse: int, files: tuple[str, ...]) -> None:
     """Let this process die by SIGKILL before the line number `fuse` (from 0) that runs in `files`.
 

@@ -102,7 +102,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         """
         if integer("t", t) != self.t:
             raise RootnoiseError(f"step must be the next one, {self.t} (once, in order), got {t}")
-        batch = self._checked(indices)
+        batch = self.checked(indices)
         last, count = self._last[batch], self._count[batch]
         gap = self.t - last
         broken = (gap < self._least) | (gap % self._modulus != 0) | (count >= self._most)
@@ -130,8 +130,12 @@ each, at least 2 apart): steps so far 1, the last one 0
             )
         self.digest = chain(self.digest, record, self._salt)
 
-    def _checked(self, indices: ArrayLike) -> Indices:
-        """Return the indices sorted, or refuse them."""
+    def checked(self, indices: ArrayLike) -> Indices:
+        """Return the indices sorted, or refuse what can never be a batch.
+
+        Raises:
+            RootnoiseError: they are not distinct integers in [0, n_examples).
+        """
         raw = np.asarray(indices)
         if raw.ndim != 1 or (raw.size and not np.issubdtype(raw.dtype, np.integer)):
             raise RootnoiseError(

@@ -8,35 +8,31 @@ by the expected batch size. What the inner optimizer makes of that gradient is p
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import ArrayLike
 from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.clipping import clipped_sums
 from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.randomness import Key
+from rootnoise.ranks import Indices, Ranks
 from rootnoise.sampling import Sampler
 
-# A float32 sum over a long row loses more than clipping can afford: torch.linalg.vector_norm of 1e7
-# equal numbers is 0.8 % off. Over blocks of 256, added up in float64, a norm is off by less than
-# (256 + 2) / 2 * 2**-24 = 7.7e-6 whatever the order of the sum; the slack exceeds that.
-BLOCK = 256
-SLACK = 1e-5
-
-
-class NonFiniteGradientWarning(RuntimeWarning):
-    """Some per-sample gradients were NaN or infinite and counted as zero."""
+# The tensors of a saved stream, with a column for each position of the flattened parameters.
+NOISE_ROWS = ("state", "ready")
 
 
 def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSampleModule:
@@ -56,6 +52,9 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
         raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
     if isinstance(model, AbstractGradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
         raise RootnoiseError(f"model must be a plain module, got {type(model).__name__} of Opacus")
+    if isinstance(model, DistributedDataParallel):  # it would add up raw gradients
+        rule = "model must be a plain module (PrivateOptimizer takes the process group)"
+        raise RootnoiseError(f"{rule}, got DistributedDataParallel")
     _check_layers(model)
     return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
 
@@ -78,11 +77,14 @@ class PrivateOptimizer:
         key: fixes the noise; fresh from OS entropy when None.
         decay: alpha in (0, 1]; parameters are multiplied by it before each inner step, so that SGD
             makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
+        process_group: the ranks of a data-parallel run, each with its own copy of `module`.
+            Weights, key and sampler seed become rank 0's; each rank clips and sums its part of the
+            batch, and the noise is added once, each rank making its own part of it.
 
     Attributes:
         t: steps made.
-        non_finite: per-sample gradients so far that were not finite and counted as zero. The number
-            is computed from raw data: it is not covered by the guarantee.
+        non_finite: per-sample gradients of this process so far that were not finite and counted as
+            zero. The number is computed from raw data: it is not covered by the guarantee.
 
     Raises:
         RootnoiseError: parts that do not fit each other, or a model that `privatize` refuses.
@@ -115,6 +117,7 @@ class PrivateOptimizer:
         key: Key | None = None,
         *,
         decay: float = 1.0,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
             optimizer, DPOptimizer | torch.optim.LBFGS
@@ -136,8 +139,11 @@ class PrivateOptimizer:
         self.mechanism = mechanism
         self._parameters = _parameters(optimizer, module)
         self._layout = self._current_layout()
+        self._size = sum(p.numel() for p in self._parameters)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
-        self.stream = self._new_stream(Key.fresh() if key is None else key)
+        self._ranks = Ranks(process_group)
+        self._span = self._ranks.span(self._size)
+        self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
         self.non_finite = 0
 
@@ -150,34 +156,52 @@ class PrivateOptimizer:
 
         Args:
             indices: the batch of the last backward, integers in [0, n_examples), one for each of
-                its rows. Empty: the gradient is noise alone, and no backward is needed.
+                its rows. Empty: the gradient is noise alone, and no backward is needed. With a
+                process group: this rank's part of the batch, which may be empty.
 
         Raises:
             RootnoiseError: a closure; the mechanism's steps are used up; indices that break the
                 participation or do not match the per-sample gradients; not exactly one backward in
                 training mode since the last step; parameters that were added, removed, frozen or
-                reshaped; a step that was broken off before. Nothing has been released then.
+                reshaped; a step that was broken off before. Nothing has been released then. With a
+                process group, all ranks raise together.
         """
+        try:
+            part, gradients = self._checked(indices)
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        self.ledger.admit(self.t, self._ranks.batch(self.t, part))
+        with torch.no_grad():
+            total = self._noised_sum(gradients) / self.sampler.batch_size
+            means = torch.split(total, [p.numel() for p in self._parameters])
+            for p, mean in zip(self._parameters, means, strict=True):
+                p.grad = mean.view_as(p).to(p.device, p.dtype)
+                p.grad_sample = None  # type: ignore[attr-defined]
+                if self.decay != 1:
+                    p.mul_(self.decay)
+        self.optimizer.step()
+        self.t += 1
+
+    def _checked(self, indices: ArrayLike) -> tuple[Indices, list[torch.Tensor]]:
+        """Return this process's part of the batch and its per-sample gradients, or refuse them."""
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
         self._check_whole()
         if isinstance(indices, torch.Tensor):
             indices = indices.numpy(force=True)
-        batch = np.asarray(indices)
-        gradients = self._per_sample_gradients(batch.size)
-        self.ledger.admit(self.t, batch)
-        with torch.no_grad():
-            sums = self._clipped_sums(gradients)
-            noise = torch.split(self.stream.next(), [p.numel() for p in self._parameters])
-            for p, clipped, z in zip(self._parameters, sums, noise, strict=True):
-                mean = (clipped + z.to(p.device)) / self.sampler.batch_size
-                p.grad = mean.view_as(p).to(p.dtype)
-                p.grad_sample = None  # type: ignore[attr-defined]
-                if self.decay != 1:
-                    p.mul_(self.decay)
-        self.optimizer.step()
-        self.t += 1
+        gradients = self._per_sample_gradients(np.size(indices))
+        return self.ledger.checked(indices), gradients
+
+    def _noised_sum(self, gradients: list[torch.Tensor]) -> torch.Tensor:
+        """Return the clipped sum of the whole batch plus the noise of the step, flattened."""
+        sums, bad = clipped_sums(gradients, self.mechanism.clip_norm, self.t)
+        self.non_finite += bad
+        total = torch.cat([clipped.to(sums[0].device) for clipped in sums])
+        start, stop = self._span
+        total[start:stop] += self.stream.next().to(total.device)
+        self._ranks.add_(total)
+        return total
 
     def _per_sample_gradients(self, rows: int) -> list[torch.Tensor]:
         """Return one (rows, size) float32 matrix a parameter, or refuse what backward has left."""
@@ -203,33 +227,19 @@ class PrivateOptimizer:
             gradients.append(p.new_zeros(0, p.numel()) if g is None else g.flatten(1))
         return [g.float() for g in gradients]
 
-    def _clipped_sums(self, gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the sum over the batch of each parameter's clipped gradients, flattened."""
-        norms = _row_norms(gradients)
-        finite = norms.isfinite()
-        bad = len(norms) - int(finite.sum())
-        if bad:
-            self.non_finite += bad
-            warnings.warn(
-                f"{bad} of {len(norms)} per-sample gradients of step {self.t} are not finite and "
-                "count as zero (the guarantee does not cover this number)",
-                NonFiniteGradientWarning,
-                stacklevel=3,
-            )
-            norms = norms.masked_fill(~finite, torch.inf)
-            gradients = [g.masked_fill(~finite[:, None].to(g.device), 0) for g in gradients]
-        scale = (self.mechanism.clip_norm / (norms * (1 + SLACK))).clamp(max=1).float()
-        return [scale.to(g.device) @ g for g in gradients]
-
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
 
-        It holds recent noise and the sampler's seed: keep it as secret as the key.
+        It holds recent noise and the sampler's seed: keep it as secret as the key. With a process
+        group every rank must call it; what it returns is the same on each but for `non_finite`, and
+        any number of ranks can load it.
 
         Raises:
             RootnoiseError: a step was broken off by an exception.
         """
         self._check_whole()
+        noise = self.stream.state_dict()
+        noise |= {name: self._ranks.columns(noise[name], self._size) for name in NOISE_ROWS}
         return {
             "version": 1,
             "t": self.t,
@@ -237,7 +247,7 @@ class PrivateOptimizer:
             "decay": self.decay,
             "layout": self._layout,
             "optimizer": self.optimizer.state_dict(),
-            "noise": self.stream.state_dict(),
+            "noise": noise,
             "ledger": self.ledger.state_dict(),
             "sampler": self.sampler.state_dict(),
         }
@@ -264,7 +274,7 @@ class PrivateOptimizer:
         for name, part in parts.items():
             if not isinstance(state.get(name), Mapping):
                 raise RootnoiseError(f"saved {name} must be a mapping, got {state.get(name)!r:.80}")
-            part.load_state_dict(state[name])
+            part.load_state_dict(self._own(state[name]) if part is stream else state[name])
         if not stream.t == ledger.t == t:
             raise RootnoiseError(
                 f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
@@ -277,7 +287,34 @@ class PrivateOptimizer:
         self.stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
 
     def _new_stream(self, key: Key) -> NoiseStream:
-        return NoiseStream(self.mechanism, sum(p.numel() for p in self._parameters), key)
+        return NoiseStream(self.mechanism, self._size, key, spans=[self._span])
+
+    def _follow_first(self, key: Key) -> Key:
+        """Take over rank 0's weights, sampler seed and ledger salt, and return its key."""
+        if self._ranks.size == 1:
+            return key
+        self._ranks.same("mechanism", self.mechanism.fingerprint)
+        self._ranks.same("parameters", self._layout)
+        self._ranks.same("decay", self.decay)
+        states = [self.sampler.state_dict(), self.ledger.state_dict(), key.secret]
+        sampler, ledger, secret = self._ranks.first(states)
+        self.sampler.load_state_dict(sampler)
+        self.ledger.load_state_dict(ledger)
+        with torch.no_grad():
+            self._ranks.copy_first_([*self.module.parameters(), *self.module.buffers()])
+        return Key(secret)
+
+    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved state of the whole noise, cut to this rank's columns."""
+        own = dict(noise)
+        for name in NOISE_ROWS:
+            rows = noise.get(name)
+            if not isinstance(rows, torch.Tensor) or rows.shape[1:] != (self._size,):
+                got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else rows
+                rule = f"saved noise's {name} must be a tensor of {self._size} columns"
+                raise RootnoiseError(f"{rule}, got {got!r:.80}")
+            own[name] = rows[:, slice(*self._span)]
+        return own
 
     def _current_layout(self) -> list[list[Any]]:
         """Return [name, shape] of each trainable parameter, which fixes its place in the noise."""
@@ -290,18 +327,6 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
-
-
-def _row_norms(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Return the joint l2 norm of each row over all matrices, float64 on the first's device."""
-    squares = []
-    for g in gradients:
-        n_blocks = g.shape[1] // BLOCK
-        blocks = g[:, : n_blocks * BLOCK].reshape(len(g), n_blocks, BLOCK)
-        rest = torch.linalg.vector_norm(g[:, n_blocks * BLOCK :], dim=1).double()
-        norms = torch.linalg.vector_norm(blocks, dim=2).double()
-        squares.append((norms.square().sum(1) + rest.square()).to(gradients[0].device))
-    return torch.stack(squares).sum(0).sqrt()
 
 
 def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,119 @@
+"""The processes of one run: what they must agree on, and the two things they add up.
+
+Every rank holds the whole model and takes a part of each batch. A step sends its indices, a few
+bytes an example, and one sum of the size of the model; noise needs no traffic, for each rank adds
+its own part of it to what is summed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+
+from rootnoise._check import RootnoiseError
+
+Indices = NDArray[np.int64]
+
+REFUSED = -1  # in place of the step
+
+
+class Ranks:
+    """The ranks of a torch process group, or one process alone.
+
+    Attributes:
+        rank: of this process, in [0, size).
+        size: how many there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+        nccl = group is not None and dist.get_backend(group) == "nccl"
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
+
+    def span(self, n: int) -> tuple[int, int]:
+        """Return this rank's part of n positions: near-equal, in the order of the ranks."""
+        return self._span(self.rank, n)
+
+    def first(self, value: Any) -> Any:
+        """Return rank 0's picklable value."""
+        values = [value]
+        if self._group is not None:
+            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        return values[0]
+
+    def same(self, name: str, value: Any) -> None:
+        """Refuse, on every rank, a value that is not rank 0's."""
+        equal = self._gather(np.array([self.first(value) == value], dtype=np.int64))
+        others = [rank for rank, found in enumerate(equal) if not found[0]]
+        if others:
+            raise RootnoiseError(f"{name} must be rank 0's on all ranks, got others on {others}")
+
+    def copy_first_(self, tensors: list[torch.Tensor]) -> None:
+        """Overwrite the tensors by rank 0's."""
+        if self._group is not None:
+            for tensor in tensors:
+                dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def add_(self, tensor: torch.Tensor) -> None:
+        """Replace the tensor by its sum over the ranks."""
+        if self._group is not None:
+            dist.all_reduce(tensor, group=self._group)
+
+    def batch(self, t: int, part: Indices) -> Indices:
+        """Return the batch of step t, joined from every rank's part, unless a rank refuses.
+
+        Raises:
+            RootnoiseError: a rank calls `refuse` instead, or is at another step: on every rank.
+        """
+        steps = self._steps(t)
+        if REFUSED in steps:
+            raise RootnoiseError(f"step {t} was refused by rank {steps.index(REFUSED)}")
+        if len(set(steps)) > 1:
+            raise RootnoiseError(f"ranks must be at one step, got {steps}")
+        return np.concatenate(self._gather(part))
+
+    def refuse(self, refusal: RootnoiseError) -> NoReturn:
+        """Raise `refusal` here, and make `batch` raise on the other ranks, which wait in it."""
+        self._steps(REFUSED)
+        raise refusal
+
+    def _steps(self, t: int) -> list[int]:
+        return [int(step[0]) for step in self._gather(np.array([t]))]
+
+    def columns(self, part: torch.Tensor, n: int) -> torch.Tensor:
+        """Return the (rows, n) matrix whose columns `span` the ranks hold."""
+        if self._group is None:
+            return part
+        width = -(-n // self.size)
+        padded = torch.zeros(len(part), width, dtype=part.dtype, device=self._device)
+        padded[:, : part.shape[1]] = part
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(found, padded, group=self._group)
+        sizes = [stop - start for start, stop in (self._span(r, n) for r in range(self.size))]
+        return torch.cat([f[:, :s] for f, s in zip(found, sizes, strict=True)], 1).cpu()
+
+    def _span(self, rank: int, n: int) -> tuple[int, int]:
+        return n * rank // self.size, n * (rank + 1) // self.size
+
+    def _gather(self, part: Indices) -> list[Indices]:
+        """Return every rank's integers, in the order of the ranks."""
+        if self._group is None:
+            return [part]
+        sizes = self._all_gather(torch.tensor([part.size]))
+        most = int(max(sizes))
+        padded = np.zeros(most, dtype=np.int64)
+        padded[: part.size] = part
+        found = self._all_gather(torch.from_numpy(padded))
+        return [f.numpy()[: int(s)] for f, s in zip(found, sizes, strict=True)]
+
+    def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        mine = tensor.to(self._device)
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(found, mine, group=self._group)
+        return [f.cpu() for f in found]

@@ -1,0 +1,173 @@
+"""What the ranks of test_parallel run; a child can import it, a test module it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import runpy
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rootnoise._check import RootnoiseError
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.randomness import Key
+from rootnoise.ranks import Ranks
+from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Sampler
+from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.workload import SGD
+
+N, BATCH, EPOCHS = 24, 6, 3
+
+
+def join(rank: int, size: int, out: Path) -> dist.ProcessGroup:
+    """Join the group whose ranks meet in a file of `out`."""
+    store = f"file://{out}/store-{size}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=40)
+    )
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+def examples() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(N, 7, generator=generator)
+    return x, torch.randint(0, 3, (N,), generator=generator)
+
+
+def make(group: dist.ProcessGroup | None, seed: int, poisson: bool = False) -> PrivateOptimizer:
+    """Return an optimizer whose weights, batches and key come from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5, generator=generator)
+    sampler: Sampler = FixedCycleSampler(N, BATCH, EPOCHS, seed=seed)
+    if poisson:
+        sampler = CyclicPoissonSampler(N, BATCH, 12, seed=seed)
+    workload = SGD(sampler.n_steps, 0.0 if poisson else 0.9)
+    mechanism = Mechanism.calibrate(
+        factorize(workload, sampler.participation, "identity" if poisson else "bsr"),
+        sampler.participation,
+        noise_multiplier=0.3,
+        delta=1e-5,
+    )
+    module = privatize(model, "sum")
+    sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    key = Key.from_seed(seed)
+    return PrivateOptimizer(sgd, module, mechanism, sampler, key, process_group=group)
+
+
+def train(optimizer: PrivateOptimizer, rank: int, size: int, until: int) -> None:
+    x, y = examples()
+    for t in range(optimizer.t, until):
+        part = optimizer.sampler.batch(t)[rank::size]
+        backward(optimizer, x[part], y[part])
+        optimizer.step(part)
+
+
+def backward(optimizer: PrivateOptimizer, x: torch.Tensor, y: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    if len(x):
+        cross_entropy(optimizer.module(x), y, reduction="sum").backward()
+
+
+def saved(optimizer: PrivateOptimizer) -> dict[str, Any]:
+    return {"weights": optimizer.module.state_dict(), "optimizer": optimizer.state_dict()}
+
+
+def run(
+    rank: int, size: int, out: Path, start: Path | None, until: int, poisson: bool = False
+) -> None:
+    """Train to step `until`, from `start` on; ranks other than 0 begin with seeds of their own."""
+    group = join(rank, size, out)
+    optimizer = make(group, seed=1 if start is None else 1 + rank, poisson=poisson)
+    if start is not None:
+        state = torch.load(start, weights_only=True)
+        optimizer.module.load_state_dict(state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+    train(optimizer, rank, size, until)
+    torch.save(saved(optimizer), out / f"{rank}.pt")
+
+
+def run_wrong(rank: int, size: int, out: Path, until: int) -> None:
+    """The mistake: every rank adds all of the noise."""
+    Ranks.span = lambda self, n: (0, n)  # type: ignore[method-assign]
+    optimizer = make(join(rank, size, out), seed=1)
+    train(optimizer, rank, size, until)
+    torch.save({"weights": optimizer.module.state_dict()}, out / f"{rank}.pt")
+
+
+def refuse(rank: int, size: int, out: Path) -> None:
+    """Meet one refusal after the other, all on both ranks, and go on as if there were none."""
+    optimizer = make(join(rank, size, out), seed=1)
+    x, y = examples()
+    batch = optimizer.sampler.batch(0)
+    part = batch[rank::size]
+
+    def refused(indices: Any) -> str:
+        try:
+            optimizer.step(indices)
+        except RootnoiseError as reason:
+            return str(reason)
+        raise AssertionError(f"{indices} must be refused")
+
+    lines = []
+    backward(optimizer, x[part], y[part])
+    lines.append(refused(part if rank else part[1:]))
+    lines.append(refused(part + 0.5 if rank else part))
+    lines.append(refused(batch[:3]))  # the same three on both ranks
+    optimizer.t += rank
+    optimizer.ledger.t += rank
+    optimizer.stream.t += rank
+    lines.append(refused(part))
+    optimizer.t -= rank
+    optimizer.ledger.t -= rank
+    optimizer.stream.t -= rank
+    train(optimizer, rank, size, 2)
+    again = optimizer.sampler.batch(0)[rank::size]
+    backward(optimizer, x[again], y[again])
+    lines.append(refused(again))
+    train(optimizer, rank, size, 3)
+    torch.save(saved(optimizer) | {"lines": lines}, out / f"{rank}.pt")
+
+
+def disagree(rank: int, size: int, out: Path) -> None:
+    """Rank 2 has another mechanism."""
+    group = join(rank, size, out)
+    try:
+        make(group, seed=1, poisson=rank == 2)
+    except RootnoiseError as reason:
+        (out / f"{rank}.txt").write_text(str(reason))
+
+
+def example(rank: int, size: int, script: str, port: int, out: Path) -> None:
+    """Run a script as torchrun would."""
+    where = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in where.items()}
+    with (out / f"{rank}.txt").open("w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(script, run_name="__main__")
+
+
+def primitives(rank: int, size: int, out: Path) -> None:
+    """Span, columns and sums for lengths that do not divide by the ranks."""
+    ranks = Ranks(join(rank, size, out))
+    for n in (1, 3, 8, 11):
+        whole = torch.arange(3.0 * n).reshape(3, n)
+        start, stop = ranks.span(n)
+        assert torch.equal(ranks.columns(whole[:, start:stop], n), whole)
+        total = torch.zeros(n)
+        total[start:stop] = 1
+        ranks.add_(total)
+        assert torch.equal(total, torch.ones(n))
+    part = np.arange(rank) + 10 * rank
+    expected = np.concatenate([np.arange(r) + 10 * r for r in range(size)])
+    assert np.array_equal(ranks.batch(0, part), expected)
+    assert ranks.batch(0, np.empty(0, dtype=np.int64)).size == 0

@@ -209,7 +209,17 @@ def test_other_routes(workload, who, method):
     assert certificate.value <= factorize(workload, who, "bsr").rmse(who)
 
 
-def test_dense_workloads_are_solved_whole_up_to_1024():
-    workload = ToeplitzWorkload(np.ones(513))
-    assert lower_bound(workload, ONCE).witness is not None
-    assert lower_bound(SGD(513), ONCE).witness is None
+@pytest.mark.parametrize(
+    ("workload", "who", "optimum"),
+    [
+        (prefix_sum(1000), ONCE, 2.948048),
+        (prefix_sum(1000), FixedCycle(100, 10), 10.536642),
+        (SGD(1000, 0.9), FixedCycle(100, 10), 80.313),
+    ],
+    ids=str,
+)
+def test_up_to_1024_steps_are_solved_whole_at_once(workload, who, optimum):
+    certificate = lower_bound(workload, who)
+    assert certificate.method == "optimised dual"
+    assert optimum * (1 - 1e-3) < certificate.value < optimum * (1 + 1e-6)
+    assert lower_bound(prefix_sum(1025), ONCE).witness is None

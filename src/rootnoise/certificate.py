@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
-from rootnoise import compression, dual, nuclear
+from rootnoise import compression, dual, nuclear, refinement
 from rootnoise._check import RootnoiseError
 from rootnoise.participation import CyclicPoisson, FixedCycle, Participation, SingleParticipation
 from rootnoise.workload import Workload
@@ -28,20 +28,18 @@ Array = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
 # What float64 may have lost where nothing is checked: 40 times what was seen up to n = 1e8.
 SAFETY = 1e-9
-# Patterns of less than this part of the mean weight are left out of a witness.
-NEGLIGIBLE = 1e-6
 
 
 class Effort(Enum):
-    """How hard to try: the rows of the largest dense problem, and when to stop."""
+    """How hard to try: the steps of the largest dense problem, and when to stop."""
 
     FAST = "fast"
     TIGHT = "tight"
 
     @property
     def size(self) -> int:
-        """Rows: an iteration takes 0.1 s at 512 and 0.6 s at 1024 on one core."""
-        return 512 if self is Effort.FAST else 1024
+        """Steps: an iteration takes 0.4 s at 1024 and 3 s at 2048 on one core."""
+        return 1024 if self is Effort.FAST else 2048
 
     @property
     def gain(self) -> float:
@@ -97,7 +95,7 @@ def lower_bound(
         workload: what is computed.
         participation: who may take part when. Cyclic Poisson sampling counts as one participation,
             as in `sensitivity`; of a minimal separation some patterns stand for all.
-        effort: "fast" (dense problems of up to 512 rows) or "tight" (1024 rows).
+        effort: "fast" (solved whole up to 1024 steps, then by 512 rows) or "tight" (twice as many).
 
     Raises:
         RootnoiseError: another effort, or a participation that does not fit n_steps.
@@ -123,10 +121,10 @@ def lower_bound(
 def _best(workload: Workload, participation: Participation, effort: Effort) -> Certificate:
     """Return the best certificate that the effort allows."""
     n = workload.n_steps
-    if n <= (effort.size if compression.sweeps(workload) else Effort.TIGHT.size):
+    if n <= effort.size:
         return _dense(workload, participation, effort)
     bounds = [_nuclear(workload, participation), _pattern(workload, participation)]
-    problem = compression.compress(workload, participation, effort.size)
+    problem = compression.compress(workload, participation, effort.size // 2)
     if problem is not None:
         value = max(point.value for point in _ascent(problem, effort))
         method = f"dual compressed from {n} to {problem.a.shape[0]} dimensions"
@@ -177,12 +175,10 @@ def _dense(workload: Workload, participation: Participation, effort: Effort) -> 
     """Return the optimised certificate with its witness."""
     a = workload.matrix.dense()
     n = len(a)
-    problem = dual.Problem(a[:, :, None], dual.patterns(n, participation))
-    best = max(_ascent(problem, effort), key=lambda point: point.value)
-    # Patterns that hardly matter are left out: most are, where many overlap.
-    heavy = [np.square(f[:, 0, 0]) * len(f) > NEGLIGIBLE for f in best.factors]
-    factors = tuple(f[keep] for f, keep in zip(best.factors, heavy, strict=True))
-    patterns = tuple(p[keep] for p, keep in zip(problem.patterns, heavy, strict=True))
+    patterns, start = refinement.start(a, participation)
+    ascent = _ascent(dual.Problem(a[:, :, None], patterns), effort, start)
+    best = max(ascent, key=lambda point: point.value)
+    patterns, factors = refinement.heaviest(patterns, best.factors)
     r = dual.scatter(factors, patterns, n).toarray()
     sizes = np.concatenate([np.full(len(p), p.shape[1]) for p in patterns])
     owner = np.repeat(np.arange(sizes.size), sizes)
@@ -193,13 +189,17 @@ def _dense(workload: Workload, participation: Participation, effort: Effort) -> 
     return Certificate(proved, "optimised dual", witness)
 
 
-def _ascent(problem: dual.Problem, effort: Effort) -> list[dual.Point]:
+def _ascent(
+    problem: dual.Problem, effort: Effort, start: dual.Factors | None = None
+) -> list[dual.Point]:
     """Return the points of the ascent up to where it has stopped gaining."""
     points: list[dual.Point] = []
-    for point in islice(dual.ascend(problem), effort.iterations):
+    # From a good start one step without a gain says enough.
+    idle = 3 if start is None or effort is Effort.TIGHT else 1
+    for point in islice(dual.ascend(problem, start), effort.iterations):
         points.append(point)
-        before = max((p.value for p in points[:-3]), default=0.0)
-        if before and max(p.value for p in points[-3:]) <= before * (1 + effort.gain):
+        before = max((p.value for p in points[:-idle]), default=0.0)
+        if before and max(p.value for p in points[-idle:]) <= before * (1 + effort.gain):
             break
     return points
 

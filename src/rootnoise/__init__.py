@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         CyclicPoisson,
         FixedCycle,
         MinSeparation,
+        MinSepPoisson,
         Participation,
         SingleParticipation,
     )
@@ -61,6 +62,7 @@ _MODULES = {
         "BallsInBins",
         "CyclicPoisson",
         "FixedCycle",
+        "MinSepPoisson",
         "MinSeparation",
         "Participation",
         "SingleParticipation",

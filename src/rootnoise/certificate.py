@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 
 from rootnoise import compression, dual, nuclear, refinement
 from rootnoise._check import RootnoiseError
-from rootnoise.participation import CyclicPoisson, FixedCycle, Participation, SingleParticipation
+from rootnoise.participation import FixedCycle, Participation, PoissonSampling, SingleParticipation
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]
@@ -93,7 +93,7 @@ def lower_bound(
 
     Args:
         workload: what is computed.
-        participation: who may take part when. Cyclic Poisson sampling counts as one participation,
+        participation: who may take part when. Poisson sampling counts as one participation,
             as in `sensitivity`; of a minimal separation some patterns stand for all.
         effort: "fast" (solved whole up to 1024 steps, then by 512 rows) or "tight" (twice as many).
 
@@ -226,7 +226,7 @@ def _scaled(value: float, n: int) -> float:
 
 def _admissible(steps: NDArray[np.intp], participation: Participation) -> bool:
     """Whether one person may take part in all of `steps`."""
-    if isinstance(participation, SingleParticipation | CyclicPoisson):
+    if isinstance(participation, SingleParticipation | PoissonSampling):
         return steps.size == 1
     if steps.size > participation.max_participations:
         return False

@@ -33,9 +33,9 @@ from rootnoise import nuclear
 from rootnoise.causal import CausalMatrix
 from rootnoise.dual import DOUBT, Patterns, Problem, cycles, patterns
 from rootnoise.participation import (
-    CyclicPoisson,
     MinSeparation,
     Participation,
+    PoissonSampling,
     SingleParticipation,
 )
 from rootnoise.workload import SGD, Workload
@@ -162,7 +162,7 @@ def compress(workload: Workload, participation: Participation, size: int) -> Pro
 
 def _layout(n: int, participation: Participation, size: int, longest: int) -> Layout:
     """Choose the pieces and how many epochs to tie."""
-    if isinstance(participation, SingleParticipation | CyclicPoisson):
+    if isinstance(participation, SingleParticipation | PoissonSampling):
         period, k = n, 1
     else:
         period, k = participation.min_sep, participation.max_participations

@@ -28,9 +28,9 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from rootnoise.participation import (
-    CyclicPoisson,
     MinSeparation,
     Participation,
+    PoissonSampling,
     SingleParticipation,
 )
 
@@ -90,7 +90,7 @@ def cycles(n_steps: int, participation: Participation) -> Patterns:
     separation and the number of participations; a last partial cycle makes some of them shorter.
     """
     n = n_steps
-    if isinstance(participation, SingleParticipation | CyclicPoisson):
+    if isinstance(participation, SingleParticipation | PoissonSampling):
         return (np.arange(n)[:, None],)
     period = min(n, max(participation.min_sep, -(-n // participation.max_participations)))
     epochs, cut = -(-n // period), (n - 1) % period + 1

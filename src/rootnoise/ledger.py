@@ -23,6 +23,7 @@ from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
     MinSeparation,
+    MinSepPoisson,
     Participation,
     SingleParticipation,
     to_dict,
@@ -228,4 +229,6 @@ def _rule(participation: Participation) -> tuple[int, int, float]:
             return period, period, epochs
         case CyclicPoisson(groups, _):
             return groups, groups, np.inf
+        case MinSepPoisson(min_sep, _):
+            return min_sep, 1, np.inf
     raise RootnoiseError(f"participation must be a known kind, got {participation!r}")

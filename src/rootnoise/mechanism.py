@@ -23,7 +23,7 @@ from rootnoise.accounting import PrivacyCost
 from rootnoise.causal import CausalMatrix
 from rootnoise.certificate import Certificate, Effort, lower_bound
 from rootnoise.factorization import Factorization
-from rootnoise.participation import CyclicPoisson, Participation
+from rootnoise.participation import Participation, PoissonSampling
 from rootnoise.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
@@ -188,7 +188,7 @@ class Mechanism:
             else "zeroed out (its gradients replaced by zero, everybody else's steps unchanged)"
         )
         sens_name = (
-            "column norm" if isinstance(self.participation, CyclicPoisson) else "sensitivity"
+            "column norm" if isinstance(self.participation, PoissonSampling) else "sensitivity"
         )
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"

@@ -140,6 +140,11 @@ class CyclicPoisson:
         """Refuse more groups than steps: some people would never take part."""
         integer("groups", self.groups, 1, n_steps, high_name="n_steps")
 
+    @property
+    def min_sep(self) -> int:
+        """The least separation of one person's steps: the groups."""
+        return self.groups
+
     def rounds(self, n_steps: int) -> int:
         """Return how often, at most, one group has its turn: ceil(n / groups)."""
         return -(-n_steps // self.groups)
@@ -149,7 +154,50 @@ class CyclicPoisson:
         return f"independently with probability {self.probability:.6g} at {turn}"
 
 
-Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | CyclicPoisson
+@dataclass(frozen=True)
+class MinSepPoisson:
+    """Whoever sat out the last `min_sep` - 1 steps joins the next one with `probability`.
+
+    Draws are independent, and the run starts as if it had gone on forever: everybody joins every
+    step with the same probability, `rate`. Dong & Ganesh (2026), for strategies with at most
+    `min_sep` bands. `min_sep` 1 is Poisson sampling, `probability` 1 is balls in bins.
+
+    Raises:
+        RootnoiseError: min_sep below 1, or a probability outside (0, 1].
+
+    >>> MinSepPoisson(min_sep=4, probability=0.25).rate
+    0.14285714285714285
+    """
+
+    min_sep: int
+    probability: float
+    type: ClassVar[str] = "min-sep-poisson"
+    amplified: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _set_integers(self, "min_sep")
+        p = real("probability", self.probability, above=0, at_most=1)
+        object.__setattr__(self, "probability", p)
+
+    @property
+    def rate(self) -> float:
+        """The probability p / (1 + (b - 1) p) that a given person joins a given step."""
+        return self.probability / (1 + (self.min_sep - 1) * self.probability)
+
+    def validate(self, n_steps: int) -> None:
+        """Refuse a separation longer than the run."""
+        integer("min_sep", self.min_sep, 1, n_steps, high_name="n_steps")
+
+    def __str__(self) -> str:
+        return (
+            f"with probability {self.probability:.6g} at every step, {self.rate:.6g} on average, "
+            f"that is at least {self.min_sep} after the last one"
+        )
+
+
+# Independent draws at every step: privacy is stated per participation, not per run of them.
+PoissonSampling = CyclicPoisson | MinSepPoisson
+Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | PoissonSampling
 
 
 def to_dict(participation: Participation) -> dict[str, Any]:

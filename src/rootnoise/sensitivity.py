@@ -22,6 +22,7 @@ from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
     MinSeparation,
+    MinSepPoisson,
     Participation,
     SingleParticipation,
 )
@@ -53,8 +54,9 @@ class Sensitivity:
 def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensitivity:
     """Return how far one person moves C X: exact where a theorem says so, else an upper bound.
 
-    For `CyclicPoisson` it is the largest column norm, the sensitivity of one participation
-    (Choquette-Choo et al. 2023, Theorem 4), and the strategy must have at most `groups` bands.
+    For `CyclicPoisson` and `MinSepPoisson` it is the largest column norm, the sensitivity of one
+    participation (Choquette-Choo et al. 2023, Theorem 4), and the strategy must have at most
+    `groups`, or `min_sep`, bands.
 
     Raises:
         RootnoiseError: the participation does not fit n_steps, or the bands exceed the groups.
@@ -68,11 +70,10 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
         case SingleParticipation():
             return _largest_column(strategy)
         case CyclicPoisson(groups=groups):
-            if strategy.bands > groups:
-                raise RootnoiseError(
-                    f"bands must be in [1, groups={groups}] under cyclic Poisson sampling, "
-                    f"got {strategy.bands}"
-                )
+            _refuse_overlaps(strategy, groups, "groups", "cyclic")
+            return _largest_column(strategy)
+        case MinSepPoisson(min_sep=min_sep):
+            _refuse_overlaps(strategy, min_sep, "min_sep", "min-sep")
             return _largest_column(strategy)
     if participation.max_participations == 1:
         return _largest_column(strategy)
@@ -82,6 +83,14 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
     if strategy.coefficients is not None:
         return _toeplitz(strategy, strategy.coefficients, participation)
     return _worst(strategy, participation) or _gram(strategy.dense(), participation)
+
+
+def _refuse_overlaps(strategy: CausalMatrix, most: int, name: str, kind: str) -> None:
+    if strategy.bands > most:
+        raise RootnoiseError(
+            f"bands must be in [1, {name}={most}] under {kind} Poisson sampling, "
+            f"got {strategy.bands}"
+        )
 
 
 def _largest_column(strategy: CausalMatrix) -> Sensitivity:

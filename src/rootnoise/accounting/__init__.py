@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from scipy.optimize import brentq
 
@@ -22,8 +23,15 @@ from rootnoise.accounting.bins import Bins, bin_gram
 from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
 from rootnoise.accounting.estimate import Mixture
 from rootnoise.accounting.gaussian import GRID_TOLERANCE, SAFETY
+from rootnoise.accounting.separated import Separated, band_rows
 from rootnoise.causal import CausalMatrix
-from rootnoise.participation import BallsInBins, CyclicPoisson, Participation
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    MinSeparation,
+    MinSepPoisson,
+    Participation,
+)
 from rootnoise.sensitivity import sensitivity
 
 __all__ = [
@@ -53,7 +61,7 @@ def privacy_cost(
     Unamplified: Balle & Wang (2018), Theorem 8, exact. Cyclic Poisson: ceil(n / groups)
     compositions of the Poisson-subsampled Gaussian (Choquette-Choo et al. 2023, Theorem 4; one
     group is DP-SGD) by privacy loss distributions, an upper bound within 0.1 % of the exact
-    composition. Balls in bins: an upper confidence bound by Monte Carlo.
+    composition. Balls in bins and min-sep Poisson: an upper confidence bound by Monte Carlo.
 
     Args:
         participation: who may take part when.
@@ -61,7 +69,7 @@ def privacy_cost(
         noise_multiplier: standard deviation of Z over clip norm * sensitivity, as `sensitivity`
             defines it for this participation.
         delta: in (0, 1).
-        strategy: C; balls in bins need it, nothing else does.
+        strategy: C; balls in bins and min-sep Poisson need it.
         monte_carlo: how to sample where that is needed.
 
     Raises:
@@ -75,10 +83,9 @@ def privacy_cost(
     sigma = real("noise_multiplier", noise_multiplier, above=0)
     real("delta", delta, above=0, below=1)
     participation.validate(n_steps)
-    if isinstance(participation, BallsInBins):
-        settings = monte_carlo or MonteCarlo()
-        mixture = _mixture(participation, n_steps, strategy)
-        return _sampled(participation, mixture, sigma, delta, settings)
+    if isinstance(participation, BallsInBins | MinSepPoisson):
+        run = _Run.of(participation, n_steps, strategy, monte_carlo)
+        return run.cost(sigma, delta)
     if isinstance(participation, CyclicPoisson):
         rounds = participation.rounds(n_steps)
         epsilon = gaussian.poisson_epsilon(sigma, participation.probability, rounds, delta)
@@ -110,7 +117,7 @@ def noise_multiplier(
         delta: in (0, 1).
         tolerance: part of epsilon that the grid of a privacy loss distribution may waste; a larger
             one is faster, and its noise multiplier larger, never too small.
-        strategy: C; balls in bins need it, nothing else does.
+        strategy: C; balls in bins and min-sep Poisson need it.
         monte_carlo: how to sample where that is needed.
         progress: called with every noise multiplier tried and its epsilon.
 
@@ -126,10 +133,9 @@ def noise_multiplier(
     real("delta", delta, above=0, below=1)
     tolerance = real("tolerance", tolerance, at_least=GRID_TOLERANCE, below=1)
     participation.validate(n_steps)
-    if isinstance(participation, BallsInBins):
-        settings = monte_carlo or MonteCarlo()
-        mixture = _mixture(participation, n_steps, strategy)
-        return _sampled_multiplier(participation, mixture, target, delta, settings, progress)
+    if isinstance(participation, BallsInBins | MinSepPoisson):
+        run = _Run.of(participation, n_steps, strategy, monte_carlo)
+        return run.multiplier(target, delta, progress)
     if isinstance(participation, CyclicPoisson):
         q, rounds = participation.probability, participation.rounds(n_steps)
         return gaussian.poisson_multiplier(target, q, rounds, delta, tolerance, progress)
@@ -164,67 +170,82 @@ def noise_multiplier_for(
     return sigma
 
 
-# Mixture of a run at noise multiplier sigma.
-_At = Callable[[float], Mixture]
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A run whose steps are random, up to its noise.
 
+    Attributes:
+        name: the participation's type.
+        at: its mixture at a noise multiplier.
+        worst: the sensitivity without amplification, in units of the one that scales the noise.
+        settings: of Monte Carlo.
+    """
 
-def _mixture(participation: BallsInBins, n_steps: int, strategy: CausalMatrix | None) -> _At:
-    if strategy is None:
-        raise RootnoiseError(f"strategy must be given for participation {participation.type}")
-    if strategy.n_steps != n_steps:
-        raise RootnoiseError(f"strategy must have n_steps={n_steps}, got {strategy.n_steps}")
-    scale = sensitivity(strategy, participation).value
-    gram = bin_gram(strategy, participation.period) / scale**2
-    return lambda sigma: Bins(gram / sigma**2)
+    name: str
+    at: Callable[[float], Mixture]
+    worst: float
+    settings: MonteCarlo
 
+    @classmethod
+    def of(
+        cls,
+        participation: BallsInBins | MinSepPoisson,
+        n_steps: int,
+        strategy: CausalMatrix | None,
+        settings: MonteCarlo | None,
+    ) -> _Run:
+        if strategy is None:
+            raise RootnoiseError(f"strategy must be given for participation {participation.type}")
+        if strategy.n_steps != n_steps:
+            raise RootnoiseError(f"strategy must have n_steps={n_steps}, got {strategy.n_steps}")
+        settings = settings or MonteCarlo()
+        scale = sensitivity(strategy, participation).value
+        if isinstance(participation, BallsInBins):
+            gram = bin_gram(strategy, participation.period) / scale**2
+            return cls(participation.type, lambda s: Bins(gram / s**2), 1.0, settings)
+        b, p = participation.min_sep, participation.probability
+        rows = band_rows(strategy) / scale
+        often = MinSeparation(b, -(-n_steps // b))
+        worst = sensitivity(strategy, often).value / scale
+        return cls(participation.type, lambda s: Separated(rows / s, b, p), worst, settings)
 
-def _sampled(
-    participation: Participation, mixture: _At, sigma: float, delta: float, settings: MonteCarlo
-) -> PrivacyCost:
-    certain = gaussian.gaussian_epsilon(sigma, delta)
-    attempt = dataclasses.replace(settings, failure=settings.failure / ATTEMPTS)
-    found = estimate.epsilon(mixture(sigma), delta, attempt)
-    if found >= certain:  # too few samples; amplified or not, the run is one Gaussian mechanism
-        return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
-    method = (
-        f"upper confidence bound by Monte Carlo of {participation.type}: {settings.samples} "
-        f"samples each way from seed {settings.seed}, too small with probability "
-        f"{settings.failure:g}"
-    )
-    return PrivacyCost(found, delta, False, method, monte_carlo=settings)
+    def cost(self, sigma: float, delta: float) -> PrivacyCost:
+        """Return the lesser of the upper confidence bound and of what holds anyway."""
+        certain = gaussian.gaussian_epsilon(sigma / self.worst, delta)
+        attempt = dataclasses.replace(self.settings, failure=self.settings.failure / ATTEMPTS)
+        found = estimate.epsilon(self.at(sigma), delta, attempt)
+        if found >= certain:  # too few samples; random or not, the run is one Gaussian mechanism
+            return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
+        method = (
+            f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
+            f"samples each way from seed {self.settings.seed}, too small with probability "
+            f"{self.settings.failure:g}"
+        )
+        return PrivacyCost(found, delta, False, method, monte_carlo=self.settings)
 
+    def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
+        """Bracket with forecasts, then confirm."""
+        report: Progress = progress or (lambda sigma, epsilon: None)
 
-def _sampled_multiplier(
-    participation: Participation,
-    mixture: _At,
-    target: float,
-    delta: float,
-    settings: MonteCarlo,
-    progress: Progress | None,
-) -> float:
-    """Bracket with forecasts, then confirm."""
-    report: Progress = progress or (lambda sigma, epsilon: None)
+        def forecast(log_sigma: float) -> float:
+            sigma = math.exp(log_sigma)
+            epsilon = estimate.forecast(self.at(sigma), delta, self.settings)
+            report(sigma, epsilon)
+            return min(epsilon, 10 * target)  # it is infinite where sigma is far too small
 
-    def forecast(log_sigma: float) -> float:
-        sigma = math.exp(log_sigma)
-        epsilon = estimate.forecast(mixture(sigma), delta, settings)
-        report(sigma, epsilon)
-        return epsilon
-
-    enough = gaussian.gaussian_multiplier(target, delta)
-    high = math.log(enough)
-    if forecast(high) > target:
-        return enough  # amplification does not pay for the confidence
-    aim, low = target, high
-    for _ in range(ATTEMPTS):
-        while forecast(low) <= aim:
-            low -= 0.5
-        sigma = math.exp(float(brentq(lambda s: forecast(s) - aim, low, high, xtol=1e-3)))  # noqa: B023
-        found = _sampled(participation, mixture, sigma, delta, settings).epsilon
-        report(sigma, found)
-        if found <= target:
-            return sigma
-        aim *= 0.998 * target / found
-    raise RootnoiseError(
-        f"samples must be enough to confirm a noise multiplier, got {settings.samples}"
-    )
+        enough = gaussian.gaussian_multiplier(target, delta) * self.worst
+        high = math.log(enough)
+        if forecast(high) > target:
+            return enough  # amplification does not pay for the confidence
+        aim, low = target, high
+        for _ in range(ATTEMPTS):
+            while forecast(low) <= aim:
+                low -= 0.5
+            log_sigma = float(brentq(lambda s: forecast(s) - aim, low, high, xtol=1e-3))  # noqa: B023
+            sigma = math.exp(log_sigma)
+            found = self.cost(sigma, delta).epsilon
+            report(sigma, found)
+            if found <= target:
+                return sigma
+            aim *= 0.998 * target / found
+        return enough

@@ -98,7 +98,11 @@ class Mixture(ABC):
 
     @abstractmethod
     def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
-        """Return log L and log dR/dQ of samples from the tilted R."""
+        """Return log L and log dR/dQ of samples from the tilted R.
+
+        Raises:
+            FloatingPointError: the likelihood ratios overflow.
+        """
 
     @abstractmethod
     def add(self, rng: np.random.Generator, size: int, tau: float) -> Samples:
@@ -141,12 +145,15 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
     lies below that epsilon no more often.
     """
     _, tilt, tau = _choose(mixture, delta, settings)
-    half = settings.failure / 2
-    found = _root(_remove(mixture, _stream(settings, 1), settings.samples, tilt, half).bound, delta)
-    if math.isinf(found):
-        return found
-    other = _add(mixture, _stream(settings, 2), settings.samples, tau, half)
-    return found if other.bound(found) <= delta else _root(other.bound, delta)
+    half, size = settings.failure / 2, settings.samples
+    try:
+        removed = _remove(mixture, _stream(settings, 1), size, tilt, half)
+        if math.isinf(found := _root(removed.bound, delta)):
+            return found
+        added = _add(mixture, _stream(settings, 2), size, tau, half)
+    except FloatingPointError:
+        return math.inf
+    return found if added.bound(found) <= delta else _root(added.bound, delta)
 
 
 def forecast(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
@@ -161,12 +168,16 @@ def _choose(mixture: Mixture, delta: float, settings: MonteCarlo) -> tuple[float
     guess = _root(lambda e: math.exp(min(0.0, *(tilt.log_range(e) for tilt in tilts))), delta)
 
     def bounded(tilt: Tilt) -> tuple[float, Tilt]:
-        drawn = _remove(mixture, rng, PILOT, tilt, settings.failure / 2)
+        try:
+            drawn = _remove(mixture, rng, PILOT, tilt, settings.failure / 2)
+        except FloatingPointError:
+            return math.inf, tilt
         return _root(lambda e: drawn.bound(e, settings.samples), delta), tilt
 
     for _ in range(2):  # those of least range where epsilon was last found
         likely = sorted(tilts, key=lambda tilt: tilt.log_range(guess))[:4]
-        guess, best = min(map(bounded, likely), key=lambda pair: pair[0])
+        found, best = min(map(bounded, likely), key=lambda pair: pair[0])
+        guess = min(guess, found)
     return guess, best, min(SHIFTS, key=lambda tau: mixture.add_log_range(tau, guess))
 
 

@@ -23,6 +23,7 @@ from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
     MinSeparation,
+    MinSepPoisson,
     Participation,
     SingleParticipation,
 )
@@ -135,6 +136,8 @@ def _broken(
             sound = counts.max() <= most and least >= min_sep
         case CyclicPoisson(groups, _):
             sound = not (gaps % groups).any()
+        case MinSepPoisson(min_sep, _):
+            sound = least >= min_sep
         case _:
             return f"no rule is known for {participation}"
     return None if sound else f"an example has {counts.max()} steps, or two only {least} apart"

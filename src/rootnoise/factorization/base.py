@@ -11,7 +11,7 @@ from typing import Any
 from rootnoise import error
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product
-from rootnoise.participation import CyclicPoisson, Participation, SingleParticipation
+from rootnoise.participation import Participation, SingleParticipation
 from rootnoise.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
@@ -178,11 +178,8 @@ def default_bands(n_steps: int, participation: Participation) -> int:
 
     Up to it, columns of one person never overlap. THEORY: optimal, or close, up to k of about 10.
     """
-    match participation:
-        case SingleParticipation():
-            return n_steps
-        case CyclicPoisson(groups=groups):
-            return min(groups, n_steps)
+    if isinstance(participation, SingleParticipation):
+        return n_steps
     return min(participation.min_sep, n_steps)
 
 

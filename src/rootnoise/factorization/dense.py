@@ -20,7 +20,7 @@ from rootnoise import dual
 from rootnoise._check import integer, real
 from rootnoise.causal import Dense
 from rootnoise.factorization.base import Factorization, Progress, Search, factorize, register
-from rootnoise.participation import CyclicPoisson, MinSeparation, Participation
+from rootnoise.participation import CyclicPoisson, MinSeparation, MinSepPoisson, Participation
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]
@@ -83,8 +83,8 @@ def reverse_cholesky(gram: Array) -> Array:
 def _bands(n: int, participation: Participation) -> int:
     """Return how many bands C may have for its sensitivity to be known."""
     match participation:
-        case CyclicPoisson(groups=groups):
-            return min(groups, n)
+        case CyclicPoisson(min_sep=b) | MinSepPoisson(min_sep=b):
+            return min(b, n)
         case MinSeparation(min_sep=b, max_participations=k) if k > 1:
             return b
     return n

@@ -20,7 +20,7 @@ from rootnoise.factorization.base import (
     default_bands,
     register,
 )
-from rootnoise.participation import CyclicPoisson, Participation
+from rootnoise.participation import Participation, PoissonSampling
 from rootnoise.workload import SGD, Workload
 
 Bands = int | Literal["auto"]
@@ -138,8 +138,8 @@ def _with_bands(
         return build(checked_bands(bands, n, participation))
     search = Search(build, participation, progress)
     start = default_bands(n, participation)
-    # Cyclic Poisson sampling is accounted for up to that many bands only.
-    most = start if isinstance(participation, CyclicPoisson) else n
+    # Poisson sampling is accounted for up to that many bands only.
+    most = start if isinstance(participation, PoissonSampling) else n
     tried = {start: search(start)}
     points = np.arange(1, most + 1) if most <= SCAN else np.geomspace(1, most, 24).astype(int)
     while True:

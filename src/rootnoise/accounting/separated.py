@@ -1,0 +1,164 @@
+"""b-min-sep Poisson: who has sat out b - 1 steps joins the next with probability p, independently.
+
+Dong & Ganesh (2026), "Privacy amplification for BandMF via b-min-sep subsampling". The strategy
+has at most b bands, so that the columns of one person do not overlap, and the likelihood ratio
+L = sum_pi w_pi x_pi is a product over the steps of pi. It follows backwards, from f_i = 1, i >= n:
+
+    f_i = (1 - p) f_{i+1} + p x_i f_{i+b},   log x_i = <c_i, y> - |c_i|^2 / 2,
+
+where f_i is the ratio of steps i, i + 1, ... for one who may join at step i. The run starts warm,
+as if it had gone on forever: one may join at once with probability 1 / (1 + (b - 1) p), and not
+before step i = 1, ..., b - 1 with probability p / (1 + (b - 1) p) each, so that
+
+    L = (f_0 + p (f_1 + ... + f_{b-1})) / (1 + (b - 1) p),
+
+and everybody joins every step with the same probability p_0 = p / (1 + (b - 1) p).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rootnoise.accounting import renewal
+from rootnoise.accounting.dominating import magnitudes
+from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
+from rootnoise.causal import CausalMatrix
+
+Array = NDArray[np.float64]
+
+# Entries of the largest array of a block, 16 MB.
+BLOCK = 2**21
+# Entries that a pass over two patterns at a time may visit: about a second for all powers.
+WORK = 2**26
+# Steps after which ratios are brought back into the range of a float.
+RESCALE = 32
+
+
+def band_rows(strategy: CausalMatrix) -> Array:
+    """Return |C| by diagonals, (p, n): entry (e, t) is |C_{t+e,t}|, 0 below the last row."""
+    n, p = strategy.n_steps, min(strategy.bands, strategy.n_steps)
+    steps = np.arange(n)
+    comb = np.zeros((n, p))
+    comb[steps, steps % p] = 1.0  # columns p apart do not overlap
+    image = np.pad(magnitudes(strategy).apply(comb), ((0, p - 1), (0, 0)))
+    return np.array([image[steps + e, steps % p] for e in range(p)])
+
+
+class Separated(Mixture):
+    """The mixture over all patterns, for a strategy in units of the noise.
+
+    Args:
+        rows: |C| by diagonals, as `band_rows` gives it, divided by the noise.
+        min_sep: b >= the diagonals.
+        probability: p of joining.
+    """
+
+    def __init__(self, rows: Array, min_sep: int, probability: float) -> None:
+        self.rows, self.b, self.p = rows, min_sep, probability
+        self.n = rows.shape[1]
+        self.rate = probability / (1 + (min_sep - 1) * probability)
+        self.squares = np.square(rows).sum(axis=0)
+        self.mean_square = self.rate * float(self.squares.sum())
+        self.mean_norm2 = float(np.square(self.rate * self._apply(np.ones((self.n, 1)))).sum())
+        self.block = max(1, BLOCK // self.n)
+        self._last: tuple[Tilt, renewal.Chain] | None = None
+
+    def tilts(self) -> list[Tilt]:
+        """Return those of one pattern and, where that takes seconds, of two at a time."""
+        found = [Tilt(1, 1.0, 0.0)]
+        for order in (1, 2) if self.n * self.b**2 <= WORK else (1,):
+            for power in POWERS:
+                scale = self._chain(order, power).log_scale
+                if scale <= LARGEST:
+                    found.append(Tilt(order, power, scale))
+        return found
+
+    def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
+        """Return log L and log dR/dQ of samples from the tilted R."""
+        if self._last is None or self._last[0] != tilt:
+            self._last = tilt, self._chain(tilt.order, tilt.power)
+        log_x = self._log_x(rng, tilt.power * self._last[1].draw(rng, size))
+        log_l = self._log_ratio(log_x)
+        power = log_l if tilt.power == 1 else self._log_ratio(tilt.power * log_x)
+        return log_l, tilt.order * power - tilt.log_scale
+
+    def add(self, rng: np.random.Generator, size: int, tau: float) -> Samples:
+        """Return log L and log dR/dQ of samples from N(-tau m, 1)."""
+        log_x = self._log_x(rng, np.full((self.n, size), -tau * self.rate))
+        inner = self.rate * log_x.sum(axis=0) + self.mean_square / 2
+        return self._log_ratio(log_x), -tau * inner - tau**2 * self.mean_norm2 / 2
+
+    def _log_x(self, rng: np.random.Generator, means: Array) -> Array:
+        """Return log x_i of y = C means + noise, (n, size)."""
+        y = self._apply(means)
+        y += rng.standard_normal(y.shape)
+        log_x: Array = self._transposed(y) - self.squares[:, None] / 2
+        return log_x
+
+    def _log_ratio(self, log_x: Array) -> Array:
+        """Return log L, or log sum_pi w_pi x_pi^theta of log x^theta: the recursion above."""
+        n, b, p = self.n, self.b, self.p
+        ring = np.ones((b, log_x.shape[1]))  # f_{i+1}, ..., f_{i+b}, at their step modulo b
+        scale = np.zeros(log_x.shape[1])
+        with np.errstate(over="ignore", invalid="ignore"):
+            x = np.exp(log_x)
+            for i in range(n - 1, -1, -1):
+                # f_{i+b} gives its place to f_i.
+                ring[i % b] = (1 - p) * ring[(i + 1) % b] + p * x[i] * ring[i % b]
+                if i % RESCALE == 0:
+                    top = ring.max(axis=0)
+                    ring /= top
+                    scale += np.log(top)
+            total = ring[0] + p * ring[1:].sum(axis=0)
+            result: Array = scale + np.log(total / (1 + (b - 1) * p))
+        if not np.isfinite(result).all():
+            raise FloatingPointError("likelihood ratios overflow")
+        return result
+
+    def _chain(self, order: int, power: float) -> renewal.Chain:
+        if order == 1:
+            return renewal.single(self.squares, self.b, self.p, power)
+        return renewal.pairs(self.squares, self._overlaps, self.b, self.p, power)
+
+    @cached_property
+    def _overlaps(self) -> Array:
+        """Return <c_t, c_{t-b+a}> by step t and wait a of the other; 0 for who may join."""
+        n, b, p = self.n, self.b, len(self.rows)
+        found = np.zeros((n, b))
+        for d in range(1, p):
+            found[d:, b - d] = np.einsum("et,et->t", self.rows[d:, : n - d], self.rows[: p - d, d:])
+        return found
+
+    # ------------------------------------------------------------------------------- products
+
+    @cached_property
+    def _blocks(self) -> Array:
+        """Return C cut into blocks of columns as wide as its bands: (blocks, 2 width, width)."""
+        p, n = self.rows.shape
+        width = max(p, 16)
+        count = -(-n // width)
+        rows = np.pad(self.rows, ((0, 0), (0, count * width - n))).reshape(p, count, width)
+        blocks = np.zeros((count, 2 * width, width))
+        columns = np.arange(width)
+        for e in range(p):
+            blocks[:, columns + e, columns] = rows[e]
+        return blocks
+
+    def _apply(self, v: Array) -> Array:
+        """Return C v of v (n, size)."""
+        count, width = self._blocks.shape[0], self._blocks.shape[2]
+        v = np.pad(v, ((0, count * width - self.n), (0, 0)))
+        result = np.zeros(((count + 1) * width, v.shape[1]))
+        for k, block in enumerate(self._blocks):
+            result[k * width : (k + 2) * width] += block @ v[k * width : (k + 1) * width]
+        return result[: self.n]
+
+    def _transposed(self, y: Array) -> Array:
+        """Return C^T y of y (n, size)."""
+        count, width = self._blocks.shape[0], self._blocks.shape[2]
+        y = np.pad(y, ((0, (count + 1) * width - self.n), (0, 0)))
+        parts = [b.T @ y[k * width : (k + 2) * width] for k, b in enumerate(self._blocks)]
+        return np.concatenate(parts)[: self.n]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,9 +15,17 @@ if TYPE_CHECKING:
 
     from rootnoise.factorization import Factorization
     from rootnoise.participation import Participation
+    from rootnoise.planner import Row
 
 # Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
+SAMPLINGS = {
+    "fixed-cycle": (BLUE, "o"),
+    "cyclic-poisson": (ORANGE, "s"),
+    "poisson": (GREY, "^"),
+}
+# Rows of so many times the least error are out of sight, so that the good ones are told apart.
+FARTHEST = 8
 # Coefficients beyond are too small to be seen.
 SHOWN = 64
 # A curve of more points looks the same.
@@ -50,21 +59,61 @@ def factorization(path: Path, made: Factorization, who: Participation) -> None:
     _finish(figure, (left, right), path)
 
 
-def _figure(panels: int, height: float = 3.6) -> tuple[Any, list[Axes]]:
+def plan(rows: Sequence[Row], path: Path | IO[str], kind: str = "png") -> None:
+    """Draw the error of each row of a plan against its memory."""
+    figure, (axes,) = _figure(1, width=7.2, height=4.2)
+    best = float("inf")
+    for sampling, (colour, marker) in SAMPLINGS.items():
+        own = [row for row in rows if row.sampling == sampling]
+        if own:
+            x, y = [row.memory_rows for row in own], [row.rmse_per_example for row in own]
+            axes.scatter(x, y, s=22, color=colour, marker=marker, alpha=0.75, label=sampling)
+    for row in sorted(rows, key=lambda row: (row.memory_rows, row.rmse_per_example)):
+        if row.rmse_per_example < best * 0.98:  # no less memory does as well
+            best = row.rmse_per_example
+            axes.annotate(
+                row.mechanism,
+                (row.memory_rows, best),
+                xytext=(0, -11),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+            )
+    fixed = [row for row in rows if row.sampling == "fixed-cycle"]
+    if fixed:
+        bound = fixed[0].rmse_per_example / (1 + fixed[0].gap)
+        label = "no factorization in a fixed cycle is below"
+        axes.axhline(bound, color=GREY, linewidth=1, linestyle="--", label=label)
+    axes.set_xscale("symlog", linthresh=1)
+    axes.set_yscale("log")
+    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        ticks("{x:g}")
+    axes.set(
+        xlabel="memory (noise vectors of the model's size)",
+        ylabel="expected error of the iterates per clip norm",
+        xlim=(-0.2, None),
+        ylim=(None, FARTHEST * min(row.rmse_per_example for row in rows)),
+    )
+    _finish(figure, (axes,), path, kind)
+
+
+def _figure(panels: int, width: float = 4.8, height: float = 3.6) -> tuple[Any, list[Axes]]:
     from matplotlib.figure import Figure  # without pyplot: no global figures, no display needed
 
-    figure = Figure(figsize=(4.8 * panels, height), layout="constrained")
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _finish(figure: Any, panels: tuple[Axes, ...], path: Path) -> None:
+def _finish(
+    figure: Any, panels: tuple[Axes, ...], path: Path | IO[str], kind: str | None = None
+) -> None:
     """Give all panels one look, and write the picture."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=150, format=kind)
     except (OSError, ValueError) as reason:
         raise RootnoiseError(
             f"plot must be a picture that can be written, got {path}: {reason}"

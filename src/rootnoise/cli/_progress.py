@@ -18,8 +18,8 @@ from rich.progress import (
 
 
 @contextmanager
-def search(title: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
-    """Show a line and yield its update(tried, least error); silent unless at a terminal."""
+def search(title: str, quiet: bool) -> Iterator[Callable[[int, float | str], None]]:
+    """Show a line and yield its update(tried, least error or name); silent but at a terminal."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(
@@ -27,8 +27,9 @@ def search(title: str, quiet: bool) -> Iterator[Callable[[int, float], None]]:
     ) as line:
         task = line.add_task(title)
 
-        def update(tried: int, value: float) -> None:
-            line.update(task, description=f"{title}: {tried} tried, {value:.6g}")
+        def update(tried: int, value: float | str) -> None:
+            now = value if isinstance(value, str) else f"{value:.6g}"
+            line.update(task, description=f"{title}: {tried} tried, {now}")
 
         yield update
 

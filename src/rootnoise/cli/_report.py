@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,18 @@ def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     for name, value in values.items():
         table.add_row(name.replace("_", " "), text(value))
     Console().print(table)
+
+
+def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows under headings; columns after the second are numbers. Only the first may wrap."""
+    grid = Table(title=title, title_justify="left")
+    for i, heading in enumerate(headings):
+        width = max(len(row[i]) for row in [headings, *rows])
+        justify: Literal["left", "right"] = "left" if i < 2 else "right"
+        grid.add_column(heading, justify=justify, overflow="fold", min_width=width if i else None)
+    for row in rows:
+        grid.add_row(*row)
+    Console().print(grid)
 
 
 def text(value: Any) -> str:

@@ -1,0 +1,131 @@
+"""`rootnoise plan`: rank every mechanism that fits a job, before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rootnoise._check import integer
+from rootnoise.cli import _options, _page, _plots, _progress, _report, _workload
+
+if TYPE_CHECKING:
+    from rootnoise.planner import Job, Plan, Row
+
+
+@_options.grouped
+def plan(
+    *,
+    dataset_size: Annotated[int, typer.Option(help="Examples N in the data set.")],
+    batch_size: Annotated[int, typer.Option(help="Examples B in a batch.")],
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")],
+    epsilon: Annotated[float, typer.Option(help="Privacy loss to spend.")],
+    delta: Annotated[float, typer.Option(help="Failure probability, in (0, 1).")],
+    memory_rows: Annotated[
+        int | None,
+        typer.Option(help="Most noise vectors of the model's size to keep [default: no limit]."),
+    ] = None,
+    work: _workload.Options,
+    top: Annotated[int, typer.Option(help="Rows of the table; JSON and HTML have all.")] = 12,
+    plot: Annotated[Path | None, typer.Option(help="PNG file: error against memory.")] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="HTML file: one page with table, plot and the words.")
+    ] = None,
+    json: _options.Json = False,
+) -> None:
+    """Rank every mechanism for a job by its expected error, within a memory limit.
+
+    The error is noise multiplier x rmse / batch size at clip norm 1, so that mechanisms of
+    different sampling compare. A fixed cycle needs no secret. Poisson and cyclic Poisson sampling
+    amplify privacy, but only while batches are random and secret.
+    """
+    from rootnoise import planner
+
+    integer("top", top, 1)
+    job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows)
+    workload = work.value(job.n_steps)
+    with _progress.search("plan", quiet=json) as update:
+        made = planner.plan(workload, job, update)
+    if plot is not None:
+        _plots.plan(made.rows, plot)
+    if html is not None:
+        _page.write(html, _title(job), HEADINGS, cells(made), notes(made), made.rows)
+    if json:
+        _report.show("", _values(job, made), as_json=True)
+        return
+    _report.table(_title(job), HEADINGS, cells(made)[:top])
+    hidden = len(made.rows) - top
+    more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
+    print("\n".join([*more, *notes(made)]))
+
+
+HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
+
+
+def cells(made: Plan) -> list[tuple[str, ...]]:
+    """Return the rows as text; a star stands for batches that must stay secret."""
+    return [
+        (
+            _name(row),
+            _batches(row),
+            str(row.bands),
+            str(row.memory_rows),
+            f"{row.noise_multiplier:.4g}",
+            f"{row.rmse_per_example:.4g}",
+            f"{row.gap:.1%}",
+        )
+        for row in made.rows
+    ]
+
+
+def notes(made: Plan) -> list[str]:
+    """Return what the claims rest on, what was left out, and what could be better."""
+    lines = [
+        f"{'*' if _is_amplified(row) else ' '} {row.note}."
+        for row in {_is_amplified(row): row for row in reversed(made.rows)}.values()
+    ]
+    lines += [f"left out: {name}: {reason}" for name, reason in made.left_out.items()]
+    return lines + [f"{found.name}: {found.message}; {found.remedy}" for found in made.findings]
+
+
+def _name(row: Row) -> str:
+    return f"{row.mechanism} ({row.options['base']})" if "base" in row.options else row.mechanism
+
+
+def _is_amplified(row: Row) -> bool:
+    return row.sampling != "fixed-cycle"
+
+
+def _batches(row: Row) -> str:
+    groups = getattr(row.participation, "groups", 1)
+    name = f"poisson 1/{groups}" if groups > 1 else row.sampling
+    return name + "*" * _is_amplified(row)
+
+
+def _title(job: Job) -> str:
+    return (
+        f"{job.n_steps} steps, {job.epochs} epochs of {job.n_examples} examples in batches of "
+        f"{job.batch_size}, epsilon {job.epsilon:g}, delta {job.delta:g}"
+    )
+
+
+def _values(job: Job, made: Plan) -> dict[str, Any]:
+    from rootnoise import participation
+
+    rows = [
+        {
+            **{name: value for name, value in vars(row).items() if name != "participation"},
+            "sampling": row.sampling,
+            "participation": participation.to_dict(row.participation),
+        }
+        for row in made.rows
+    ]
+    return {
+        **asdict(job),
+        "n_steps": job.n_steps,
+        "rows": rows,
+        "left_out": dict(made.left_out),
+        "diagnostics": [asdict(finding) for finding in made.findings],
+    }

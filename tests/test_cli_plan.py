@@ -1,0 +1,147 @@
+"""`rootnoise plan` as a user types it: the table, the JSON, the page, and every refusal."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rootnoise import accounting, participation
+from rootnoise.cli import main
+from rootnoise.factorization import factorize
+from rootnoise.planner import Job
+from rootnoise.planner import plan as planned
+from rootnoise.workload import SGD, ScheduledSGD, learning_rates
+
+JOB = "plan --dataset-size 100 --batch-size 25 --epochs 3 --epsilon 6 --delta 1e-5 --memory-rows 3"
+
+
+@pytest.fixture
+def call(capsys, tmp_path, monkeypatch):
+    """Run a command line in an empty folder; return its status, output and errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line):
+        status = main(line.split())
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):
+    status, out, err = call(JOB + " --momentum 0.9 --json")
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    result = json.loads(out)
+    assert result["n_steps"] == 12
+    expected = planned(SGD(12, 0.9), Job(100, 25, 3, 6.0, 1e-5, 3))
+    assert len(result["rows"]) == len(expected.rows)
+    for row, other in zip(result["rows"], expected.rows, strict=True):
+        assert list(row) == [
+            "mechanism",
+            "options",
+            "bands",
+            "noise_multiplier",
+            "sensitivity",
+            "rmse_per_example",
+            "gap",
+            "memory_rows",
+            "note",
+            "sampling",
+            "participation",
+        ]
+        assert row["sampling"] == other.sampling
+        who = participation.from_dict(row["participation"])
+        split = factorize(SGD(12, 0.9), who, row["mechanism"], **row["options"])
+        error = row["noise_multiplier"] * split.rmse(who) / 25
+        assert row["rmse_per_example"] == pytest.approx(error)
+        assert accounting.privacy_cost(who, 12, row["noise_multiplier"], 1e-5).epsilon <= 6
+        assert row["memory_rows"] <= 3
+    assert result["left_out"] == expected.left_out
+    names = [finding["name"] for finding in result["diagnostics"]]
+    assert names == [finding.name for finding in expected.findings]
+
+
+def test_the_table_shows_the_best_and_says_what_they_count_on(call):
+    status, out, err = call(JOB + " --top 4")
+    assert (status, err) == (0, "")
+    assert "more rows" in out
+    assert "* secret random sampling needed" in out
+    assert "left out: square-root: memory_rows must be >= 11, got 3" in out
+    assert "more rows" not in call(JOB + " --top 99")[1]
+    assert max(len(line) for line in out.splitlines() if line[:1] in "│┃") <= 80
+
+
+def test_a_schedule_is_planned_for(call):
+    line = JOB + " --schedule linear --warmup 4 --momentum 0.5 --json"
+    result = json.loads(call(line)[1])
+    work = ScheduledSGD(learning_rates("linear", 12, 4), 0.5)
+    expected = planned(work, Job(100, 25, 3, 6.0, 1e-5, 3))
+    assert [row["rmse_per_example"] for row in result["rows"]] == pytest.approx(
+        [row.rmse_per_example for row in expected.rows]
+    )
+
+
+def test_a_workload_from_a_file_is_planned_for(call):
+    np.save("a.npy", SGD(12, 0.9).matrix.column(0))
+    ours = json.loads(call(JOB + " --workload a.npy --json")[1])["rows"][0]
+    best = planned(SGD(12, 0.9), Job(100, 25, 3, 6.0, 1e-5, 3)).rows[0]
+    assert ours["rmse_per_example"] == pytest.approx(best.rmse_per_example)
+
+
+class Page(HTMLParser):
+    """Counts tags, and remembers whatever would be loaded from elsewhere."""
+
+    def __init__(self):
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str | None] = []
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_holds_everything_itself(call):
+    status, out, _ = call(JOB + " --html plan.html --plot plan.png --json")
+    assert status == 0
+    text = Path("plan.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.tags.count("svg") == 1
+    assert page.tags.count("tr") == 1 + len(json.loads(out)["rows"])
+    assert all(link.startswith("#") for link in page.links)
+    assert "<?xml" not in text
+    assert "secret random sampling needed" in text
+    assert Path("plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    {
+        "--epsilon 0": "epsilon must be a finite number > 0, got 0.0",
+        "--delta 1": "delta must be a finite number > 0 and < 1, got 1.0",
+        "--dataset-size 0": "n_examples must be >= 1, got 0",
+        "--batch-size 500": "batch_size must be in [1, n_examples=100], got 500",
+        "--epochs 0": "epochs must be >= 1, got 0",
+        "--memory-rows -1": "memory_rows must be >= 0, got -1",
+        "--top 0": "top must be >= 1, got 0",
+        "--momentum 1": "momentum must be a finite number >= 0 and < 1, got 1.0",
+        "--workload a.npy": "steps must be 5, as many as a.npy has, got 12",
+        "--html no/plan.html": "html must be writable, got no/plan.html: No such file",
+        "--plot no/plan.png": "plot must be a picture that can be written, got no/plan.png",
+    }.items(),
+)
+def test_refusals(call, more, line):
+    np.save("a.npy", np.ones(5))
+    status, out, err = call(f"{JOB} {more}")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: " + line)
+    assert err.count("\n") == 1
+
+
+def test_missing_options_are_named(call):
+    assert "Missing option '--dataset-size'" in call("plan")[2]

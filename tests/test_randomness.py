@@ -2,20 +2,11 @@ import stat
 
 import numpy as np
 import pytest
-import torch
-from scipy import stats
 
 from rootnoise._check import RootnoiseError
-from rootnoise.randomness import GaussianSource, Key
+from rootnoise.randomness import Key
 
 KEY = Key.from_seed(0)
-PINNED = [-0.15776006877422333, 0.5549784898757935, -0.5488138794898987, 0.1730174422264099]
-
-
-def draw(key=KEY, t=0, chunk=0, size=1000):
-    out = np.empty(size, dtype=np.float32)
-    GaussianSource(key).fill(t, chunk, out)
-    return out
 
 
 def test_fresh_keys_differ_and_seeded_keys_repeat():
@@ -68,26 +59,26 @@ def test_a_damaged_key_file_is_refused_without_its_text(tmp_path, text):
         Key.load(path)
 
 
-def test_the_first_values_are_pinned():
-    # A change here (of NumPy's ziggurat, say) breaks the bit-exact resume of every saved run.
-    assert draw(t=3, chunk=5, size=4).tolist() == PINNED
+def test_the_first_words_of_a_generator_are_pinned():
+    # A change here reorders the examples of every saved run.
+    words = KEY.generator(t=3, chunk=5).integers(2**63, size=3)
+    assert words.tolist() == [5925908155526827413, 7414003610953253782, 1440459360629616408]
 
 
-def test_a_draw_depends_on_key_step_and_chunk_alone():
-    first = draw(t=7, chunk=2)
-    draw(t=8, chunk=2)
-    np.testing.assert_array_equal(draw(t=7, chunk=2), first)
-    np.testing.assert_array_equal(draw(t=7, chunk=2, size=10), first[:10])
+def test_a_generator_depends_on_key_and_place_alone():
+    first = KEY.generator(t=7, chunk=2).random(100)
+    KEY.generator(t=8, chunk=2).random(100)
+    np.testing.assert_array_equal(KEY.generator(t=7, chunk=2).random(100), first)
 
 
-def test_no_two_positions_share_a_draw():
+def test_no_two_places_share_words():
     # The words that a 32-bit seed, or a sum of step and chunk, would confuse.
     words = [0, 1, 2, 2**31, 2**32, 2**32 + 1, 2**40, 2**64 - 1]
-    rows = [draw(key, t, c, 8) for key in (KEY, Key.from_seed(1)) for t in words for c in words]
-    values = np.concatenate(rows)
-    # 1,024 float32 normals: equal neighbours by chance happen, equal pairs in order do not.
-    assert len({row[:2].tobytes() for row in rows}) == len(rows)
-    assert np.unique(values).size > 0.99 * values.size
+    keys = (KEY, Key.from_seed(1))
+    draws = [
+        key.generator(t, c).integers(2**63, size=8) for key in keys for t in words for c in words
+    ]
+    assert len({word for draw in draws for word in draw.tolist()}) == 8 * len(draws)
 
 
 @pytest.mark.parametrize("name", ["t", "chunk"])
@@ -97,42 +88,3 @@ def test_positions_fit_a_counter_word(name, word):
         RootnoiseError, match=rf"^{name} must be in \[0, {2**64 - 1}\], got {word}$"
     ):
         KEY.generator(**{name: word})
-
-
-def is_standard_normal(z):
-    """Kolmogorov-Smirnov and the mean square, each with a false-alarm rate below 1e-7."""
-    # Mean square: relative deviation sqrt(2 / N); 6 deviations happen with probability 2e-9.
-    spread = abs(np.mean(np.square(z, dtype=np.float64)) - 1) * np.sqrt(z.size / 2)
-    return spread < 6 and stats.kstest(z, "norm").pvalue > 1e-7
-
-
-def test_draws_are_standard_normal_and_a_wrong_scale_is_seen():
-    z = np.concatenate([draw(t=t, chunk=c, size=2**14) for t in range(8) for c in range(8)])
-    assert is_standard_normal(z)
-    # 2 % is 4 % of the square, or 29 of its deviations at N = 2**20; a shift of 0.02 moves the
-    # distribution function by 0.008, 16 times the 1e-3 / 2 that chance does.
-    for wrong in (1.02 * z, 0.98 * z, z + 0.02):
-        assert not is_standard_normal(wrong)
-
-
-def test_draws_of_different_steps_chunks_and_keys_are_uncorrelated():
-    places = [(KEY, t, c) for t in range(4) for c in range(4)] + [(Key.from_seed(1), 0, 0)]
-    z = np.array([draw(*place, 2**16) for place in places], dtype=np.float64)
-    correlation = z @ z.T / z.shape[1]
-    np.fill_diagonal(correlation, 0)
-    # 136 pairs, each normal with deviation N^-1/2: 6.5 deviations happen with probability 1.1e-8.
-    assert np.abs(correlation).max() * np.sqrt(z.shape[1]) < 6.5
-
-
-def test_no_global_generator_is_read_or_moved():
-    def states():
-        numpy_state = np.random.get_state(legacy=False)
-        return str(numpy_state), torch.get_rng_state().tolist()
-
-    before = states()
-    first = draw()
-    with torch.random.fork_rng():
-        torch.rand(1)
-        np.testing.assert_array_equal(draw(), first)
-    Key.fresh()
-    assert states() == before

@@ -10,23 +10,20 @@ after the optimizer of Kalinin and Lampert, 2024).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.randomness import Float32, GaussianSource, Key, NoiseSource
+from rootnoise.blockplan import BlockPlan, moves
+from rootnoise.engine import Engine
+from rootnoise.normals import AesSource, CudaSource, NoiseSource
+from rootnoise.randomness import Key
 
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
 
-# Part of the definition of the noise: another value is another Z. A chunk is drawn and multiplied
-# whole or not at all, so that no bit depends on where a process's share of it begins or ends.
-CHUNK = 4096
+Memory = Literal["look-ahead", "ring", "regenerate", "offload"]
 
 # Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
 MOST_STEPS = 64
@@ -39,21 +36,30 @@ class NoiseStream:
     bit-exact repeat of the other: the difference of their releases would hold no noise at all.
     Runs of different mechanisms are safe, for the mechanism's fingerprint goes into Z.
 
+    Mechanism, key and source say what the noise is; the rest sets speed and memory. Its bits depend
+    on `block_steps`, which rounds differently, and on nothing else.
+
     Args:
         mechanism: what to run; read are n_steps, noise_std, noising and fingerprint.
         n_parameters: length of the flattened parameter vector.
         key: fixes all noise; `Key.fresh()` when None. `key.save(path)` it to be able to resume.
         spans: the parts of the flattened vector that this process holds: ascending, disjoint
-            half-open intervals (start, stop). State, output and memory cover these alone, and a
-            position's noise is the same, bit by bit, whatever they are. None is the whole vector.
-        block_steps: steps m made at once: speed and memory depend on it, Z does not, and the noise
-            only in its float32 rounding. The default is half the state's s rows, at most 64: one
-            value costs 2 (s + m) flops and 2 s / m copies, and measured, m = s was no faster.
-        source: where Z comes from, built as source(key).
+            half-open intervals (start, stop). State, output and memory cover these alone; a
+            position's noise is the same whatever they are. None is the whole vector.
+        memory: "look-ahead" makes as many steps at once as the state has rows (s, at most 64);
+            "ring" makes single steps from the least state; "regenerate" keeps no state and draws
+            the past z again, for mechanisms that remember nothing else (banded inverses); "offload"
+            is "look-ahead" on the CPU for a `device` that is short of memory.
+        block_steps: steps m made at once, if not those of `memory`.
+        device: where `next` delivers, and, but for "offload", where the state is.
+        threads: of the CPU; torch.get_num_threads() when None.
+        source: where Z comes from, built as source(key, device): `AesSource` on the CPU and
+            `CudaSource` on a GPU when None.
 
     Raises:
-        RootnoiseError: n_parameters < 1, block_steps not in [1, n_steps], a key of another type, or
-            spans that overlap, descend, or leave the vector.
+        RootnoiseError: n_parameters < 1, block_steps not in [1, n_steps], threads < 1, a key of
+            another type, spans that overlap, descend, or leave the vector, an unknown memory or one
+            that the mechanism does not allow, or a source that does not run there.
     """
 
     def __init__(
@@ -63,8 +69,11 @@ class NoiseStream:
         key: Key | None = None,
         *,
         spans: Sequence[tuple[int, int]] | None = None,
+        memory: Memory = "look-ahead",
         block_steps: int | None = None,
-        source: Callable[[Key], NoiseSource] = GaussianSource,
+        device: str | torch.device = "cpu",
+        threads: int | None = None,
+        source: Callable[[Key, torch.device], NoiseSource] | None = None,
     ) -> None:
         self._mechanism = mechanism
         self.n_steps = mechanism.n_steps
@@ -72,25 +81,39 @@ class NoiseStream:
         self.key = Key.fresh() if key is None else key
         if not isinstance(self.key, Key):
             raise RootnoiseError(f"key must be a Key, got {type(key).__name__}")
-        self._source = source(self.key.derive(f"noise {mechanism.fingerprint}"))
-        rows = mechanism.noising.state_size
+        if memory not in get_args(Memory):
+            raise RootnoiseError(f"memory must be in {list(get_args(Memory))}, got {memory!r}")
+        self.device = torch.device(device)
+        place = torch.device("cpu") if memory == "offload" else self.device
+        on_cpu = place.type == "cpu"
+        n_threads = integer("threads", torch.get_num_threads() if threads is None else threads, 1)
+        make = source or (AesSource if on_cpu else CudaSource)
+        keyed = self.key.derive(f"noise {mechanism.fingerprint}")
+        sources = [make(keyed, place) for _ in range(n_threads if on_cpu else 1)]
+        self._source = sources[0]
+        held = [(0, self.n_parameters)] if spans is None else spans
+        self._engine = Engine(sources, held, self.n_parameters, place)
+
+        s = mechanism.noising.state_size
         if block_steps is None:
-            block_steps = min(max(1, (rows + 1) // 2), MOST_STEPS, self.n_steps)
+            block_steps = 1 if memory == "ring" else min(max(1, s), MOST_STEPS, self.n_steps)
         self.block_steps = integer("block_steps", block_steps, 1, self.n_steps, high_name="n_steps")
-        self._plans: dict[int, _Plan] = {}
-        self._columns = _Columns(self.n_parameters, spans)
-        n_chunks = len(self._columns.chunks)
-        self._state = np.zeros((rows, n_chunks, CHUNK), dtype=np.float32)
-        # Unscaled noise of the steps _made - len(_ready) .. _made - 1; rows from t on are unread.
-        self._ready = np.empty((self.block_steps, n_chunks, CHUNK), dtype=np.float32)
+        self._regenerates = memory == "regenerate"
+        self._plans: dict[int, BlockPlan] = {}
+        plan = self._plan(0, self.block_steps)
+        n_rows = plan.memory_rows if mechanism.noising.is_toeplitz else s + self.block_steps
+        self._memory = torch.zeros((n_rows, self._engine.size), dtype=torch.float32, device=place)
+        # Rows of memory: the state before step _made, and the unscaled noise of the steps up to it.
+        self._state = [0] * (0 if self._regenerates else s)
+        self._ready: list[int] = []
         self._made = 0
         self._broken = False
         self.t = 0
 
     @property
     def memory_rows(self) -> int:
-        """Float32 rows held, each as long as the spans: the state and one block of noise."""
-        return self._state.shape[0] + self.block_steps
+        """Float32 rows held, each as long as the spans: state and look-ahead, each noise once."""
+        return len(self._memory)
 
     def next(self) -> torch.Tensor:
         """Return the noise of step `t` and move one step on.
@@ -109,38 +132,32 @@ class NoiseStream:
             )
         self._check_whole()
         if self.t == self._made:
-            self._make(min(self.block_steps, self.n_steps - self.t))
-        row = self._ready[self.t - self._made] * np.float32(self._mechanism.noise_std)
+            self._make()
+        self._engine.wait()
+        row = self._memory[self._ready[self.t - self._made]]
+        noise = torch.mul(row, float(self._mechanism.noise_std))
         self.t += 1
-        return torch.from_numpy(self._columns.gather(row))
+        if self._engine.stream is not None and self.t == self._made < self.n_steps:
+            self._make()  # beside the forward and backward of the next step
+        return noise.to(self.device)
 
-    def _make(self, m: int) -> None:
-        """Advance the state by m steps from `t` and put their unscaled noise into `_ready`."""
-        plan = self._plan(m)
-        s = len(self._state)
-        ready = self._ready[-m:]
+    def _make(self) -> None:
+        """Make the noise of the next block, from step `_made` on."""
+        m = min(self.block_steps, self.n_steps - self._made)
+        plan = self._plan(self._made, m)
+        block = moves(plan, self._state, len(self._memory))
         self._broken = True
-        # Rows of the work space: [state; z; computed rows], which the next state is gathered from.
-        work = np.empty((s + m + len(plan.rows), CHUNK), dtype=np.float32)
-        # On one BLAS thread, for a matrix product rounds differently on two.
-        with _blas().limit(limits=1, user_api="blas"):
-            for i, chunk in enumerate(self._columns.chunks):
-                work[:s] = self._state[:, i]
-                for j in range(m):
-                    self._source.fill(self.t + j, chunk, work[s + j])
-                np.matmul(plan.rows, work[: s + m], out=work[s + m :])
-                ready[:, i] = work[s + m : s + 2 * m]
-                for j, row in enumerate(plan.next_state):
-                    self._state[j, i] = work[row]
-        self._made = self.t + m
+        self._engine.run(self._memory, plan, block, self._made)
+        self._state, self._ready, self._made = block.state, block.ready, self._made + m
         self._broken = False
 
-    def _plan(self, m: int) -> _Plan:
-        """Return the block of the next m steps; for Toeplitz maps it is the same at every step."""
-        if not self._mechanism.noising.is_toeplitz:
-            return _Plan(self._mechanism.noising.block(self.t, m), m)
+    def _plan(self, t: int, m: int) -> BlockPlan:
+        """Return the block of the m steps from t on: of a Toeplitz map, the same everywhere."""
+        noising = self._mechanism.noising
+        if not noising.is_toeplitz:
+            return BlockPlan(noising.block(t, m), m, self._regenerates)
         if m not in self._plans:
-            self._plans[m] = _Plan(self._mechanism.noising.block(self.t, m), m)
+            self._plans[m] = BlockPlan(noising.block(t, m), m, self._regenerates)
         return self._plans[m]
 
     def _check_whole(self) -> None:
@@ -160,7 +177,7 @@ class NoiseStream:
             "n_parameters": self.n_parameters,
             "key_id": self.key.id,
             "source": self._source.name,
-            "chunk": CHUNK,
+            "chunk": self._source.chunk,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,9 +192,9 @@ class NoiseStream:
         some of it of steps to come, and a published checkpoint must not contain them.
         """
         self._check_whole()
-        unread = len(self._ready) - (self._made - self.t)
-        rows = {"state": self._state, "ready": self._ready[unread:]}
-        tensors = {name: self._columns.gather_rows(array) for name, array in rows.items()}
+        self._engine.wait()
+        unread = self._ready[len(self._ready) - (self._made - self.t) :]
+        tensors = {"state": self._memory[self._state], "ready": self._memory[unread]}
         return self._identity() | {"t": self.t, "made": self._made} | tensors
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -200,97 +217,36 @@ class NoiseStream:
         same("noise", self._identity(), state)
         t = integer("saved noise's t", state.get("t", -1), 0, self.n_steps, high_name="n_steps")
         made = integer("saved noise's made", state.get("made", -1), t, self.n_steps)
-        memory = self._columns.scatter_rows("state", state.get("state"), len(self._state))
-        ready = self._columns.scatter_rows("ready", state.get("ready"), made - t)
-        if len(ready) < self.block_steps:  # right-aligned, as `_make` leaves them
-            self._ready[self.block_steps - len(ready) :] = ready
-        else:
-            self._ready = ready
-        self.t, self._made, self._state, self._broken = t, made, memory, False
+        n_rows = {"state": len(self._state), "ready": made - t}
+        # A row that is in the state and is noise to come is stored once, as `moves` leaves it.
+        rows: list[torch.Tensor] = []
+        places: dict[str, list[int]] = {}
+        for name, n in n_rows.items():
+            saved = _checked(name, state.get(name), (n, self._engine.size))
+            places[name] = [_place(row, rows) for row in saved]
+        memory = torch.zeros_like(self._memory)
+        if len(rows) > len(memory):
+            memory = memory.new_zeros((len(rows), self._engine.size))
+        for place, row in zip(memory, rows, strict=False):
+            place.copy_(row)
+        self.t, self._made, self._memory = t, made, memory
+        self._state, self._ready, self._broken = places["state"], places["ready"], False
 
 
-class _Plan:
-    """A block, split into rows to compute and the place of each row of the next state.
-
-    For the usual maps every state row is a copy of an old state row, an input or an output: banded
-    inverses remember inputs, banded strategies outputs. Copying them halves the product.
-    """
-
-    def __init__(self, block: NDArray[np.float64], m: int) -> None:
-        rows = block.astype(np.float32)
-        rows += 0.0  # -0 becomes 0, so that equal rows have equal bytes
-        width = block.shape[1]
-        found = {row.tobytes(): i for i, row in enumerate(np.eye(width, dtype=np.float32))}
-        compute = list(rows[:m])
-        found |= {
-            row.tobytes(): width + i for i, row in enumerate(compute) if row.tobytes() not in found
-        }
-        for row in rows[m:]:
-            if row.tobytes() not in found:
-                found[row.tobytes()] = width + len(compute)
-                compute.append(row)
-        self.rows = np.array(compute)
-        self.next_state = [found[row.tobytes()] for row in rows[m:]]
+def _checked(name: str, saved: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+    """Return a saved tensor, or refuse it."""
+    if saved is None or saved.dtype != torch.float32 or tuple(saved.shape) != shape:
+        got = "nothing" if saved is None else f"{saved.dtype} of shape {tuple(saved.shape)}"
+        raise RootnoiseError(f"saved noise's {name} must be float32 of shape {shape}, got {got}")
+    if not saved.isfinite().all():
+        raise RootnoiseError(f"saved noise's {name} must be finite, got NaN or infinite values")
+    return saved
 
 
-@cache
-def _blas() -> ThreadpoolController:
-    """Return the one controller: to look for the libraries takes 2 ms, to limit them 20 us."""
-    return ThreadpoolController()
-
-
-class _Columns:
-    """Which chunks of the vector this process makes, and where its spans lie in them."""
-
-    def __init__(self, n_parameters: int, spans: Sequence[tuple[int, int]] | None) -> None:
-        held = _checked([(0, n_parameters)] if spans is None else spans, n_parameters)
-        chunks = {c for low, high in held for c in range(low // CHUNK, (high - 1) // CHUNK + 1)}
-        self.chunks = sorted(chunks)
-        place = {chunk: i * CHUNK for i, chunk in enumerate(self.chunks)}
-        starts = [place[low // CHUNK] + low % CHUNK for low, _ in held]
-        sizes = [high - low for low, high in held]
-        self._slices = [slice(i, i + size) for i, size in zip(starts, sizes, strict=True)]
-        self.size = sum(sizes)
-
-    def gather(self, row: Float32) -> Float32:
-        """Return the positions held, shape (size,), of a row of shape (chunks, CHUNK)."""
-        flat = row.reshape(-1)
-        if len(self._slices) == 1:
-            return np.asarray(flat[self._slices[0]])
-        return np.concatenate([flat[:0], *(flat[part] for part in self._slices)])
-
-    def gather_rows(self, rows: Float32) -> torch.Tensor:
-        """Return a (rows, size) copy of an array of shape (rows, chunks, CHUNK)."""
-        result = np.empty((len(rows), self.size), dtype=np.float32)
-        for row, out in zip(rows, result, strict=True):
-            out[:] = self.gather(row)
-        return torch.from_numpy(result)
-
-    def scatter_rows(self, name: str, saved: torch.Tensor | None, n_rows: int) -> Float32:
-        """Return the (n_rows, chunks, CHUNK) array of a saved (n_rows, size) tensor, or refuse."""
-        shape = (n_rows, self.size)
-        if saved is None or saved.dtype != torch.float32 or tuple(saved.shape) != shape:
-            got = "nothing" if saved is None else f"{saved.dtype} of shape {tuple(saved.shape)}"
-            raise RootnoiseError(
-                f"saved noise's {name} must be float32 of shape {shape}, got {got}"
-            )
-        if not saved.isfinite().all():
-            raise RootnoiseError(f"saved noise's {name} must be finite, got NaN or infinite values")
-        # Positions of the chunks that are not held may hold anything: no column meets another.
-        result = np.zeros((n_rows, len(self.chunks) * CHUNK), dtype=np.float32)
-        stop = 0
-        for part in self._slices:
-            start, stop = stop, stop + part.stop - part.start
-            result[:, part] = saved[:, start:stop].numpy(force=True)
-        return result.reshape(n_rows, len(self.chunks), CHUNK)
-
-
-def _checked(spans: Sequence[tuple[int, int]], n_parameters: int) -> list[tuple[int, int]]:
-    """Return the spans that hold anything, or refuse what is not ascending and disjoint."""
-    held, last = [], 0
-    for start, stop in spans:
-        low = integer("span's start", start, last, n_parameters, high_name="n_parameters")
-        last = integer("span's stop", stop, low, n_parameters, high_name="n_parameters")
-        if low < last:
-            held.append((low, last))
-    return held
+def _place(row: torch.Tensor, rows: list[torch.Tensor]) -> int:
+    """Return where an equal row stands in `rows`, where this one is put if there is none."""
+    for i, other in enumerate(rows):
+        if torch.equal(row, other):
+            return i
+    rows.append(row)
+    return len(rows) - 1

@@ -1,11 +1,9 @@
-"""Keyed randomness: every draw is a pure function of (key, step, chunk), of no global generator.
+"""Keys: every draw is a pure function of a secret and a place, and of no global generator.
 
-The fast source is NumPy's Philox4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as
-1, 2, 3"): counter-based, with a 128-bit key and a 256-bit counter whose words carry (step, chunk):
-two pairs can never share a draw. A seeded `torch.Generator` would not do: on the CPU its mt19937
-keeps only the low 32 bits of the seed. Measured with torch 2.13: `torch.randn` gives equal draws
-for the seeds s and s + 2**32, s + 2**40 and s + 7 * 2**50; by the birthday bound, two of 65,000
-(step, chunk) pairs hashed to such seeds would share their noise with probability 0.39.
+Noise is drawn by the sources of `normals`. What needs no secrecy, the order of examples, comes from
+`Key.generator`: NumPy's Philox4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
+2, 3") has a 128-bit key and a 256-bit counter whose words carry (step, chunk), so that two pairs
+never share a draw.
 """
 
 from __future__ import annotations
@@ -15,15 +13,12 @@ import os
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.random import Generator, Philox
-from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer
-
-Float32 = NDArray[np.float32]
 
 _WORD = 2**64 - 1  # a counter word is 64 bits
 
@@ -109,37 +104,3 @@ class Key:
 
     def __repr__(self) -> str:
         return f"Key(id={self.id!r})"
-
-
-class NoiseSource(Protocol):
-    """Standard normals by position: what `NoiseStream` asks of a source, built as `source(key)`."""
-
-    @property
-    def name(self) -> str:
-        """Names the algorithm; a saved stream is not continued with another one."""
-
-    def fill(self, t: int, chunk: int, out: Float32) -> None:
-        """Fill the contiguous 1-D `out` with normals that depend on (key, t, chunk) alone."""
-
-
-@dataclass(frozen=True)
-class GaussianSource:
-    """The fast source: Philox words through NumPy's single-precision ziggurat.
-
-    It protects against reuse and collision: distinct (t, chunk) never share words, and a draw does
-    not depend on call order, threads, or any other generator. It does not protect against an
-    adversary who breaks Philox, which passes statistical tests but is no cryptographic generator,
-    nor against attacks on the floating-point lattice of the samples (Mironov, 2012, "On
-    significance of the least significant bits for differential privacy"). NumPy keeps the words of
-    Philox stable but may change the ziggurat (NEP 19): a test pins its first values.
-
-    >>> out = np.empty(3, dtype=np.float32)
-    >>> GaussianSource(Key.from_seed(7)).fill(t=0, chunk=0, out=out)
-    """
-
-    key: Key
-    name: ClassVar[str] = "philox4x64-ziggurat32"
-
-    def fill(self, t: int, chunk: int, out: Float32) -> None:
-        """Fill the contiguous float32 `out`; a shorter `out` gets a prefix of a longer one."""
-        self.key.generator(t, chunk).standard_normal(dtype=np.float32, out=out)

@@ -7,7 +7,7 @@ import numpy as np
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization.base import Factorization, register
 from rootnoise.participation import Participation
-from rootnoise.workload import Workload
+from rootnoise.workload import SGD, Workload
 
 
 @register("identity")
@@ -20,5 +20,12 @@ def identity(workload: Workload, participation: Participation) -> Factorization:
 @register("workload")
 def output(workload: Workload, participation: Participation) -> Factorization:
     """A = Id A: independent noise on every iterate (output perturbation)."""
-    unit = Toeplitz(np.ones(1), workload.n_steps)
-    return Factorization("workload", workload, workload.matrix, known_decoder=unit)
+    n = workload.n_steps
+    unit = Toeplitz(np.ones(1), n)
+    strategy = workload.matrix
+    if isinstance(workload, SGD) and n > 2:
+        # The same map as the inverse of (1 - alpha x)(1 - beta x): it streams in two rows, not n,
+        # and without the cancellation that costs float32 its last three digits.
+        alpha, beta = workload.decay, workload.momentum
+        strategy = Toeplitz(np.array([1.0, -(alpha + beta), alpha * beta]), n).inverse()
+    return Factorization("workload", workload, strategy, known_decoder=unit)

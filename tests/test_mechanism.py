@@ -232,3 +232,60 @@ def test_gap_is_that_of_the_certificate():
     assert made.gap() >= made.gap("tight") * (1 - 1e-9) > 0
     with pytest.raises(RootnoiseError, match="effort must be fast or tight, got 'none'"):
         made.gap("none")
+
+
+def test_the_file_holds_the_gap_and_loading_believes_it(tmp_path, monkeypatch):
+    made = make()
+    made.save(tmp_path / "m.json")
+    held = json.loads((tmp_path / "m.json").read_text())["optimality"]
+    bound = lower_bound(SGD(40, 0.9), CYCLE).value
+    assert held["rmse"] == made.rmse
+    assert held["lower_bound"] == pytest.approx(bound, rel=1e-9)
+    assert held["gap"] == held["rmse"] / held["lower_bound"] - 1
+
+    def refuse(*_):
+        raise AssertionError("the bound takes seconds")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mechanism, "lower_bound", refuse)
+        loaded = Mechanism.load(tmp_path / "m.json")
+        assert loaded.optimality.gap == held["gap"]
+        assert loaded.to_dict() == made.to_dict()
+    loaded.verify()
+
+
+def test_the_bound_does_not_enter_the_noise():
+    made, other = make(), make()
+    other.__dict__["optimality"] = mechanism.Optimality(2.0, 1.0)
+    assert made.fingerprint == other.fingerprint
+    assert other.to_dict()["optimality"] == {"rmse": 2.0, "lower_bound": 1.0, "gap": 1.0}
+
+
+@pytest.mark.parametrize(("field", "factor"), [("rmse", 1.001), ("lower_bound", 1.01)])
+def test_a_consistent_edit_of_the_gap_is_found_on_demand(field, factor):
+    fields = json.loads(json.dumps(FILE))
+    held = fields["optimality"]
+    held[field] *= factor
+    held["gap"] = held["rmse"] / held["lower_bound"] - 1
+    edited = Mechanism.from_dict(fields)
+    assert edited.gap() == pytest.approx(FILE["optimality"]["gap"], rel=1e-9)  # always recomputed
+    with pytest.raises(RootnoiseError, match=f"optimality.{field} must match what its definition"):
+        edited.verify()
+
+
+@pytest.mark.parametrize(
+    ("held", "line"),
+    [
+        (None, "optimality must be an object, got None"),
+        ({}, "optimality must hold rmse and lower_bound > 0, got None and None"),
+        (
+            {"rmse": 1.0, "lower_bound": 0.0, "gap": 0.0},
+            "optimality must hold rmse and lower_bound > 0, got 1.0 and 0.0",
+        ),
+        ({"rmse": "1", "lower_bound": 1.0, "gap": 0.0}, "optimality must hold rmse and"),
+        ({**FILE["optimality"], "more": 1.0}, "optimality must match what its definition gives"),
+    ],
+)
+def test_a_malformed_optimality_is_refused(held, line):
+    with pytest.raises(RootnoiseError, match=line):
+        Mechanism.from_dict({**FILE, "optimality": held})

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,26 @@ from rootnoise.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
 SCHEMA = 1
+# By so much the ascent behind a lower bound may end elsewhere on another machine.
+REPEATS = 1e-3
+
+
+@dataclass(frozen=True)
+class Optimality:
+    """How good a mechanism is; not a privacy number.
+
+    Attributes:
+        rmse: expected approximation error at noise multiplier 1 and clip norm 1.
+        lower_bound: no factorization has a smaller rmse, by `Mechanism.certificate`.
+    """
+
+    rmse: float
+    lower_bound: float
+
+    @property
+    def gap(self) -> float:
+        """Return rmse / lower_bound - 1: no factorization can be better by more than this."""
+        return self.rmse / self.lower_bound - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +140,7 @@ class Mechanism:
                 delta,
                 strategy=factorization.strategy,
             )
-        return cls(
+        mechanism = cls(
             factorization.mechanism,
             factorization.workload,
             participation,
@@ -129,6 +149,8 @@ class Mechanism:
             delta,
             clip_norm,
         )
+        mechanism.__dict__["_factorization"] = factorization  # it may know its decoder
+        return mechanism
 
     @property
     def n_steps(self) -> int:
@@ -150,11 +172,19 @@ class Mechanism:
         """C^-1, which turns Z into the noise of the steps."""
         return self.strategy.inverse()
 
-    @property
+    @cached_property
+    def _factorization(self) -> Factorization:
+        return Factorization(self.name, self.workload, self.strategy)
+
+    @cached_property
     def rmse(self) -> float:
         """Expected approximation error at noise multiplier 1 and clip norm 1."""
-        factorization = Factorization(self.name, self.workload, self.strategy)
-        return error.rmse(factorization.decoder, self.sensitivity.value)
+        return error.rmse(self._factorization.decoder, self.sensitivity.value)
+
+    @cached_property
+    def optimality(self) -> Optimality:
+        """How good it is: computed on demand, or as the file held them: see `verify`."""
+        return Optimality(self.rmse, self.certificate().value)
 
     def certificate(self, effort: Effort | str = Effort.FAST) -> Certificate:
         """Return the lower bound on the rmse of every factorization, computed on demand.
@@ -218,6 +248,7 @@ class Mechanism:
                 "epsilon_exact": self.privacy.exact,
                 "epsilon_method": self.privacy.method,
             },
+            "optimality": asdict(self.optimality) | {"gap": self.optimality.gap},
             "claim": self.claim(),
             "fingerprint": self.fingerprint,
         }
@@ -225,6 +256,9 @@ class Mechanism:
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Mechanism:
         """Rebuild a mechanism, recompute what follows from its definition, and refuse a mismatch.
+
+        Of `optimality`, whose bound takes seconds, only the gap is recomputed, from the other two:
+        it says nothing about privacy, and does not enter the fingerprint. `verify` does the rest.
 
         Raises:
             RootnoiseError: another schema, a missing or extra field, or any number that was edited.
@@ -244,8 +278,24 @@ class Mechanism:
             raise RootnoiseError(
                 f"definition must hold exactly a mechanism's fields, got {reason}"
             ) from None
+        mechanism.__dict__["optimality"] = _held(fields.get("optimality"))
         _refuse_edits(mechanism.to_dict(), fields, "")
         return mechanism
+
+    def verify(self) -> None:
+        """Recompute rmse and lower bound too, and refuse others; it takes seconds.
+
+        Raises:
+            RootnoiseError: what the mechanism holds is not what its definition gives.
+        """
+        again = Optimality(self.rmse, self.certificate().value)
+        for name, tolerance in (("rmse", 1e-6), ("lower_bound", REPEATS)):
+            expected, held = getattr(again, name), getattr(self.optimality, name)
+            if not math.isclose(expected, held, rel_tol=tolerance):
+                raise RootnoiseError(
+                    f"optimality.{name} must match what its definition gives, "
+                    f"{expected!r}, got {held!r}"
+                )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the mechanism as JSON, atomically.
@@ -292,6 +342,18 @@ class Mechanism:
         }
 
 
+def _held(fields: Any) -> Optimality:
+    """Return what a file holds about the error; `_refuse_edits` compares its gap."""
+    if not isinstance(fields, dict):
+        raise RootnoiseError(f"optimality must be an object, got {fields!r:.80}")
+    rmse, bound = fields.get("rmse"), fields.get("lower_bound")
+    if not isinstance(rmse, float) or not isinstance(bound, float) or not min(rmse, bound) > 0:
+        raise RootnoiseError(
+            f"optimality must hold rmse and lower_bound > 0, got {rmse!r} and {bound!r}"
+        )
+    return Optimality(rmse, bound)
+
+
 def _refuse_edits(expected: Any, found: Any, where: str) -> None:
     """Compare a recomputed tree with the stored one; machines may round floats differently."""
     if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
@@ -300,7 +362,9 @@ def _refuse_edits(expected: Any, found: Any, where: str) -> None:
         return
     # The definition is compared through the fingerprint's inputs: it was read from this very file.
     same = found == expected and type(found) is type(expected)
-    if not same and isinstance(expected, float) and isinstance(found, int | float):
+    # Of the optimality all was read, but for one division that rounds alike everywhere.
+    exact = where.startswith("optimality")
+    if not same and not exact and isinstance(expected, float) and isinstance(found, int | float):
         same = math.isclose(expected, found, rel_tol=1e-9)
     if not same:
         raise RootnoiseError(

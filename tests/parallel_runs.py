@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -25,6 +27,7 @@ from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import SGD
 
 N, BATCH, EPOCHS = 24, 6, 3
+N_STEPS = 12
 
 
 def join(rank: int, size: int, out: Path) -> dist.ProcessGroup:
@@ -43,12 +46,25 @@ def examples() -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randint(0, 3, (N,), generator=generator)
 
 
-def make(group: dist.ProcessGroup | None, seed: int, poisson: bool = False) -> PrivateOptimizer:
-    """Return an optimizer whose weights, batches and key come from `seed`."""
+def network(seed: int) -> nn.Sequential:
     generator = torch.Generator().manual_seed(seed)
     model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3))
     for p in model.parameters():
         nn.init.normal_(p, std=0.5, generator=generator)
+    return model
+
+
+def make(group: dist.ProcessGroup | None, seed: int, poisson: bool = False) -> PrivateOptimizer:
+    """Return an optimizer whose weights, batches and key come from `seed`."""
+    return private(privatize(network(seed), "sum"), seed, group, poisson)
+
+
+def private(
+    module: AbstractGradSampleModule,
+    seed: int,
+    group: dist.ProcessGroup | None = None,
+    poisson: bool = False,
+) -> PrivateOptimizer:
     sampler: Sampler = FixedCycleSampler(N, BATCH, EPOCHS, seed=seed)
     if poisson:
         sampler = CyclicPoissonSampler(N, BATCH, 12, seed=seed)
@@ -59,7 +75,6 @@ def make(group: dist.ProcessGroup | None, seed: int, poisson: bool = False) -> P
         noise_multiplier=0.3,
         delta=1e-5,
     )
-    module = privatize(model, "sum")
     sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     key = Key.from_seed(seed)
     return PrivateOptimizer(sgd, module, mechanism, sampler, key, process_group=group)
@@ -171,3 +186,28 @@ def primitives(rank: int, size: int, out: Path) -> None:
     expected = np.concatenate([np.arange(r) + 10 * r for r in range(size)])
     assert np.array_equal(ranks.batch(0, part), expected)
     assert ranks.batch(0, np.empty(0, dtype=np.int64)).size == 0
+
+
+def results(out: Path, size: int) -> list[dict[str, Any]]:
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def flat(weights: dict[str, torch.Tensor]) -> NDArray[np.float64]:
+    return torch.cat([weight.flatten() for weight in weights.values()]).double().numpy()
+
+
+def alone(until: int, poisson: bool = False) -> tuple[NDArray[np.float64], PrivateOptimizer]:
+    """Return the first weights, flattened, and the optimizer of a run of one process."""
+    optimizer = make(None, seed=1, poisson=poisson)
+    first = flat(optimizer.module.state_dict())
+    train(optimizer, 0, 1, until)
+    return first, optimizer
+
+
+def assert_close(
+    found: dict[str, Any], optimizer: PrivateOptimizer, first: NDArray[np.float64]
+) -> None:
+    """To fp32 rounding of what the run has moved: a wrong noise is off by its own size."""
+    expected = flat(optimizer.module.state_dict())
+    moved = np.abs(expected - first).max()
+    np.testing.assert_allclose(flat(found["weights"]), expected, atol=1e-5 * moved, rtol=0)

@@ -9,31 +9,8 @@ import pytest
 import torch
 
 import parallel_runs
+from parallel_runs import N_STEPS, alone, assert_close, flat, results
 from processes import launch
-
-N_STEPS = 12
-
-
-def results(out, size):
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def flat(weights):
-    return torch.cat([weight.flatten() for weight in weights.values()]).double().numpy()
-
-
-def alone(until, poisson=False):
-    optimizer = parallel_runs.make(None, seed=1, poisson=poisson)
-    first = flat(optimizer.module.state_dict())
-    parallel_runs.train(optimizer, 0, 1, until)
-    return first, optimizer
-
-
-def assert_close(found, optimizer, first):
-    """To fp32 rounding of what the run has moved: a wrong noise is off by its own size."""
-    expected = flat(optimizer.module.state_dict())
-    moved = np.abs(expected - first).max()
-    np.testing.assert_allclose(flat(found["weights"]), expected, atol=1e-5 * moved, rtol=0)
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -108,11 +85,12 @@ def test_spans_columns_and_sums(tmp_path):
     launch(3, parallel_runs.primitives, tmp_path)
 
 
-def test_the_example_runs(tmp_path):
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_the_examples_run(tmp_path, name):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    script = Path(__file__).parents[1] / "examples" / "ddp.py"
+    script = Path(__file__).parents[1] / "examples" / f"{name}.py"
     launch(2, parallel_runs.example, str(script), port, tmp_path)
     line = (tmp_path / "0.txt").read_text()
     assert re.match(r"accuracy [01]\.\d\d on 2 processes. \(8, 1e-05\)-differential", line)

@@ -30,7 +30,15 @@ def clipped_sums(
     Returns:
         The sums, and how many examples had a gradient that was not finite and counted as zero.
     """
-    norms = row_norms(gradients)
+    scale, bad = clip_scale(row_norms(gradients), clip_norm, t)
+    return [scaled_sum(scale, g, bad) for g in gradients], bad
+
+
+def clip_scale(norms: torch.Tensor, clip_norm: float, t: int) -> tuple[torch.Tensor, int]:
+    """Return what each example's gradient is multiplied by, and how many are not finite.
+
+    The factor of those is 0, and `scaled_sum` leaves them out.
+    """
     finite = norms.isfinite()
     bad = len(norms) - int(finite.sum())
     if bad:
@@ -38,12 +46,21 @@ def clipped_sums(
             f"{bad} of {len(norms)} per-sample gradients of step {t} are not finite and "
             "count as zero (the guarantee does not cover this number)",
             NonFiniteGradientWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         norms = norms.masked_fill(~finite, torch.inf)
-        gradients = [g.masked_fill(~finite[:, None].to(g.device), 0) for g in gradients]
-    scale = (clip_norm / (norms * (1 + SLACK))).clamp(max=1).float()
-    return [scale.to(g.device) @ g for g in gradients], bad
+    return (clip_norm / (norms * (1 + SLACK))).clamp(max=1).float(), bad
+
+
+def scaled_sum(scale: torch.Tensor, gradients: torch.Tensor, bad: int) -> torch.Tensor:
+    """Return the sum over the rows of a (batch, size) matrix, each times its factor.
+
+    `bad` of the rows may hold anything: their factor is 0.
+    """
+    scale = scale.to(gradients.device)
+    if bad:  # 0 times infinity is no number
+        gradients = gradients.masked_fill((scale == 0)[:, None], 0)
+    return scale @ gradients
 
 
 def row_norms(gradients: list[torch.Tensor]) -> torch.Tensor:

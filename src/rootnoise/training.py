@@ -20,23 +20,24 @@ from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
 from opacus.validators import ModuleValidator
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.clipping import clipped_sums
+from rootnoise.copies import Copies
 from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.randomness import Key
 from rootnoise.ranks import Indices, Ranks
 from rootnoise.sampling import Sampler
-
-# The tensors of a saved stream, with a column for each position of the flattened parameters.
-NOISE_ROWS = ("state", "ready")
+from rootnoise.shards import ShardedGradSampleModule, Shards
 
 
 def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSampleModule:
     """Return `model` wrapped by Opacus, so that backward leaves per-sample gradients.
+
+    A model that `fully_shard` (FSDP2) has cut up is wrapped after that; see `shards`.
 
     Args:
         model: in training mode, each output row a function of its own input row alone.
@@ -46,7 +47,8 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
 
     Raises:
         RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
-            that mixes examples or remembers them (BatchNorm, running statistics).
+            that mixes examples or remembers them (BatchNorm, running statistics); of a sharded
+            model also what `ShardedGradSampleModule` refuses.
     """
     if loss_reduction not in ("mean", "sum"):
         raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
@@ -56,6 +58,8 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
         rule = "model must be a plain module (PrivateOptimizer takes the process group)"
         raise RootnoiseError(f"{rule}, got DistributedDataParallel")
     _check_layers(model)
+    if isinstance(model, FSDPModule):
+        return ShardedGradSampleModule(model, loss_reduction)
     return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
 
 
@@ -79,7 +83,8 @@ class PrivateOptimizer:
             makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
         process_group: the ranks of a data-parallel run, each with its own copy of `module`.
             Weights, key and sampler seed become rank 0's; each rank clips and sums its part of the
-            batch, and the noise is added once, each rank making its own part of it.
+            batch, and the noise is added once, each rank making its own part of it. A sharded
+            model brings its own group; its weights stay as they are.
 
     Attributes:
         t: steps made.
@@ -139,10 +144,13 @@ class PrivateOptimizer:
         self.mechanism = mechanism
         self._parameters = _parameters(optimizer, module)
         self._layout = self._current_layout()
-        self._size = sum(p.numel() for p in self._parameters)
+        self._place: Copies | Shards
+        if isinstance(module, ShardedGradSampleModule):
+            self._place = Shards(module)
+        else:
+            self._place = Copies(module, Ranks(process_group))
+        self._ranks = self._place.ranks
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
-        self._ranks = Ranks(process_group)
-        self._span = self._ranks.span(self._size)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
         self.non_finite = 0
@@ -167,86 +175,59 @@ class PrivateOptimizer:
                 process group, all ranks raise together.
         """
         try:
-            part, gradients = self._checked(indices)
+            part = self._checked(indices)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
         self.ledger.admit(self.t, self._ranks.batch(self.t, part))
         with torch.no_grad():
-            total = self._noised_sum(gradients) / self.sampler.batch_size
-            means = torch.split(total, [p.numel() for p in self._parameters])
-            for p, mean in zip(self._parameters, means, strict=True):
-                p.grad = mean.view_as(p).to(p.device, p.dtype)
-                p.grad_sample = None  # type: ignore[attr-defined]
-                if self.decay != 1:
+            clip = self.mechanism.clip_norm
+            total, bad = self._place.noised_sum(part.size, self.stream.next(), clip, self.t)
+            self.non_finite += bad
+            self._place.write(total / self.sampler.batch_size)
+            if self.decay != 1:
+                for p in self._parameters:
                     p.mul_(self.decay)
         self.optimizer.step()
         self.t += 1
 
-    def _checked(self, indices: ArrayLike) -> tuple[Indices, list[torch.Tensor]]:
-        """Return this process's part of the batch and its per-sample gradients, or refuse them."""
+    def _checked(self, indices: ArrayLike) -> Indices:
+        """Return this process's part of the batch, or refuse it, or what backward has left."""
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
         self._check_whole()
-        if isinstance(indices, torch.Tensor):
-            indices = indices.numpy(force=True)
-        gradients = self._per_sample_gradients(np.size(indices))
-        return self.ledger.checked(indices), gradients
-
-    def _noised_sum(self, gradients: list[torch.Tensor]) -> torch.Tensor:
-        """Return the clipped sum of the whole batch plus the noise of the step, flattened."""
-        sums, bad = clipped_sums(gradients, self.mechanism.clip_norm, self.t)
-        self.non_finite += bad
-        total = torch.cat([clipped.to(sums[0].device) for clipped in sums])
-        start, stop = self._span
-        total[start:stop] += self.stream.next().to(total.device)
-        self._ranks.add_(total)
-        return total
-
-    def _per_sample_gradients(self, rows: int) -> list[torch.Tensor]:
-        """Return one (rows, size) float32 matrix a parameter, or refuse what backward has left."""
         parameters = _parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
             p is q for p, q in zip(parameters, self._parameters, strict=True)
         )
         if not same or self._current_layout() != self._layout:
             raise RootnoiseError("trainable parameters must stay those of the first step")
-        gradients = []
-        for p, (name, _) in zip(parameters, self._layout, strict=True):
-            g = getattr(p, "grad_sample", None)
-            if isinstance(g, list):
-                raise RootnoiseError(f"backward must run once a step, got {len(g)} for {name}")
-            if g is None and rows:
-                raise RootnoiseError(
-                    f"per-sample gradients of {name} are missing: run forward and backward once, "
-                    "in training mode, through all trainable parameters (evaluate under no_grad)"
-                )
-            found = 0 if g is None else len(g)
-            if found != rows:
-                raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
-            gradients.append(p.new_zeros(0, p.numel()) if g is None else g.flatten(1))
-        return [g.float() for g in gradients]
+        if isinstance(indices, torch.Tensor):
+            indices = indices.numpy(force=True)
+        self._place.check(np.size(indices))
+        return self.ledger.checked(indices)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
 
         It holds recent noise and the sampler's seed: keep it as secret as the key. With a process
         group every rank must call it; what it returns is the same on each but for `non_finite`, and
-        any number of ranks can load it.
+        any number of ranks can load it. Of a sharded model each rank returns its own part, for
+        `torch.distributed.checkpoint`.
 
         Raises:
             RootnoiseError: a step was broken off by an exception.
         """
         self._check_whole()
         noise = self.stream.state_dict()
-        noise |= {name: self._ranks.columns(noise[name], self._size) for name in NOISE_ROWS}
+        noise |= {name: self._place.save(noise[name], most) for name, most in self._rows().items()}
         return {
             "version": 1,
             "t": self.t,
             "non_finite": self.non_finite,
             "decay": self.decay,
             "layout": self._layout,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self._place.optimizer_state(self.optimizer),
             "noise": noise,
             "ledger": self.ledger.state_dict(),
             "sampler": self.sampler.state_dict(),
@@ -280,14 +261,28 @@ class PrivateOptimizer:
                 f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
             )
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
+            self._place.load_optimizer_state(self.optimizer, state["optimizer"])
         except (KeyError, TypeError, ValueError) as reason:
             raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
         self.sampler.load_state_dict(state["sampler"])
         self.stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
 
     def _new_stream(self, key: Key) -> NoiseStream:
-        return NoiseStream(self.mechanism, self._size, key, spans=[self._span])
+        size = sum(p.numel() for p in self._parameters)
+        return NoiseStream(self.mechanism, size, key, spans=self._place.spans)
+
+    def _rows(self) -> dict[str, int]:
+        """Return the tensors of a saved stream, a column a position, with their most rows."""
+        return {"state": self.mechanism.noising.state_size, "ready": self.stream.block_steps}
+
+    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved state of the whole noise, cut to what this process holds."""
+        unread = integer("saved noise's made", noise.get("made", -1)) - integer(
+            "saved noise's t", noise.get("t", -1)
+        )
+        rows = {"state": self.mechanism.noising.state_size, "ready": unread}
+        own = {name: self._place.load(name, noise.get(name), n) for name, n in rows.items()}
+        return dict(noise) | own
 
     def _follow_first(self, key: Key) -> Key:
         """Take over rank 0's weights, sampler seed and ledger salt, and return its key."""
@@ -300,21 +295,8 @@ class PrivateOptimizer:
         sampler, ledger, secret = self._ranks.first(states)
         self.sampler.load_state_dict(sampler)
         self.ledger.load_state_dict(ledger)
-        with torch.no_grad():
-            self._ranks.copy_first_([*self.module.parameters(), *self.module.buffers()])
+        self._place.begin()
         return Key(secret)
-
-    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a saved state of the whole noise, cut to this rank's columns."""
-        own = dict(noise)
-        for name in NOISE_ROWS:
-            rows = noise.get(name)
-            if not isinstance(rows, torch.Tensor) or rows.shape[1:] != (self._size,):
-                got = tuple(rows.shape) if isinstance(rows, torch.Tensor) else rows
-                rule = f"saved noise's {name} must be a tensor of {self._size} columns"
-                raise RootnoiseError(f"{rule}, got {got!r:.80}")
-            own[name] = rows[:, slice(*self._span)]
-        return own
 
     def _current_layout(self) -> list[list[Any]]:
         """Return [name, shape] of each trainable parameter, which fixes its place in the noise."""

@@ -269,7 +269,8 @@ class PrivateOptimizer:
 
     def _new_stream(self, key: Key) -> NoiseStream:
         size = sum(p.numel() for p in self._parameters)
-        return NoiseStream(self.mechanism, size, key, spans=self._place.spans)
+        where = self._parameters[0].device
+        return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
 
     def _rows(self) -> dict[str, int]:
         """Return the tensors of a saved stream, a column a position, with their most rows."""

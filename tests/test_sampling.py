@@ -10,13 +10,21 @@ from scipy import stats
 
 from rootnoise._check import RootnoiseError
 from rootnoise.ledger import Ledger
-from rootnoise.participation import CyclicPoisson, FixedCycle
-from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, FixedCycleSampler
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
+from rootnoise.sampling import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    MinSeparationSampler,
+    MinSepPoissonSampler,
+)
 
 SAMPLERS = {
     "fixed cycle": lambda **k: FixedCycleSampler(n_examples=103, batch_size=10, epochs=3, **k),
     "poisson": lambda **k: CyclicPoissonSampler(n_examples=103, batch_size=10, n_steps=40, **k),
     "cyclic": lambda **k: CyclicPoissonSampler(103, batch_size=5, n_steps=40, groups=7, **k),
+    "separated": lambda **k: MinSeparationSampler(103, batch_size=10, epochs=3, min_sep=7, **k),
+    "min-sep poisson": lambda **k: MinSepPoissonSampler(103, 5, n_steps=40, min_sep=6, **k),
     "bins": lambda **k: BallsInBinsSampler(n_examples=103, batch_size=10, epochs=3, **k),
     "single": lambda **k: FixedCycleSampler(n_examples=103, batch_size=99, epochs=1, **k),
 }
@@ -223,3 +231,132 @@ def test_a_probability_above_one_is_refused():
 def test_more_groups_than_steps_are_refused():
     with pytest.raises(RootnoiseError, match=r"^groups must be in \[1, n_steps=3\], got 4$"):
         CyclicPoissonSampler(100, 5, n_steps=3, groups=4)
+
+
+# --------------------------------------------------------------------------------- min separation
+
+
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 4), st.integers(0, 100))
+def test_every_epoch_has_everybody_once_and_never_too_soon(n_examples, batch_size, epochs, where):
+    batch_size = min(batch_size, n_examples)
+    period = -(-n_examples // batch_size)
+    b = 1 + where % period
+    sampler = MinSeparationSampler(n_examples, batch_size, epochs, b, seed=0)
+    assert sampler.participation == MinSeparation(b, epochs)
+    last = np.full(n_examples, -period)
+    for epoch in range(epochs):
+        batches = [sampler.batch(t) for t in range(epoch * period, (epoch + 1) * period)]
+        assert sorted(np.concatenate(batches)) == list(range(n_examples))
+        assert all(batch.size <= batch_size for batch in batches)
+        for i, batch in enumerate(batches):
+            assert (epoch * period + i - last[batch] >= b).all()
+            last[batch] = epoch * period + i
+
+
+def test_the_whole_period_apart_is_a_fixed_cycle_and_less_is_not():
+    for b, fixed in ((6, True), (5, False), (1, False)):
+        sampler = MinSeparationSampler(60, 10, 2, b, seed=0)
+        repeats = [np.array_equal(sampler.batch(t), sampler.batch(t + 6)) for t in range(6)]
+        assert all(repeats) == fixed
+
+
+def test_gaps_reach_from_the_least_to_the_greatest():
+    """Stretches of 3 steps: gaps are 4, ..., 8 with weights 1, 2, 3, 2, 1; 1e-9 for six of 9."""
+    sampler = MinSeparationSampler(6000, 1000, 40, min_sep=4, seed=0)
+    steps = np.array([np.zeros(6000)] * 40)
+    for t, batch in enumerate(sampler):
+        steps[t // 6, batch] = t
+    gaps = np.diff(steps, axis=0).ravel()
+    expected = np.array([1, 2, 3, 2, 1]) / 9
+    # Gaps of one record are dependent in pairs, hence half as many count.
+    counts = np.bincount(gaps.astype(int), minlength=9)[4:]
+    assert counts.sum() == gaps.size
+    deviation = np.sqrt(expected * (1 - expected) / (gaps.size / 2))
+    assert (np.abs(counts / gaps.size - expected) < 6 * deviation).all()
+
+
+@pytest.mark.parametrize("b", [0, 7])
+def test_separations_beyond_the_period_are_refused(b):
+    message = re.escape(f"min_sep must be in [1, ceil(n_examples/batch_size)=6], got {b}")
+    with pytest.raises(RootnoiseError, match=f"^{message}$"):
+        MinSeparationSampler(60, 10, 2, b)
+    with pytest.raises(RootnoiseError, match=r"^n_steps must be in \[7, .*got 13$"):
+        MinSeparationSampler(60, 10, 2, 3, n_steps=13)
+
+
+# --------------------------------------------------------------------------- balls in bins, renewal
+
+
+def test_bins_are_uniform_independent_and_fixed():
+    """Chi-square of bin sizes, of pairs of neighbours, and of two seeds: 3e-8 in all."""
+    n, b = 60_000, 6
+    sampler = BallsInBinsSampler(n, n // b, epochs=2, seed=1)
+    assert sampler.participation == BallsInBins(b, 2)
+    bins = np.empty((2, n), dtype=int)
+    for t in range(2 * b):
+        bins[t // b, sampler.batch(t)] = t % b
+    np.testing.assert_array_equal(bins[0], bins[1])
+    other = BallsInBinsSampler(n, n // b, epochs=1, seed=2)
+    theirs = np.empty(n, dtype=int)
+    for t in range(b):
+        theirs[other.batch(t)] = t
+
+    def uniform(values, cells):
+        counts = np.bincount(values, minlength=cells)
+        statistic = float(((counts - values.size / cells) ** 2).sum() / (values.size / cells))
+        return stats.chi2(cells - 1).sf(statistic) > 1e-8
+
+    one = bins[0]
+    assert uniform(one, b)
+    assert uniform(one[:-1:2] * b + one[1::2], b * b)
+    assert uniform(one * b + theirs, b * b)
+    assert not uniform(np.arange(n) % b * b + one * 0, b * b)  # and the test can fail
+    sizes = np.bincount(one)
+    assert len(set(sizes)) > 1  # equal parts would not be independent of each other
+
+
+def test_everybody_joins_every_step_at_the_stated_rate_after_the_stated_waits():
+    """The first steps like the later ones; gaps geometric beyond b. False-alarm rate below 1e-7."""
+    n, b, steps = 20_000, 5, 60
+    sampler = MinSepPoissonSampler(n, batch_size=2000, n_steps=steps, min_sep=b, seed=3)
+    p, rate = sampler.participation.probability, sampler.participation.rate
+    assert p == pytest.approx(0.1 / 0.6)
+    assert rate == pytest.approx(0.1)
+    joined = np.zeros((steps, n), dtype=bool)
+    for t, batch in enumerate(sampler):
+        joined[t, batch] = True
+    sizes = joined.sum(axis=1)
+    deviation = np.sqrt(n * rate * (1 - rate))
+    assert (np.abs(sizes - n * rate) < 6 * deviation).all()
+    assert not (np.abs(sizes - 1.1 * n * rate) < 6 * deviation).all()
+    gaps = np.concatenate([np.diff(np.flatnonzero(column)) for column in joined.T])
+    assert gaps.min() == b
+    for extra in range(4):
+        # Only from steps that leave room are all gaps seen.
+        early = joined[: steps - 30]
+        who = early.sum()
+        seen = sum(
+            int((joined[t] & joined[t + b + extra] & ~joined[t + b : t + b + extra].any(0)).sum())
+            for t in range(steps - 30)
+        )
+        q = p * (1 - p) ** extra
+        assert abs(seen - who * q) < 6 * np.sqrt(who * q * (1 - q))
+
+
+def test_certain_renewal_is_balls_in_bins():
+    sampler = MinSepPoissonSampler(1000, batch_size=100, n_steps=25, min_sep=10, seed=0)
+    assert sampler.participation.probability == 1
+    for t in range(15):
+        np.testing.assert_array_equal(sampler.batch(t), sampler.batch(t + 10))
+    sizes = {sampler.batch(t).size for t in range(10)}
+    assert sum(sampler.batch(t).size for t in range(10)) == 1000
+    assert len(sizes) > 1
+
+
+def test_a_rate_beyond_the_separation_is_refused():
+    message = (
+        "batch_size * min_sep must be <= n_examples=100 for a sampling probability of at most 1, "
+        "got 30 * 4"
+    )
+    with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}$"):
+        MinSepPoissonSampler(100, 30, n_steps=10, min_sep=4)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rootnoise.diagonals import Banded
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
     from rootnoise.ledger import Ledger
+    from rootnoise.loading import data_loader
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
     from rootnoise.participation import (
@@ -33,7 +34,13 @@ if TYPE_CHECKING:
     )
     from rootnoise.planner import Job, plan
     from rootnoise.randomness import Key
-    from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, FixedCycleSampler
+    from rootnoise.sampling import (
+        BallsInBinsSampler,
+        CyclicPoissonSampler,
+        FixedCycleSampler,
+        MinSeparationSampler,
+        MinSepPoissonSampler,
+    )
     from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
     from rootnoise.workload import (
@@ -83,7 +90,14 @@ _MODULES = {
     "randomness": ("Key",),
     "noise": ("NoiseStream",),
     "ledger": ("Ledger",),
-    "sampling": ("BallsInBinsSampler", "CyclicPoissonSampler", "FixedCycleSampler"),
+    "sampling": (
+        "BallsInBinsSampler",
+        "CyclicPoissonSampler",
+        "FixedCycleSampler",
+        "MinSepPoissonSampler",
+        "MinSeparationSampler",
+    ),
+    "loading": ("data_loader",),
     "training": ("PrivateOptimizer", "privatize"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -19,6 +19,8 @@ from rootnoise.participation import (
     BallsInBins,
     CyclicPoisson,
     FixedCycle,
+    MinSeparation,
+    MinSepPoisson,
     Participation,
     to_dict,
 )
@@ -153,6 +155,70 @@ class FixedCycleSampler(Sampler):
         return np.sort(self._order[start : start + self.batch_size])
 
 
+class MinSeparationSampler(Sampler):
+    """Every epoch takes every example once, in an order of its own, at least `min_sep` steps apart.
+
+    The epoch's period = ceil(n_examples / batch_size) steps are cut into stretches of
+    period - min_sep + 1. Each example keeps its stretch, which every epoch shuffles anew. A
+    separation of 1 is a new shuffle of everything; that of the whole period is a fixed cycle.
+
+    Args:
+        n_examples: size of the data set.
+        batch_size: examples a step; only the last batch of a stretch may be smaller.
+        epochs: how often each example may appear.
+        min_sep: least steps between two of one example, at most the period.
+        seed: fixes the orders; from OS entropy when None.
+        n_steps: steps to make, inside the last epoch; all period * epochs when None.
+
+    Raises:
+        RootnoiseError: a number out of its range.
+
+    >>> sampler = MinSeparationSampler(n_examples=12, batch_size=3, epochs=2, min_sep=3, seed=0)
+    >>> sampler.participation
+    MinSeparation(min_sep=3, max_participations=2)
+    """
+
+    participation: MinSeparation
+
+    def __init__(
+        self,
+        n_examples: int,
+        batch_size: int,
+        epochs: int,
+        min_sep: int,
+        seed: int | None = None,
+        n_steps: int | None = None,
+    ) -> None:
+        size, batch = _sizes(n_examples, batch_size)
+        period = FixedCycle(-(-size // batch), epochs).period
+        separation = integer("min_sep", min_sep, 1, period, high_name="ceil(n_examples/batch_size)")
+        self.participation = MinSeparation(separation, epochs)
+        self._period, self._stretch = period, period - separation + 1
+        self._held: tuple[int, int, Indices] | None = None
+        steps = period * epochs if n_steps is None else n_steps
+        FixedCycle(period, epochs).validate(integer("n_steps", steps, 1))
+        super().__init__(size, batch, steps, seed)
+
+    def _assign(self) -> None:
+        self._order, self._held = self._permutation(), None
+        self._shuffles = self._key.derive("epochs")
+
+    def _batch(self, t: int) -> Indices:
+        epoch, i = divmod(t, self._period)
+        stretch, place = divmod(i, self._stretch)
+        start = place * self.batch_size
+        return np.sort(self._shuffled(epoch, stretch)[start : start + self.batch_size])
+
+    def _shuffled(self, epoch: int, stretch: int) -> Indices:
+        """Return the order of one stretch in one epoch; the last one is kept at hand."""
+        if self._held is None or self._held[:2] != (epoch, stretch):
+            size = self._stretch * self.batch_size
+            members = self._order[stretch * size : (stretch + 1) * size]
+            order = self._shuffles.generator(epoch, stretch).permutation(members)
+            self._held = epoch, stretch, order
+        return self._held[2]
+
+
 class CyclicPoissonSampler(Sampler):
     """Poisson sampling from one part of the data a step (Choquette-Choo et al., 2023, Theorem 4).
 
@@ -256,3 +322,70 @@ class BallsInBinsSampler(Sampler):
     def _batch(self, t: int) -> Indices:
         i = t % self.participation.period
         return self._order[self._starts[i] : self._starts[i + 1]].copy()
+
+
+class MinSepPoissonSampler(Sampler):
+    """Whoever sat out the last `min_sep` - 1 steps joins the next with a fixed probability.
+
+    Dong & Ganesh (2026). Every example goes its own way: after a step it waits min_sep - 1 steps,
+    and then a geometrically distributed time. All of them are drawn at the start, as if the run had
+    gone on forever before it, and take 8 bytes for each time that an example takes part. Batches
+    vary in size and can be empty.
+
+    Args:
+        n_examples: size of the data set.
+        batch_size: expected examples a step; batch_size * min_sep <= n_examples.
+        n_steps: steps to make.
+        min_sep: least steps between two of one example.
+        seed: fixes all draws; from OS entropy when None. Keep it secret, see `Sampler`.
+
+    Raises:
+        RootnoiseError: a number out of its range.
+
+    >>> sampler = MinSepPoissonSampler(100, batch_size=10, n_steps=40, min_sep=6, seed=0)
+    >>> sampler.participation
+    MinSepPoisson(min_sep=6, probability=0.2)
+    """
+
+    participation: MinSepPoisson
+
+    def __init__(
+        self,
+        n_examples: int,
+        batch_size: int,
+        n_steps: int,
+        min_sep: int,
+        seed: int | None = None,
+    ) -> None:
+        size, batch = _sizes(n_examples, batch_size)
+        taken = batch * integer("min_sep", min_sep, 1)
+        if taken > size:
+            raise RootnoiseError(
+                f"batch_size * min_sep must be <= n_examples={size} for a sampling probability of "
+                f"at most 1, got {batch} * {min_sep}"
+            )
+        # rate = batch / size = p / (1 + (b - 1) p)
+        self.participation = MinSepPoisson(min_sep, batch / (size - (taken - batch)))
+        super().__init__(size, batch, n_steps, seed)
+
+    def _assign(self) -> None:
+        b, p = self.participation.min_sep, self.participation.probability
+        rng = self._key.derive("waits").generator()
+        # Stationary: no wait with probability rate / p, else one of 1, ..., b - 1 steps.
+        waits = rng.random(self.n_examples) * (1 + (b - 1) * p) - 1
+        step = np.ceil(np.maximum(waits, 0.0) / p).astype(np.int64).clip(0, b - 1)
+        who = np.arange(self.n_examples)
+        everyone, steps = [], []
+        while who.size:
+            step = step + rng.geometric(p, who.size) - 1
+            who, step = who[step < self.n_steps], step[step < self.n_steps]
+            everyone.append(who)
+            steps.append(step)
+            step = step + b
+        members, when = np.concatenate(everyone), np.concatenate(steps)
+        # By step, and by example within a step.
+        self._members = members[np.lexsort((members, when))]
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(when, minlength=self.n_steps))])
+
+    def _batch(self, t: int) -> Indices:
+        return self._members[self._starts[t] : self._starts[t + 1]].copy()

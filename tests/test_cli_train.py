@@ -85,7 +85,11 @@ def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
         ("--checkpoint-every", "0", "checkpoint_every must be >= 1, got 0"),
         ("--epochs", "two", "--epochs"),
         ("--mechanism", "magic", "mechanism must be one of none, dpsgd, banded"),
-        ("--sampling", "poisson", "sampling must be fixed-cycle for mechanism bsr, got poisson"),
+        (
+            "--sampling",
+            "poisson",
+            "sampling must be fixed-cycle for mechanism bsr without groups, got poisson",
+        ),
         (
             "--model",
             "huge",

@@ -12,7 +12,9 @@ from rootnoise.cli import _options, _progress
 from rootnoise.cli._report import show
 
 
+@_options.grouped
 def train(
+    *,
     out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
     dataset: Annotated[
         str,
@@ -45,12 +47,28 @@ def train(
     clip_norm: Annotated[
         float, typer.Option("--clip-norm", "--clip", help="Largest l2 norm of one gradient.")
     ] = 1.0,
-    bands: Annotated[
-        int | None, typer.Option(help="Diagonals p of bsr [default: the steps of one epoch].")
+    weight_decay: Annotated[
+        float, typer.Option(help="Part of the parameters that is added to the gradient (L2).")
+    ] = 0.0,
+    schedule: Annotated[
+        str | None, typer.Option(help="cosine, linear, exponential or step [default: constant].")
     ] = None,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up before the schedule.")] = 0,
+    final: Annotated[
+        float | None,
+        typer.Option(
+            help="Where the schedule ends, relative to --lr "
+            "[default: 0; 0.01 for exponential and step]."
+        ),
+    ] = None,
+    split: _options.Split,
     sampling: Annotated[
         str, typer.Option(help="auto, fixed-cycle or poisson; auto is poisson for dpsgd only.")
     ] = "auto",
+    groups: Annotated[
+        int,
+        typer.Option(help="Groups of cyclic Poisson sampling; a mechanism has as many bands."),
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Fixes the order of the data and first weights.")] = 0,
     insecure_noise_seed: Annotated[
         int | None,
@@ -89,8 +107,13 @@ def train(
         momentum=momentum,
         decay=decay,
         clip_norm=clip_norm,
-        bands=bands,
+        weight_decay=weight_decay,
+        schedule=schedule,
+        warmup=warmup,
+        final=final,
+        **split.given(),
         sampling=sampling,
+        groups=groups,
         seed=seed,
         insecure_noise_seed=insecure_noise_seed,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -74,6 +74,8 @@ class Factorization:
 # A builder takes the workload, the participation and the keyword options that its mechanism has.
 Builder = Callable[..., Factorization]
 _BUILDERS: dict[str, Builder] = {}
+# What every builder may take; all else is an option of its own.
+_SHARED = {"workload", "participation", "progress"}
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
@@ -93,6 +95,28 @@ def mechanisms() -> tuple[str, ...]:
     True
     """
     return tuple(sorted(_BUILDERS))
+
+
+def options(mechanism: str) -> frozenset[str]:
+    """Return the names of the options that a mechanism takes.
+
+    >>> sorted(options("bsr-gamma"))
+    ['bands', 'gamma']
+    """
+    return frozenset(signature(_BUILDERS[mechanism]).parameters) - _SHARED
+
+
+def refuse_foreign(mechanism: str, given: Mapping[str, Any]) -> None:
+    """Refuse an option that the mechanism does not take.
+
+    Raises:
+        RootnoiseError: there is one.
+    """
+    for name, value in given.items():
+        if name not in options(mechanism):
+            raise RootnoiseError(
+                f"{name} must be left out for mechanism {mechanism!r}, got {value!r}"
+            )
 
 
 def factorize(
@@ -123,15 +147,11 @@ def factorize(
         known = ", ".join(mechanisms())
         raise RootnoiseError(f"mechanism must be one of {known}, got {mechanism!r}")
     builder = _BUILDERS[mechanism]
-    known_options = signature(builder).parameters
     given = {name: value for name, value in options.items() if value is not None}
-    if "progress" not in known_options:  # a closed form has none to report
-        given.pop("progress", None)
-    for name, value in given.items():
-        if name not in known_options:
-            raise RootnoiseError(
-                f"{name} must be left out for mechanism {mechanism!r}, got {value!r}"
-            )
+    progress = given.pop("progress", None)
+    refuse_foreign(mechanism, given)
+    if progress is not None and "progress" in signature(builder).parameters:
+        given["progress"] = progress  # a closed form has none to report
     return builder(workload, participation, **given)
 
 

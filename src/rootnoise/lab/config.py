@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.factorization import factorize, mechanisms
+from rootnoise.factorization.base import refuse_foreign
 from rootnoise.mechanism import Mechanism
 from rootnoise.randomness import Key
 from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Sampler
-from rootnoise.workload import SGD
+from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 
 # Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
 # lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise wants less: 0.1
@@ -39,8 +44,19 @@ class RunConfig:
     momentum: float = 0.9
     decay: float = 1.0
     clip_norm: float = 1.0
-    bands: int | None = None
+    weight_decay: float = 0.0
+    schedule: str | None = None
+    warmup: int = 0
+    final: float | None = None
+    bands: int | str | None = None
+    buffers: int | None = None
+    gamma: float | None = None
+    lam: float | None = None
+    base: str | None = None
+    estimator: str | None = None
+    tolerance: float | None = None
     sampling: str = "auto"
+    groups: int = 1
     seed: int = 0
     insecure_noise_seed: int | None = None
 
@@ -59,14 +75,26 @@ class RunConfig:
         if self.mechanism == "dpsgd" and self.sampling != "poisson":
             rule = "poisson for mechanism dpsgd (identity takes both)"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
-        if self.sampling == "poisson" and self.mechanism not in ("dpsgd", "identity"):
-            # Cyclic Poisson sampling would amplify banded strategies, in a regime of its own.
-            rule = f"fixed-cycle for mechanism {self.mechanism}"
+        self._check_groups()
+
+    @property
+    def split(self) -> dict[str, Any]:
+        """The options of the mechanism, as `factorize` takes them."""
+        return {name: v for name in OPTIONS if (v := getattr(self, name)) is not None}
+
+    def _check_groups(self) -> None:
+        g = integer("groups", self.groups, 1)
+        if g > 1 and (self.sampling != "poisson" or self.mechanism in ("none", "dpsgd")):
+            rule = "1 but for a banded mechanism under poisson sampling"
+            raise RootnoiseError(f"groups must be {rule}, got {g}")
+        if self.sampling == "poisson" and g == 1 and self.mechanism not in ("dpsgd", "identity"):
+            # Amplified is a strategy of at most so many bands, one group after the other.
+            rule = f"fixed-cycle for mechanism {self.mechanism} without groups"
             raise RootnoiseError(f"sampling must be {rule}, got poisson")
 
     def _check_numbers(self) -> None:
         if self.mechanism == "none":
-            for name in ("epsilon", "bands", "insecure_noise_seed"):
+            for name in ("epsilon", "insecure_noise_seed", *OPTIONS):
                 value = getattr(self, name)
                 if value is not None:
                     raise RootnoiseError(f"{name} must be left out for mechanism none, got {value}")
@@ -74,6 +102,7 @@ class RunConfig:
             raise RootnoiseError(f"epsilon must be given for mechanism {self.mechanism}, got none")
         else:
             real("epsilon", self.epsilon, above=0)
+            refuse_foreign("identity" if self.mechanism == "dpsgd" else self.mechanism, self.split)
         real("delta", self.delta, above=0, below=1)
         integer("epochs", self.epochs, 1)
         integer("batch_size", self.batch_size, 1)
@@ -81,11 +110,49 @@ class RunConfig:
         real("momentum", self.momentum, at_least=0, below=1)
         real("decay", self.decay, above=0, at_most=1)
         real("clip_norm", self.clip_norm, above=0)
-        if self.bands is not None:
-            integer("bands", self.bands, 1)
+        if self.bands not in (None, "auto"):
+            integer("bands", self.bands, 1)  # type: ignore[arg-type]
+        self._check_schedule()
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.insecure_noise_seed is not None:
             integer("insecure_noise_seed", self.insecure_noise_seed, 0)
+
+    def _check_schedule(self) -> None:
+        w = real("weight_decay", self.weight_decay, at_least=0)
+        if w and self.decay != 1:
+            raise RootnoiseError(f"decay must be 1 with weight_decay, got {self.decay}")
+        if self.schedule is None:
+            for name, value in (("warmup", self.warmup), ("final", self.final)):
+                if value:
+                    raise RootnoiseError(f"{name} must be left out without schedule, got {value}")
+        else:
+            learning_rates(
+                self.schedule, 1 + integer("warmup", self.warmup, 0), self.warmup, self.final
+            )
+
+
+# Options of mechanisms, each taken by some.
+OPTIONS = ("bands", "buffers", "gamma", "lam", "base", "estimator", "tolerance")
+
+
+def rates(config: RunConfig, n_steps: int) -> NDArray[np.float64]:
+    """Return the learning rate of every step relative to lr, shape (n_steps,)."""
+    if config.schedule is None:
+        return np.ones(n_steps)
+    return learning_rates(config.schedule, n_steps, config.warmup, config.final)
+
+
+def make_workload(config: RunConfig, n_steps: int) -> Workload:
+    """Return what the run's optimizer computes, in units of lr.
+
+    With x the parameters over lr, torch's m <- beta m + g + w lr x, so that w counts times lr.
+    """
+    if config.schedule is None and not config.weight_decay:
+        return SGD(n_steps, config.momentum, config.decay)
+    w = config.lr * config.weight_decay
+    made = ScheduledSGD(rates(config, n_steps), config.momentum, weight_decay=w, decay=config.decay)
+    # Where all steps are alike the neighbour is the same workload, as a Toeplitz one.
+    return made if config.schedule is not None else made.neighbour
 
 
 def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
@@ -95,7 +162,7 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     steps = config.epochs * -(-n_examples // config.batch_size)
     # Who was drawn is a secret, so the seed comes from OS entropy.
     return CyclicPoissonSampler(
-        n_examples, config.batch_size, steps, seed=config.insecure_noise_seed
+        n_examples, config.batch_size, steps, config.groups, seed=config.insecure_noise_seed
     )
 
 
@@ -104,8 +171,8 @@ def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
     if config.mechanism == "none":
         return None
     name = "identity" if config.mechanism == "dpsgd" else config.mechanism
-    workload = SGD(sampler.n_steps, config.momentum, config.decay)
-    factorization = factorize(workload, sampler.participation, name, bands=config.bands)
+    workload = make_workload(config, sampler.n_steps)
+    factorization = factorize(workload, sampler.participation, name, **config.split)
     return Mechanism.calibrate(
         factorization,
         sampler.participation,

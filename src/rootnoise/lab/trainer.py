@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.lab.config import RunConfig
+from rootnoise.lab.config import RunConfig, rates
 from rootnoise.lab.data import Dataset
 from rootnoise.lab.models import build
 from rootnoise.mechanism import Mechanism
@@ -51,7 +51,13 @@ class Trainer:
     ) -> None:
         self.data, self.sampler = data, sampler
         self.model = build(config.model, data.input_shape, data.n_classes, config.seed)
-        sgd = torch.optim.SGD(self.model.parameters(), lr=config.lr, momentum=config.momentum)
+        sgd = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
         self.module: nn.Module
         self.optimizer: PrivateOptimizer | _PlainOptimizer
         if mechanism is None:
@@ -110,6 +116,8 @@ class Trainer:
             logits = self.module(self.data.train_inputs[index])
             loss = cross_entropy(logits, self.data.train_labels[index], reduction="sum")
             torch.autograd.backward(loss)
+        for group in self._sgd.param_groups:
+            group["lr"] = float(self._lr[self.t])
         self.optimizer.step(batch)
 
     def accuracy(self) -> float:

@@ -1,0 +1,179 @@
+"""The settings of a run: options, schedules, groups, and what the optimizer really does."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+
+from rootnoise._check import RootnoiseError
+from rootnoise.cli import main
+from rootnoise.factorization.base import _BUILDERS
+from rootnoise.lab import data
+from rootnoise.lab.config import (
+    OPTIONS,
+    RunConfig,
+    make_mechanism,
+    make_sampler,
+    make_workload,
+    rates,
+)
+from rootnoise.lab.trainer import Trainer
+from rootnoise.participation import CyclicPoisson
+from rootnoise.workload import SGD, ToeplitzWorkload, from_optimizer
+
+PRIVATE = {"dataset": "digits", "model": "logistic", "epsilon": 4.0, "batch_size": 100}
+
+
+def test_every_option_of_every_mechanism_is_a_setting():
+    taken = {name for build in _BUILDERS.values() for name in inspect.signature(build).parameters}
+    assert set(OPTIONS) == taken - {"workload", "participation", "progress"}
+    assert set(OPTIONS) <= {field.name for field in dataclasses.fields(RunConfig)}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"weight_decay": 0.2, "lr": 0.3},
+        {"weight_decay": 30.0, "lr": 0.1},  # complex roots
+        {"schedule": "cosine", "warmup": 3},
+        {"schedule": "step", "final": 0.25, "weight_decay": 0.2, "lr": 0.3},
+        {"schedule": "linear", "momentum": 0.0},
+    ],
+    ids=str,
+)
+def test_the_workload_is_what_torch_does(settings):
+    n, config = 30, RunConfig(mechanism="none", **settings)
+    factors = rates(config, n)
+    sgd = partial(
+        torch.optim.SGD,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
+    real = from_optimizer(sgd, n, lambda o: LambdaLR(o, lambda t: factors[min(t, n - 1)]))
+    ours = config.lr * make_workload(config, n).matrix.dense()
+    np.testing.assert_allclose(ours, real.matrix.dense(), rtol=1e-8, atol=1e-12)
+
+
+def test_constant_settings_stay_toeplitz():
+    assert make_workload(RunConfig(mechanism="none", decay=0.9), 5) == SGD(5, 0.9, 0.9)
+    assert isinstance(make_workload(RunConfig(mechanism="none", weight_decay=1e-3), 5), SGD)
+    strong = RunConfig(mechanism="none", weight_decay=30.0, lr=0.1)
+    assert isinstance(make_workload(strong, 5), ToeplitzWorkload)
+
+
+@pytest.mark.parametrize("mechanism", ["none", "bsr"])
+def test_the_trainer_does_what_the_workload_says(mechanism):
+    """The learning rate of each step, and the way of a parameter under its own gradients."""
+    config = RunConfig(
+        **{**PRIVATE, "epsilon": None if mechanism == "none" else 4.0},
+        mechanism=mechanism,
+        epochs=1,
+        schedule="cosine",
+        warmup=2,
+        weight_decay=0.5,
+        lr=0.2,
+        insecure_noise_seed=None if mechanism == "none" else 0,
+    )
+    digits = data.load("digits")
+    sampler = make_sampler(config, digits.n_train)
+    trainer = Trainer(config, digits, sampler, make_mechanism(config, sampler))
+    weight = next(trainer.model.parameters())
+    start = weight.detach().double().numpy().copy().ravel()
+    gradients, way = [], []
+
+    def remember(*_):
+        # With weight decay torch adds w theta to the gradient; the noise is in it already.
+        gradients.append(weight.grad.detach().double().numpy().copy().ravel())
+        way.append(start - weight.detach().double().numpy().ravel())
+
+    trainer.epoch(remember)
+    n = sampler.n_steps
+    a = config.lr * make_workload(config, n).matrix.dense()
+    # x = start - theta obeys the same recurrence, driven by g + w start.
+    driven = np.array(gradients) + config.weight_decay * start
+    np.testing.assert_allclose(a @ driven, np.array(way), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "rows"),
+    [
+        ("blt", {"buffers": 1}, 1),
+        ("bisr", {"bands": 5}, 4),
+        ("epoch-scaled", {"base": "banded", "bands": 6}, 5),
+        ("bsr", {"bands": "auto"}, 14),
+        ("bsr-gamma", {"gamma": 0.6}, 14),
+    ],
+)
+def test_options_reach_the_mechanism(name, settings, rows):
+    config = RunConfig(**PRIVATE, mechanism=name, epochs=2, **settings)
+    made = make_mechanism(config, make_sampler(config, 1442))
+    assert made.noising.state_size == rows
+    if name == "bsr-gamma":
+        assert made.strategy.column(0)[1] == pytest.approx(0.6 * 1.9)
+
+
+def test_groups_are_cyclic_poisson_sampling():
+    config = RunConfig(**PRIVATE, mechanism="bsr", epochs=2, sampling="poisson", groups=4)
+    sampler = make_sampler(config, 1442)
+    assert sampler.participation == CyclicPoisson(4, 400 / 1442)
+    made = make_mechanism(config, sampler)
+    assert (made.strategy.bands, made.participation) == (4, sampler.participation)
+    assert made.epsilon <= 4
+    wide = dataclasses.replace(config, bands=5)
+    with pytest.raises(RootnoiseError, match="bands"):
+        make_mechanism(wide, sampler)
+
+
+def test_a_planned_run_trains_and_passes_its_audit(capsys, tmp_path):
+    line = (
+        "train --dataset digits --model logistic --epsilon 4 --batch-size 100 --epochs 1 "
+        f"--mechanism banded --sampling poisson --groups 4 --schedule linear --out {tmp_path}/run"
+    )
+    assert main([*line.split(), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["bands"], result["memory_rows"]) == (4, 3)
+    assert "added to or removed from the data set" in result["claim"]
+    assert main(["audit", f"{tmp_path}/run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["held"] is True
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"gamma": 0.5}, "gamma must be left out for mechanism 'bsr', got 0.5"),
+        ({"mechanism": "dpsgd", "bands": 2}, "bands must be left out for mechanism 'identity'"),
+        ({"mechanism": "identity", "bands": 2}, "bands must be left out for mechanism 'identity'"),
+        (
+            {"mechanism": "none", "epsilon": None, "lam": 0.5},
+            "lam must be left out for mechanism none, got 0.5",
+        ),
+        ({"groups": 2}, "groups must be 1 but for a banded mechanism under poisson sampling, got"),
+        ({"mechanism": "dpsgd", "groups": 2}, "groups must be 1 but for"),
+        ({"groups": 0}, "groups must be >= 1, got 0"),
+        ({"schedule": "wavy"}, "schedule must be one of cosine, linear, exponential, step, got"),
+        ({"warmup": 2}, "warmup must be left out without schedule, got 2"),
+        ({"final": 0.5}, "final must be left out without schedule, got 0.5"),
+        ({"schedule": "step", "final": 0.0}, "final must be a finite number > 0 and <= 1, got 0"),
+        ({"schedule": "step", "warmup": -1}, "warmup must be >= 0, got -1"),
+        ({"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
+        ({"weight_decay": 0.1, "decay": 0.9}, "decay must be 1 with weight_decay, got 0.9"),
+        ({"bands": "many"}, "bands must be an integer, got 'many'"),
+    ],
+)
+def test_refusals(settings, line):
+    with pytest.raises(RootnoiseError, match=line):
+        RunConfig(**{**PRIVATE, "mechanism": "bsr", **settings})
+
+
+def test_a_warmup_longer_than_the_run_is_refused():
+    config = RunConfig(**PRIVATE, schedule="linear", warmup=99)
+    with pytest.raises(RootnoiseError, match=r"warmup must be in \[0, n_steps-1=9\], got 99"):
+        make_workload(config, 10)

@@ -21,9 +21,13 @@ CONFIG = RunConfig(
 )
 RUN = (
     "_files.py",
-    "randomness.py",
-    "noise.py",
+    "blockplan.py",
+    "clipping.py",
+    "copies.py",
+    "engine.py",
+    "journal.py",
     "ledger.py",
+    "noise.py",
     "training.py",
     "lab/checkpoint.py",
     "lab/trainer.py",

@@ -267,6 +267,19 @@ def test_the_command_exits_with_0_only_if_all_holds(copy, capsys):
     assert "result.json" in out
 
 
+def test_the_command_can_attack_too(copy, capsys):
+    assert main(["audit", str(copy), "--empirical", "--canaries", "500", "--json"]) == 0
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    for name in (
+        "noise variance",
+        "noise correlation",
+        "attack: distinguishing",
+        "attack: one run",
+    ):
+        assert checks[name]["held"]
+    assert checks["attack: one run"]["found"].startswith("epsilon > ")
+
+
 def test_what_is_no_folder_is_refused(tmp_path, capsys):
     with pytest.raises(RootnoiseError, match=r"^run must be a folder, got .*none$"):
         audit(tmp_path / "none")

@@ -142,6 +142,19 @@ def epsilon_ranges(mechanism: Mechanism, claimed: Mapping[float, float]) -> list
     ]
 
 
+def poisson_deltas(participation: CyclicPoisson, n_steps: int, sigma: float, at: Array) -> Array:
+    """Return upper bounds on delta at each epsilon of `at`: losses of up to 0.05 too large."""
+    rounds, width = participation.rounds(n_steps), 3 * float(at.max())
+    step = max(0.05 / rounds, 2 * width / GRID)
+    found = np.zeros(len(at))
+    for grid, mass, lost in _convolved(sigma, participation.probability, rounds, step, width, 1):
+        tail = np.cumsum(mass[::-1])[::-1]
+        damped = np.cumsum((mass * np.exp(-np.maximum(grid, 0.0)))[::-1])[::-1]
+        i = np.searchsorted(grid, at, side="right")
+        found = np.maximum(found, tail[i] - np.exp(at) * damped[i] + lost)
+    return found
+
+
 def rmse(mechanism: Mechanism) -> float:
     """Return sens |A C^-1|_F / sqrt(n) from the dense inverse that the engine runs."""
     n = mechanism.n_steps

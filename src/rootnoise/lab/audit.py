@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rootnoise import certificate
 from rootnoise._check import RootnoiseError
@@ -27,10 +27,15 @@ from rootnoise.lab.privacy import Statement
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson
 
+if TYPE_CHECKING:
+    from rootnoise.auditing.empirical import Verdict
+
 # Sums in another order.
 ROUNDING = 1e-7
 # A lower bound is recomputed up to these steps, its witness is checked: a few seconds.
 MOST_STEPS = 512
+# Deviations of the engine's noise that are no chance: 7 are, for 1000 steps, once in a million.
+NOISE = 7.0
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,34 @@ def audit(out: Path, seal: str | None = None) -> list[Check]:
         RootnoiseError: there is no folder.
     """
     return list(checks(out, seal))
+
+
+def empirical(out: Path, canaries: int = 4000, seed: int = 0) -> list[Check]:
+    """Return what attacks on the run's mechanism find: see `auditing.empirical`.
+
+    The real optimizer runs anew with people made up for it; nothing of the run itself is released.
+
+    Raises:
+        RootnoiseError: no folder of a private run, or a mechanism that cannot be attacked.
+    """
+    from rootnoise.auditing.attack import Attack
+    from rootnoise.auditing.empirical import distinguish, one_run
+
+    mechanism = RunFolder(Path(out)).mechanism()
+    attack = Attack(mechanism, canaries, seed)
+    (variance, off), (correlation, far) = attack.variance(), attack.correlation()
+    found = [
+        Check("noise variance", abs(off) < NOISE, "1", f"{variance:.4f} ({off:+.1f} deviations)"),
+        Check("noise correlation", far < NOISE, "0", f"at most {correlation:.3f} ({far:.1f} dev.)"),
+    ]
+    for verdict in (distinguish(attack), one_run(attack)):
+        bound = f"epsilon > {verdict.lower_bound:.3g} ({verdict.detail})"
+        found.append(Check(f"attack: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
+    return found
+
+
+def _claim(verdict: Verdict) -> str:
+    return f"epsilon <= {verdict.claimed:.6g}, refuted wrongly once in {1 / verdict.failure:.0f}"
 
 
 def checks(out: Path, seal: str | None = None) -> Iterator[Check]:

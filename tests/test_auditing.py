@@ -10,20 +10,20 @@ from scipy import stats
 
 from rootnoise._check import RootnoiseError
 from rootnoise.auditing import bounds, recompute
-from rootnoise.auditing.attack import Attack, Trials, worst_pattern
+from rootnoise.auditing.attack import Attack, Trials, sampler_of, worst_pattern
 from rootnoise.auditing.empirical import distinguish, one_run
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.normals import AesSource
 from rootnoise.participation import (
     BallsInBins,
     CyclicPoisson,
     FixedCycle,
     MinSeparation,
+    MinSepPoisson,
     SingleParticipation,
 )
-from rootnoise.randomness import GaussianSource
-from rootnoise.training import PrivateOptimizer
 from rootnoise.workload import prefix_sum
 
 # ------------------------------------------------------------------------------------------ bounds
@@ -176,12 +176,14 @@ class Repeated:
     """Every second step has the noise of the step before."""
 
     name = "repeated"
+    chunk = AesSource.chunk
 
-    def __init__(self, key):
-        self._source = GaussianSource(key)
+    def __init__(self, key, device):
+        self._source = AesSource(key, device)
 
-    def fill(self, t, chunk, out):
-        self._source.fill(t - t % 2, chunk, out)
+    def fill(self, t, chunks, out):
+        for j in range(out.shape[1]):
+            self._source.fill(t + j - (t + j) % 2, chunks, out[:, j : j + 1])
 
 
 def repeated(mechanism, n_parameters, key):
@@ -257,9 +259,8 @@ def test_gradients_that_are_not_clipped_are_refuted(monkeypatch):
     # The canaries are three times as long as the clip norm.
     m = MECHANISMS["bsr"](1.0)
     monkeypatch.setattr(
-        PrivateOptimizer,
-        "_clipped_sums",
-        lambda self, gradients: [g.sum(0) for g in gradients],
+        "rootnoise.training.clipped_sums",
+        lambda gradients, clip_norm, t: ([g.sum(0) for g in gradients], 0),
     )
     assert distinguish(Attack(m, MANY, 0), 1e-3).refuted
 
@@ -300,6 +301,9 @@ def diagonal(*values):
 
 
 def test_what_cannot_be_attacked_is_refused():
+    renewing = SimpleNamespace(participation=MinSepPoisson(3, 0.5), n_steps=24)
+    with pytest.raises(RootnoiseError, match=r"^participation must be one that can be attacked"):
+        sampler_of(renewing, 20, 0)
     m = MECHANISMS["bsr"](8.0)
     with pytest.raises(RootnoiseError, match=r"^canaries must be >= 20, got 19$"):
         Attack(m, 19)

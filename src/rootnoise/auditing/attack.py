@@ -22,7 +22,13 @@ from rootnoise._check import RootnoiseError, integer
 from rootnoise.auditing.recompute import DENSE, strategy_of
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
-from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    MinSeparation,
+    MinSepPoisson,
+)
 from rootnoise.randomness import Key
 from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.training import PrivateOptimizer, privatize
@@ -80,9 +86,12 @@ def sampler_of(mechanism: Mechanism, canaries: int, seed: int) -> Sampler:
     """Return the sampler of an attack: the real one where steps are drawn, else `Worst`.
 
     Raises:
-        RootnoiseError: a sampling probability that no set of at most 100 times `canaries` has.
+        RootnoiseError: a sampling probability that no set of at most 100 times `canaries` has, or
+            b-min-sep Poisson sampling.
     """
     p, n = mechanism.participation, mechanism.n_steps
+    if isinstance(p, MinSepPoisson):
+        raise RootnoiseError(f"participation must be one that can be attacked, got {p.type}")
     if isinstance(p, BallsInBins):
         size = -(-canaries // p.period)
         return BallsInBinsSampler(size * p.period, size, p.epochs, seed, n)

@@ -255,13 +255,10 @@ def test_p_above_b_counted_as_p_at_most_b_is_refuted():
     assert distinguish(attack, 1e-3).refuted
 
 
-def test_gradients_that_are_not_clipped_are_refuted(monkeypatch):
-    # The canaries are three times as long as the clip norm.
+def test_gradients_that_are_clipped_too_late_are_refuted(monkeypatch):
+    # The canaries are three times as long as the clip norm, and here all of it enters.
     m = MECHANISMS["bsr"](1.0)
-    monkeypatch.setattr(
-        "rootnoise.training.clipped_sums",
-        lambda gradients, clip_norm, t: ([g.sum(0) for g in gradients], 0),
-    )
+    monkeypatch.setattr("rootnoise.clipping.SLACK", -0.67)
     assert distinguish(Attack(m, MANY, 0), 1e-3).refuted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import runpy
+import shutil
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,19 @@ def refuse(rank: int, size: int, out: Path) -> None:
     lines.append(refused(again))
     train(optimizer, rank, size, 3)
     torch.save(saved(optimizer) | {"lines": lines}, out / f"{rank}.pt")
+
+
+def lose_file(rank: int, size: int, out: Path) -> None:
+    """The file of rank 0's ledger cannot be written."""
+    optimizer = make(join(rank, size, out), seed=1)
+    if rank == 0:
+        (out / "gone").mkdir()
+        optimizer.ledger.keep(out / "gone" / "ledger.bin")
+        shutil.rmtree(out / "gone")
+    try:
+        train(optimizer, rank, size, 1)
+    except RootnoiseError as reason:
+        (out / f"{rank}.txt").write_text(str(reason))
 
 
 def disagree(rank: int, size: int, out: Path) -> None:

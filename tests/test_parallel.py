@@ -74,6 +74,12 @@ def test_all_ranks_refuse_together_and_can_go_on(tmp_path):
     assert_close(zero, optimizer, first)
 
 
+def test_a_ledger_that_cannot_be_written_stops_all_ranks(tmp_path):
+    launch(2, parallel_runs.lose_file, tmp_path)
+    assert "ledger file must be writable" in (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text() == "step 0 was refused by rank 0"
+
+
 def test_ranks_must_have_one_mechanism(tmp_path):
     launch(3, parallel_runs.disagree, tmp_path)
     for rank in range(3):

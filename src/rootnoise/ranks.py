@@ -69,6 +69,15 @@ class Ranks:
         """Return the batch of step t, joined from every rank's part, unless a rank refuses.
 
         Raises:
+            RootnoiseError: as of `agree`.
+        """
+        self.agree(t)
+        return np.concatenate(self._gather(part))
+
+    def agree(self, t: int) -> None:
+        """Wait until every rank is here.
+
+        Raises:
             RootnoiseError: a rank calls `refuse` instead, or is at another step: on every rank.
         """
         steps = self._steps(t)
@@ -76,15 +85,14 @@ class Ranks:
             raise RootnoiseError(f"step {t} was refused by rank {steps.index(REFUSED)}")
         if len(set(steps)) > 1:
             raise RootnoiseError(f"ranks must be at one step, got {steps}")
-        return np.concatenate(self._gather(part))
 
     def refuse(self, refusal: RootnoiseError) -> NoReturn:
-        """Raise `refusal` here, and make `batch` raise on the other ranks, which wait in it."""
+        """Raise `refusal` here, and make `agree` raise on the other ranks, which wait in it."""
         self._steps(REFUSED)
         raise refusal
 
     def _steps(self, t: int) -> list[int]:
-        return [int(step[0]) for step in self._gather(np.array([t]))]
+        return [t] if self._group is None else list(map(int, self._all_gather(torch.tensor([t]))))
 
     def columns(self, part: torch.Tensor, n: int) -> torch.Tensor:
         """Return the (rows, n) matrix whose columns `span` the ranks hold."""

@@ -178,7 +178,12 @@ class PrivateOptimizer:
             part = self._checked(indices)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
-        self.ledger.admit(self.t, self._ranks.batch(self.t, part))
+        batch = self._ranks.batch(self.t, part)
+        try:
+            self.ledger.admit(self.t, batch)
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
             clip = self.mechanism.clip_norm
             total, bad = self._place.noised_sum(part.size, self.stream.next(), clip, self.t)

@@ -9,7 +9,10 @@ import pytest
 import oracle
 from rootnoise.cli import main
 from rootnoise.cli._report import text
-from rootnoise.factorization import mechanisms
+from rootnoise.factorization import factorize, mechanisms
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import FixedCycle
+from rootnoise.workload import prefix_sum
 
 
 def run(capsys, *arguments):
@@ -101,6 +104,45 @@ def test_account_with_sampling(capsys):
     assert "an upper bound" in result["claim"]
 
 
+def account(capsys, *arguments):
+    status, out, _ = run(capsys, "account", "--delta", "1e-5", *arguments, "--json")
+    assert status == 0
+    return json.loads(out)
+
+
+def test_account_to_rho_and_mu(capsys):
+    rho = account(capsys, "--rho", "0.125")
+    assert (rho["noise_multiplier"], rho["mu"]) == (2.0, 0.5)
+    assert account(capsys, "--mu", "0.5") == rho
+    assert account(capsys, "--noise-multiplier", "2")["rho"] == 0.125
+
+
+def test_account_of_random_steps_takes_a_strategy_from_a_file(capsys, tmp_path):
+    cycle = FixedCycle(6, 4)
+    bsr = factorize(prefix_sum(24), cycle, "bsr")
+    mechanism = Mechanism.calibrate(bsr, cycle, noise_multiplier=1.2, delta=1e-5)
+    path = str(tmp_path / "mechanism.json")
+    mechanism.save(path)
+    plain = account(capsys, "--noise-multiplier", "1.2", "--mechanism-file", path)
+    assert plain["epsilon"] == mechanism.epsilon
+    few = ["--samples", "20000", "--mc-seed", "3"]
+    bins = account(
+        capsys, "--noise-multiplier", "1.2", "--mechanism-file", path, "--bins", "6", *few
+    )
+    assert bins["epsilon"] < plain["epsilon"]
+    assert "20000 samples each way from seed 3" in bins["claim"]
+    alone = account(capsys, "--noise-multiplier", "1.2", "--bins", "6", "--steps", "24", *few)
+    assert alone["epsilon"] < bins["epsilon"]  # columns of independent noise do not overlap
+    back = account(capsys, "--epsilon", "2", "--bins", "6", "--steps", "24", *few)
+    assert 1.9 < back["epsilon"] <= 2
+    renewal = ["--sampling-probability", "0.1", "--min-sep", "6", "--mechanism-file", path, *few]
+    assert account(capsys, "--noise-multiplier", "1.2", *renewal)["rho"] is None
+    status, _, err = run(
+        capsys, "account", "--delta", "1e-5", "--epsilon", "1", *renewal, "--steps", "9"
+    )
+    assert (status, err) == (2, "error: steps must be the file's 24 or left out, got 9\n")
+
+
 FACTORIZE, ACCOUNT = "factorize --steps 100 ", "account --delta 1e-5 "
 REFUSALS = {
     "factorize": "steps must be given unless a file says how many, got none",
@@ -127,8 +169,19 @@ REFUSALS = {
     FACTORIZE + "--participation single --min-sep 10": "min-sep must be left out for single",
     FACTORIZE + "--participation often": "Invalid value for '--participation'",
     "account --epsilon 1": "Missing option '--delta'.",
-    ACCOUNT: "give exactly one of --epsilon and --noise-multiplier",
-    ACCOUNT + "--epsilon 1 --noise-multiplier 1": "give exactly one of --epsilon and",
+    ACCOUNT: "give exactly one of --epsilon, --noise-multiplier, --rho and --mu, got none",
+    ACCOUNT + "--epsilon 1 --noise-multiplier 2": "give exactly one of --epsilon, --noise-",
+    ACCOUNT + "--rho 1 --bins 2 --steps 4": "participation must not be random for mu and rho, got",
+    ACCOUNT + "--epsilon 1 --bins 5": "steps must be given with --bins, got none",
+    ACCOUNT + "--epsilon 1 --bins 5 --steps 4": "bins must be in [1, steps=4], got 5",
+    ACCOUNT + "--epsilon 1 --bins 2 --steps 0": "steps must be >= 1, got 0",
+    ACCOUNT
+    + "--epsilon 1 --bins 2 --sampling-probability 0.1 --steps 4": "bins must be left out with",
+    ACCOUNT + "--epsilon 1 --min-sep 2": "min-sep must be 1 without --sampling-probability, got 2",
+    ACCOUNT
+    + "--epsilon 1 --min-sep 2 --groups 2 --sampling-probability 0.1 --steps 4": "groups must be 1",
+    ACCOUNT + "--epsilon 1 --bins 2 --steps 4 --samples 10": "samples must be >= 1000, got 10",
+    ACCOUNT + "--epsilon 1 --mechanism-file /none": "path must be readable, got /none",
     ACCOUNT + "--epsilon -1": "epsilon must be a finite number > 0, got -1.0",
     ACCOUNT + "--epsilon nan": "epsilon must be a finite number > 0, got nan",
     ACCOUNT + "--noise-multiplier 0": "noise_multiplier must be a finite number > 0, got 0.0",

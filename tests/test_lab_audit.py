@@ -286,3 +286,22 @@ def test_what_is_no_folder_is_refused(tmp_path, capsys):
     assert main(["audit", str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.startswith("error: run must be a folder, got ")
     assert failures(tmp_path) == ["seal"]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "groups", "kind"),
+    [
+        ("balls-in-bins", 1, "balls-in-bins"),
+        ("poisson", 4, "cyclic-poisson"),
+        ("min-sep-poisson", 4, "min-sep-poisson"),
+    ],
+)
+def test_amplified_runs_resume_and_pass(tmp_path, sampling, groups, kind):
+    out, config = tmp_path / "run", with_(sampling=sampling, groups=groups, epochs=2)
+    stopped(out, config)
+    result = run(config, out, resume=True)
+    assert result.sampling == sampling
+    assert result.epsilon is not None
+    assert 3.7 < result.epsilon <= 4
+    assert Mechanism.load(out / "mechanism.json").participation.type == kind
+    assert failures(out) == []

@@ -166,7 +166,10 @@ def test_secrets_are_private_while_the_run_lasts_and_gone_after_it(tmp_path):
     ("fields", "message"),
     [
         ({"mechanism": "magic"}, "mechanism must be one of none, dpsgd, banded, .*, got 'magic'"),
-        ({"sampling": "always"}, "sampling must be auto, fixed-cycle or poisson, got 'always'"),
+        (
+            {"sampling": "always"},
+            "sampling must be one of auto, fixed-cycle, balls-in-bins, poisson, .*, got 'always'",
+        ),
         ({"epsilon": None}, "epsilon must be given for mechanism bsr, got none"),
         ({"epsilon": float("nan")}, "epsilon must be a finite number > 0, got nan"),
         ({"epsilon": -1.0}, "epsilon must be a finite number > 0, got -1.0"),

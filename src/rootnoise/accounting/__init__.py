@@ -11,10 +11,14 @@ rounded to the private side.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from rootnoise._check import RootnoiseError, real
@@ -170,19 +174,21 @@ def noise_multiplier_for(
     return sigma
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class _Run:
-    """A run whose steps are random, up to its noise.
+    """A run whose steps are random, up to its noise; two with the same digest are the same.
 
     Attributes:
         name: the participation's type.
+        digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """
 
     name: str
-    at: Callable[[float], Mixture]
+    digest: bytes
+    at: Callable[[float], Mixture] = field(compare=False)
     worst: float
     settings: MonteCarlo
 
@@ -202,18 +208,19 @@ class _Run:
         scale = sensitivity(strategy, participation).value
         if isinstance(participation, BallsInBins):
             gram = bin_gram(strategy, participation.period) / scale**2
-            return cls(participation.type, lambda s: Bins(gram / s**2), 1.0, settings)
+            known = _digest(participation, gram)
+            return cls(participation.type, known, lambda s: Bins(gram / s**2), 1.0, settings)
         b, p = participation.min_sep, participation.probability
         rows = band_rows(strategy) / scale
         often = MinSeparation(b, -(-n_steps // b))
         worst = sensitivity(strategy, often).value / scale
-        return cls(participation.type, lambda s: Separated(rows / s, b, p), worst, settings)
+        known = _digest(participation, rows)
+        return cls(participation.type, known, lambda s: Separated(rows / s, b, p), worst, settings)
 
     def cost(self, sigma: float, delta: float) -> PrivacyCost:
         """Return the lesser of the upper confidence bound and of what holds anyway."""
         certain = gaussian.gaussian_epsilon(sigma / self.worst, delta)
-        attempt = dataclasses.replace(self.settings, failure=self.settings.failure / ATTEMPTS)
-        found = estimate.epsilon(self.at(sigma), delta, attempt)
+        found = _sampled(self, sigma, delta)
         if found >= certain:  # too few samples; random or not, the run is one Gaussian mechanism
             return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
         method = (
@@ -249,3 +256,15 @@ class _Run:
                 return sigma
             aim *= 0.998 * target / found
         return enough
+
+
+def _digest(participation: Participation, numbers: NDArray[np.float64]) -> bytes:
+    content = np.ascontiguousarray(numbers).tobytes()
+    return hashlib.blake2b(repr((participation, numbers.shape)).encode() + content).digest()
+
+
+# A mechanism that is calibrated, saved and loaded asks for the same number each time.
+@lru_cache(maxsize=32)
+def _sampled(run: _Run, sigma: float, delta: float) -> float:
+    attempt = dataclasses.replace(run.settings, failure=run.settings.failure / ATTEMPTS)
+    return estimate.epsilon(run.at(sigma), delta, attempt)

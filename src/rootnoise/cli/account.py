@@ -2,71 +2,186 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import typer
 
-from rootnoise._check import RootnoiseError
-from rootnoise.cli import _options
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.cli import _options, _progress
 from rootnoise.cli._report import show
 
+if TYPE_CHECKING:
+    from rootnoise.causal import CausalMatrix
+    from rootnoise.participation import Participation
 
-def account(
-    delta: Annotated[float, typer.Option(help="Failure probability, in (0, 1).")],
+
+@dataclass(frozen=True)
+class Goal:
+    """What is given: one of them."""
+
+    panel: ClassVar[str] = "Exactly one of"
+
     epsilon: Annotated[
         float | None, typer.Option(help="Privacy loss to spend; prints the noise multiplier.")
-    ] = None,
+    ] = None
     noise_multiplier: Annotated[
         float | None, typer.Option(help="Noise multiplier sigma; prints the epsilon.")
-    ] = None,
+    ] = None
+    rho: Annotated[
+        float | None, typer.Option(help="Zero-concentrated privacy loss; not with random steps.")
+    ] = None
+    mu: Annotated[
+        float | None, typer.Option(help="Gaussian privacy loss; not with random steps.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if len(given) != 1:
+            said = ", ".join(f"{n.replace('_', '-')}={v}" for n, v in given.items()) or "none"
+            raise RootnoiseError(
+                f"give exactly one of --epsilon, --noise-multiplier, --rho and --mu, got {said}"
+            )
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which steps of a person are random, and the strategy where it matters."""
+
+    panel: ClassVar[str] = "Random steps"
+
     sampling_probability: Annotated[
         float | None,
         typer.Option(help="Poisson sampling with this probability q (DP-SGD); needs --steps."),
-    ] = None,
+    ] = None
     steps: Annotated[
-        int | None, typer.Option(help="Steps n; without sampling they do not matter.")
-    ] = None,
-    groups: Annotated[
-        int, typer.Option(help="Groups of cyclic Poisson sampling; 1 is DP-SGD.")
-    ] = 1,
+        int | None, typer.Option(help="Steps n; without random ones they do not matter.")
+    ] = None
+    groups: Annotated[int, typer.Option(help="Groups of cyclic Poisson sampling; 1 is DP-SGD.")] = 1
+    min_sep: Annotated[
+        int | None,
+        typer.Option(
+            help="b-min-sep Poisson: who sat out b - 1 steps joins with --sampling-probability."
+        ),
+    ] = None
+    bins: Annotated[
+        int | None,
+        typer.Option(help="Balls in bins: each record in one random bin of so many, every cycle."),
+    ] = None
+    mechanism_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="mechanism.json whose strategy is used, and its participation if none is given "
+            "[default: independent noise]."
+        ),
+    ] = None
+    samples: Annotated[
+        int | None, typer.Option(help="Monte Carlo samples each way [default: 250000].")
+    ] = None
+    mc_seed: Annotated[int, typer.Option(help="Seed of the Monte Carlo samples.")] = 0
+
+    def value(self) -> tuple[Participation, int, CausalMatrix | None]:
+        """Return who takes part when, the steps, and the strategy where there is one."""
+        import numpy as np
+
+        from rootnoise.causal import Toeplitz
+
+        strategy, own = self._file()
+        n = self.steps if strategy is None else strategy.n_steps
+        if self.steps is not None and n != self.steps:
+            raise RootnoiseError(f"steps must be the file's {n} or left out, got {self.steps}")
+        who = self._participation(n)
+        if who is None:
+            return own, 1 if n is None else n, strategy
+        assert n is not None  # noqa: S101 - a random participation has steps
+        return who, n, strategy or Toeplitz(np.ones(1), n)
+
+    def _file(self) -> tuple[CausalMatrix | None, Participation]:
+        from rootnoise.participation import SingleParticipation
+
+        if self.mechanism_file is None:
+            return None, SingleParticipation()
+        from rootnoise.mechanism import Mechanism
+
+        mechanism = Mechanism.load(self.mechanism_file)
+        return mechanism.strategy, mechanism.participation
+
+    def _participation(self, n: int | None) -> Participation | None:
+        from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson
+
+        q, b = self.sampling_probability, self.min_sep
+        if q is None and self.bins is None:
+            for name, value in (("groups", self.groups), ("min-sep", b or 1)):
+                if value != 1:
+                    rule = "1 without --sampling-probability"
+                    raise RootnoiseError(f"{name} must be {rule}, got {value}")
+            return None
+        name = "bins" if q is None else "sampling-probability"
+        if n is None:
+            raise RootnoiseError(f"steps must be given with --{name}, got none")
+        integer("steps", n, 1)
+        if (self.bins is not None) + (q is not None) + (b is not None and q is None) > 1:
+            raise RootnoiseError(f"bins must be left out with other sampling, got {self.bins}")
+        if q is None:
+            period = integer("bins", self.bins or 0, 1, n, high_name="steps")
+            return BallsInBins(period, -(-n // period))
+        if b is None:
+            return CyclicPoisson(self.groups, q)
+        if self.groups != 1:
+            raise RootnoiseError(f"groups must be 1 with --min-sep, got {self.groups}")
+        return MinSepPoisson(b, q)
+
+
+@_options.grouped
+def account(
+    *,
+    delta: Annotated[float, typer.Option(help="Failure probability, in (0, 1).")],
+    goal: Goal,
+    sampling: Sampling,
     json: _options.Json = False,
 ) -> None:
-    """Convert between epsilon and the noise multiplier.
+    """Convert between epsilon and the noise multiplier, or rho, or mu.
 
-    Without --sampling-probability the whole run is one Gaussian mechanism, for every factorization
-    and participation: their difference is in the sensitivity, which scales the noise. With it, the
-    steps are composed, and epsilon is an upper bound.
+    Without random steps the whole run is one Gaussian mechanism, for every factorization and
+    participation: their difference is in the sensitivity, which scales the noise. With Poisson
+    sampling the steps are composed, and epsilon is an upper bound. With balls in bins and b-min-sep
+    Poisson it is an upper confidence bound by Monte Carlo, for the strategy of --mechanism-file.
     """
     from rootnoise import accounting
-    from rootnoise.participation import CyclicPoisson, Participation, SingleParticipation
 
-    if (epsilon is None) == (noise_multiplier is None):
-        raise RootnoiseError(
-            "give exactly one of --epsilon and --noise-multiplier, "
-            f"got epsilon={epsilon}, noise-multiplier={noise_multiplier}"
-        )
-    who: Participation = SingleParticipation()
-    if sampling_probability is not None:
-        if steps is None:
-            raise RootnoiseError("steps must be given with --sampling-probability, got none")
-        who = CyclicPoisson(groups, sampling_probability)
-    elif groups != 1:
-        raise RootnoiseError(f"groups must be 1 without --sampling-probability, got {groups}")
-    n = 1 if steps is None else steps
-    if noise_multiplier is None:
-        assert epsilon is not None  # noqa: S101 - for the type checker
-        noise_multiplier = accounting.noise_multiplier(who, n, epsilon, delta)
-    cost = accounting.privacy_cost(who, n, noise_multiplier, delta)
+    who, n, strategy = sampling.value()
+    samples = accounting.MonteCarlo.samples if sampling.samples is None else sampling.samples
+    settings = accounting.MonteCarlo(samples, sampling.mc_seed)
+    sigma = goal.noise_multiplier
+    if goal.epsilon is not None:
+        with _progress.search("noise multiplier", quiet=json) as update:
+            tried = count(1)
+            sigma = accounting.noise_multiplier(
+                who,
+                n,
+                goal.epsilon,
+                delta,
+                strategy=strategy,
+                monte_carlo=settings,
+                progress=lambda s, e: update(next(tried), f"{s:.4g} costs epsilon {e:.4g}"),
+            )
+    elif sigma is None:
+        sigma = accounting.noise_multiplier_for(who, mu=goal.mu, rho=goal.rho)
+    cost = accounting.privacy_cost(who, n, sigma, delta, strategy=strategy, monte_carlo=settings)
     bound = "exact" if cost.exact else "an upper bound"
     claim = (
         f"({cost.epsilon:.6g}, {delta:g})-differential privacy for one record added, removed or "
-        f"zeroed out; noise multiplier {noise_multiplier:.9g} times clip norm times sensitivity; "
+        f"zeroed out; noise multiplier {sigma:.9g} times clip norm times sensitivity; "
         f"epsilon is {bound} ({cost.method})."
     )
     values = {
         "epsilon": cost.epsilon,
         "delta": delta,
-        "noise_multiplier": noise_multiplier,
+        "noise_multiplier": sigma,
+        "rho": cost.rho,
+        "mu": cost.mu,
         "epsilon_exact": cost.exact,
         "method": cost.method,
         "claim": claim,

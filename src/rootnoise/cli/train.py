@@ -63,11 +63,18 @@ def train(
     ] = None,
     split: _options.Split,
     sampling: Annotated[
-        str, typer.Option(help="auto, fixed-cycle or poisson; auto is poisson for dpsgd only.")
+        str,
+        typer.Option(
+            help="fixed-cycle, balls-in-bins, poisson, min-sep-poisson (with --groups, where more "
+            "than one band) or auto: poisson for dpsgd, else fixed-cycle."
+        ),
     ] = "auto",
     groups: Annotated[
         int,
-        typer.Option(help="Groups of cyclic Poisson sampling; a mechanism has as many bands."),
+        typer.Option(
+            help="Groups of cyclic Poisson sampling, or least separation of min-sep-poisson; a "
+            "mechanism has as many bands."
+        ),
     ] = 1,
     seed: Annotated[int, typer.Option(help="Fixes the order of the data and first weights.")] = 0,
     insecure_noise_seed: Annotated[

@@ -25,7 +25,7 @@ from rootnoise.lab.checkpoint import SECRETS, RunFolder
 from rootnoise.lab.config import RunConfig, claim
 from rootnoise.lab.privacy import Statement
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson
+from rootnoise.participation import CyclicPoisson, MinSepPoisson
 
 if TYPE_CHECKING:
     from rootnoise.auditing.empirical import Verdict
@@ -168,6 +168,9 @@ class _Audit:
         if isinstance(p, CyclicPoisson):  # from the batch size, not from the number of batches
             drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]
             yield _same("sampling probability", p.probability, drawn)
+        if isinstance(p, MinSepPoisson):
+            rate = sampler["batch_size"] / sampler["n_examples"]
+            yield Check("sampling rate", abs(p.rate / rate - 1) < 1e-9, f"{rate:g}", f"{p.rate:g}")
         assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
         yield Check("budget", m.epsilon <= config.epsilon, f"{config.epsilon:g}", f"{m.epsilon:g}")
         result = self._json("result.json")

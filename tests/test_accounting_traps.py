@@ -30,9 +30,7 @@ PUBLISHED = json.loads((Path(__file__).parent / "reference/jax_privacy.json").re
 def test_jax_privacy_agrees(case):
     q = case["batch_size"] * case["groups"] / case["n_examples"]
     who = CyclicPoisson(case["groups"], q)
-    cost = accounting.privacy_cost(
-        who, case["n_steps"], case["noise_multiplier"], case["delta"]
-    )
+    cost = accounting.privacy_cost(who, case["n_steps"], case["noise_multiplier"], case["delta"])
     assert cost.epsilon == pytest.approx(case["epsilon"], rel=1.5e-3)
 
 
@@ -81,9 +79,7 @@ def test_noise_is_on_the_sum_and_not_on_the_mean():
     who = FixedCycle(4, 2)
     split = factorize(prefix_sum(8), who, "identity")
     mechanism = Mechanism.calibrate(split, who, noise_multiplier=2.0, delta=1e-5, clip_norm=3.0)
-    stream = NoiseStream(mechanism, [(40_000,)], Key.from_seed(0))
-    (noise,) = stream.next()
-    found = float(noise.std())
+    found = float(NoiseStream(mechanism, 40_000, Key.from_seed(0)).next().std())
     expected = 2.0 * 3.0 * math.sqrt(2)
     assert abs(found / expected - 1) < 0.021
     assert abs(found / (expected / 100) - 1) > 1  # that of a mean over a batch of 100

@@ -101,6 +101,46 @@ def test_sensitivity_is_at_least_what_y_sees(who):
         ) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(("n", "optimum"), [(16, 1.70448), (64, 2.11137)])
+def test_the_worst_step(n, optimum):
+    # gamma_2 of prefix sums, by another solver, to six digits.
+    certificate = lower_bound(prefix_sum(n), ONCE, "tight", "max")
+    assert certificate.value == pytest.approx(optimum, rel=5e-6)
+    assert check(certificate, prefix_sum(n), ONCE) == certificate.value
+    # At most the factorization norm: that of the square root is known.
+    assert certificate.gap(factorize(prefix_sum(n), ONCE, "square-root").max_error(ONCE)) > 0.13
+    assert lower_bound(prefix_sum(n), ONCE, "tight").value < certificate.value
+
+
+@pytest.mark.parametrize(("workload", "who"), CASES, ids=str)
+def test_no_mechanism_has_a_better_worst_step(workload, who):
+    certificate = lower_bound(workload, who, objective="max")
+    assert certificate.value > lower_bound(workload, who).value
+    for mechanism in ("bsr", "dense", "identity", "workload"):
+        try:
+            reached = factorize(workload, who, mechanism).max_error(who)
+        except RootnoiseError:  # singular workloads, and bands that cyclic sampling does not allow
+            continue
+        assert certificate.value <= reached * (1 + 1e-9)
+
+
+def test_tampering_with_the_weights():
+    workload, who = prefix_sum(24), ONCE
+    honest = lower_bound(workload, who, objective="max")
+    w = honest.witness.weights
+    assert check(tampered(honest, weights=3 * w), workload, who) == pytest.approx(honest.value)
+    assert check(tampered(honest, weights=np.eye(24)[-1]), workload, who) < honest.value
+    for bad in (None, w[1:], -w, 0 * w):
+        with pytest.raises(RootnoiseError, match="must have a weight >= 0 of every one of 24"):
+            check(tampered(honest, weights=bad), workload, who)
+
+
+def test_long_runs_bound_the_worst_step_by_the_mean():
+    rmse, worst = (lower_bound(SGD(3000), ONCE, objective=name) for name in ("rmse", "max"))
+    assert worst.value == rmse.value
+    assert (rmse.objective, worst.objective) == ("rmse", "max")
+
+
 def tampered(certificate, **changes):
     return replace(certificate, witness=replace(certificate.witness, **changes))
 
@@ -149,6 +189,8 @@ def test_refusals():
         check(Certificate(1.0, "nuclear norm"), workload, who)
     with pytest.raises(RootnoiseError, match="effort must be fast or tight, got 'lazy'"):
         lower_bound(workload, who, "lazy")
+    with pytest.raises(RootnoiseError, match="objective must be rmse or max, got 'mean'"):
+        lower_bound(workload, who, objective="mean")
     with pytest.raises(RootnoiseError, match="n_steps must be in"):
         lower_bound(workload, FixedCycle(2, 2))
 

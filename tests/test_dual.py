@@ -64,7 +64,7 @@ def test_x_is_twice_the_gradient_in_y(gain):
     base = tuple(np.tril(rng.normal(size=(2, 3, 3))) + 2 * np.eye(3) for _ in range(1))
 
     def value(scale):
-        point = dual._evaluate(task, (base[0] * scale,))
+        point = dual._evaluate(task, (base[0] * scale,), np.zeros(0))
         return point.value, point.x
 
     r = dual.scatter(base, patterns, 6)

@@ -38,7 +38,7 @@ def test_starts_are_feasible_and_follow_one_person(data, n):
     who = data.draw(st.one_of(st.just(ONCE), participations(n)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refinement, "WHOLE", 6)
-        patterns, start = refinement.start(SGD(n, 0.5).matrix.dense(), who)
+        patterns, start, _ = refinement.start(SGD(n, 0.5).matrix.dense(), who)
     for steps in patterns:
         for pattern in steps:
             assert pattern.max() < n
@@ -64,7 +64,7 @@ def test_starts_are_feasible_and_follow_one_person(data, n):
 def test_a_start_is_close_and_no_start_is_above(workload, who, loss):
     a = workload.matrix.dense()
     n = len(a)
-    patterns, start = refinement.start(a, who)
+    patterns, start, _ = refinement.start(a, who)
     assert start is not None
     first = next(dual.ascend(dual.Problem(a[:, :, None], patterns), start)).value
     whole = dual.ascend(dual.Problem(a[:, :, None], dual.patterns(n, who)))

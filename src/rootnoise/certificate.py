@@ -9,7 +9,7 @@ without a witness, from a smaller problem (`compression.py`) or a nuclear norm (
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 
@@ -28,6 +28,9 @@ Array = NDArray[np.float64]
 EPS = float(np.finfo(np.float64).eps)
 # What float64 may have lost where nothing is checked: 40 times what was seen up to n = 1e8.
 SAFETY = 1e-9
+
+
+OBJECTIVES = ("rmse", "max")
 
 
 class Effort(Enum):
@@ -60,36 +63,43 @@ class Witness:
         r: R of shape (n, m), with Y = R R^T.
         q: Q of shape (n, m).
         owner: the pattern that each column of R belongs to, shape (m,).
+        weights: w >= 0 of every step, shape (n,), for the error of the worst step.
     """
 
     r: Array
     q: Array
     owner: NDArray[np.intp]
+    weights: Array | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """A lower bound on the rmse of every factorization of one workload under one participation.
+    """A lower bound on the error of every factorization of one workload under one participation.
 
     Attributes:
         value: the bound.
         method: how it was found.
         witness: for `check`; None beyond the size of a dense problem.
+        objective: what is bounded, "rmse" or "max" (`max_error`).
     """
 
     value: float
     method: str
     witness: Witness | None = None
+    objective: str = "rmse"
 
-    def gap(self, rmse: float) -> float:
-        """Return rmse / bound - 1: no factorization can be better by more than this."""
-        return rmse / self.value - 1
+    def gap(self, error: float) -> float:
+        """Return error / bound - 1: no factorization can be better by more than this."""
+        return error / self.value - 1
 
 
 def lower_bound(
-    workload: Workload, participation: Participation, effort: Effort | str = Effort.FAST
+    workload: Workload,
+    participation: Participation,
+    effort: Effort | str = Effort.FAST,
+    objective: str = "rmse",
 ) -> Certificate:
-    """Return a lower bound on the rmse of every factorization, from any step count in seconds.
+    """Return a lower bound on the error of every factorization, from any step count in seconds.
 
     Args:
         workload: what is computed.
@@ -97,8 +107,11 @@ def lower_bound(
             as in `sensitivity`; of a minimal separation some patterns stand for all.
         effort: "fast" (solved whole up to 1024 steps, then by 512 rows) or "tight" (twice as many).
 
+        objective: "rmse", or "max" for `max_error`, the error of the worst step. It is at least the
+            rmse, and bounded by that alone beyond the size of a dense problem.
+
     Raises:
-        RootnoiseError: another effort, or a participation that does not fit n_steps.
+        RootnoiseError: another effort or objective, or a participation that does not fit n_steps.
 
     >>> from rootnoise.participation import FixedCycle
     >>> from rootnoise.workload import prefix_sum
@@ -112,17 +125,19 @@ def lower_bound(
     except ValueError:
         known = " or ".join(e.value for e in Effort)
         raise RootnoiseError(f"effort must be {known}, got {effort!r}") from None
+    if objective not in OBJECTIVES:
+        raise RootnoiseError(f"objective must be {' or '.join(OBJECTIVES)}, got {objective!r}")
     # Eigenproblems of a few hundred rows gain nothing from a second BLAS thread, and where other
     # work keeps the cores busy they lose a factor of ten to it.
     with threadpool_limits(limits=1, user_api="blas"):
-        return _best(workload, participation, effort)
+        if n <= effort.size:
+            return _dense(workload, participation, effort, objective)
+        return replace(_long(workload, participation, effort), objective=objective)
 
 
-def _best(workload: Workload, participation: Participation, effort: Effort) -> Certificate:
-    """Return the best certificate that the effort allows."""
+def _long(workload: Workload, participation: Participation, effort: Effort) -> Certificate:
+    """Return the best bound on the rmse, and so on the worst error, without a dense problem."""
     n = workload.n_steps
-    if n <= effort.size:
-        return _dense(workload, participation, effort)
     bounds = [_nuclear(workload, participation), _pattern(workload, participation)]
     problem = compression.compress(workload, participation, effort.size // 2)
     if problem is not None:
@@ -136,7 +151,8 @@ def check(certificate: Certificate, workload: Workload, participation: Participa
     """Return the bound that the witness of a certificate proves, with products alone.
 
     It is <Q, A R> / sqrt(n w q), rounding on the safe side. The weight w of Y = R R^T is the sum of
-    the largest diagonal entries of its patterns; and |Q|_2^2 <= q = 1 + |Q Q^T - 1|_F.
+    the largest diagonal entries of its patterns; and |Q|_2^2 <= q = 1 + |Q Q^T - 1|_F. For the
+    worst step, the rows of A are scaled to the roots of the witness's weights, whose sum is n then.
 
     Raises:
         RootnoiseError: no witness, one of the wrong shape, or a pattern that no person may follow.
@@ -151,6 +167,8 @@ def check(certificate: Certificate, workload: Workload, participation: Participa
             f"witness must have R and Q of {n} rows and an owner for each column, "
             f"got {r.shape}, {q.shape} and {owner.shape}"
         )
+    if certificate.objective != "rmse":
+        a = a * np.sqrt(_row_weights(certificate.witness.weights, n))[:, None]
     weight = 0.0
     for pattern in np.unique(owner):
         own = r[:, owner == pattern]
@@ -171,32 +189,40 @@ def check(certificate: Certificate, workload: Workload, participation: Participa
     return proved / math.sqrt(n * weight * (1 + rounding) * norm)
 
 
-def _dense(workload: Workload, participation: Participation, effort: Effort) -> Certificate:
+def _dense(
+    workload: Workload, participation: Participation, effort: Effort, objective: str
+) -> Certificate:
     """Return the optimised certificate with its witness."""
     a = workload.matrix.dense()
     n = len(a)
-    patterns, start = refinement.start(a, participation)
-    ascent = _ascent(dual.Problem(a[:, :, None], patterns), effort, start)
-    best = max(ascent, key=lambda point: point.value)
+    worst = objective == "max"
+    patterns, start, weights = refinement.start(a, participation, worst)
+    problem = dual.Problem(a[:, :, None], patterns, worst=worst)
+    best = max(_ascent(problem, effort, start, weights), key=lambda point: point.value)
     patterns, factors = refinement.heaviest(patterns, best.factors)
     r = dual.scatter(factors, patterns, n).toarray()
     sizes = np.concatenate([np.full(len(p), p.shape[1]) for p in patterns])
     owner = np.repeat(np.arange(sizes.size), sizes)
+    if worst:
+        a = a * np.sqrt(best.weights)[:, None]
     rows, triangle = linalg.qr((a @ r).T, mode="economic")
     left, _, right = linalg.svd(triangle.T, full_matrices=False)
-    witness = Witness(r, left @ right @ rows.T, owner)
-    proved = check(Certificate(0.0, "", witness), workload, participation)
-    return Certificate(proved, "optimised dual", witness)
+    witness = Witness(r, left @ right @ rows.T, owner, best.weights if worst else None)
+    certificate = Certificate(0.0, "optimised dual", witness, objective)
+    return replace(certificate, value=check(certificate, workload, participation))
 
 
 def _ascent(
-    problem: dual.Problem, effort: Effort, start: dual.Factors | None = None
+    problem: dual.Problem,
+    effort: Effort,
+    start: dual.Factors | None = None,
+    weights: Array | None = None,
 ) -> list[dual.Point]:
     """Return the points of the ascent up to where it has stopped gaining."""
     points: list[dual.Point] = []
     # From a good start one step without a gain says enough.
     idle = 3 if start is None or effort is Effort.TIGHT else 1
-    for point in islice(dual.ascend(problem, start), effort.iterations):
+    for point in islice(dual.ascend(problem, start, weights), effort.iterations):
         points.append(point)
         before = max((p.value for p in points[:-idle]), default=0.0)
         if before and max(p.value for p in points[-idle:]) <= before * (1 + effort.gain):
@@ -222,6 +248,16 @@ def _pattern(workload: Workload, participation: Participation) -> Certificate:
 
 def _scaled(value: float, n: int) -> float:
     return value * (1 - SAFETY) / math.sqrt(n)
+
+
+def _row_weights(weights: Array | None, n: int) -> Array:
+    """Return the weights of a witness as if of sum n, or a little less."""
+    if weights is None or weights.shape != (n,) or not np.all(weights >= 0) or not weights.any():
+        raise RootnoiseError(
+            f"witness must have a weight >= 0 of every one of {n} steps for the worst of them, "
+            f"got {weights!s:.40}"
+        )
+    return weights * (n * (1 - 2 * n * EPS) / weights.sum())
 
 
 def _admissible(steps: NDArray[np.intp], participation: Participation) -> bool:

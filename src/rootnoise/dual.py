@@ -5,11 +5,16 @@ norm at most 1,
 
     <Q, A R> <= |B C R|_* <= |B|_F |C R|_F = |B|_F <C^T C, Y>^(1/2) <= sens(C) |B|_F,
 
-so rmse >= |A R|_* / sqrt(n). The body is the convex hull of the Y >= 0 that live on one person's
-steps, a pattern, with a diagonal of at most 1: Y = sum_p w_p Y_p with sum w_p = 1 and any
-correlation matrices Y_p. For one participation and a fixed cycle the patterns are disjoint, and the
-maximum over Y is the minimum over C (Slater). Under a minimal separation there are too many to
-list; those of `patterns` come within 0.01 % of all of them at n = 10.
+so rmse >= |A R|_* / sqrt(n). With weights w >= 0 of the steps, sum w = 1, in front of A and B,
+
+    max_error^2 >= sens(C)^2 sum_i w_i |B_i|^2 >= |diag(w)^(1/2) A R|_*^2,
+
+for one participation the dual of the factorization norm gamma_2. The body is the convex hull of the
+Y >= 0 that live on one person's steps, a pattern, with a diagonal of at most 1: Y = sum_p w_p Y_p
+with sum w_p = 1 and any correlation matrices Y_p. For one participation and a fixed cycle the
+patterns are disjoint, and the maximum over Y is the minimum over C (Slater). Under a minimal
+separation there are too many to list; those of `patterns` come within 0.01 % of all of them at n =
+10.
 
 The maximiser is found by a fixed point. X = A^T (A Y A^T)^(-1/2) A is twice the gradient, and for
 disjoint patterns the best C^T C for Y. Optimality says that every block X_p is a diagonal Lambda_p,
@@ -61,26 +66,32 @@ class Problem:
         a: A of shape (rows, n, d); every step counts d columns.
         patterns: which steps one person may take part in.
         gain: c >= 0 of shape (n,).
+        worst: maximise |diag(w)^(1/2) A R|_* over the weights w of the rows too, sum w = 1.
     """
 
     a: Array
     patterns: Patterns
     gain: Array | None = None
+    worst: bool = False
 
 
 @dataclass(frozen=True)
 class Point:
-    """One feasible Y.
+    """One feasible Y, and w where it is free.
 
     Attributes:
         value: of the objective, from below.
         factors: R, pattern by pattern.
         x: X, twice the gradient, shape (n, n).
+        weights: w, shape (rows,); of length 0 where every row counts alike.
+        shares: the part of the value that each row has, w times twice the gradient in w.
     """
 
     value: float
     factors: Factors
     x: Array
+    weights: Array
+    shares: Array
 
 
 def cycles(n_steps: int, participation: Participation) -> Patterns:
@@ -153,22 +164,26 @@ def feasible(rows: Factors) -> Factors:
     return tuple(result)
 
 
-def ascend(problem: Problem, start: Factors | None = None) -> Iterator[Point]:
+def ascend(
+    problem: Problem, start: Factors | None = None, weights: Array | None = None
+) -> Iterator[Point]:
     """Yield ever better points, for as long as they are asked for.
 
     Every point is feasible and so gives a lower bound. Where the value drops, the step is retracted
-    and halved. `start` defaults to equal weights without correlation.
+    and halved. `start` defaults to equal weights without correlation, `weights` to equal ones.
     """
+    rows = len(problem.a) if problem.worst else 0
+    logs = np.zeros(rows) if weights is None else np.log(weights)
     if start is None:
         start = feasible(
             tuple(np.tile(np.eye(p.shape[1]), (len(p), 1, 1)) for p in problem.patterns)
         )
-    u, best, damping = _encode(start), -np.inf, 1.0
+    u, best, damping = np.append(logs, _encode(start)), -np.inf, 1.0
     anchor, anchor_step = u, np.zeros_like(u)
     points: list[Array] = []
     steps: list[Array] = []
     while True:
-        point = _evaluate(problem, _decode(u, problem.patterns))
+        point = _evaluate(problem, _decode(u[rows:], problem.patterns), _softmax(u[:rows]))
         yield point
         if point.value < best * (1 - DROP):
             points, steps, damping = [], [], damping / 2
@@ -178,19 +193,29 @@ def ascend(problem: Problem, start: Factors | None = None) -> Iterator[Point]:
             point.x[p[:, :, None], p[:, None, :]] @ factor
             for p, factor in zip(problem.patterns, point.factors, strict=True)
         )
-        step = _encode(feasible(moved)) - u
+        # Free weights w <- w z, with z the gradient, as v <- v x: z is constant at the optimum.
+        logs = np.log(np.maximum(point.shares, TINY))
+        step = np.append(logs, _encode(feasible(moved))) - u
         best, damping, anchor, anchor_step = max(best, point.value), 1.0, u, step
         points, steps = [*points[-HISTORY:], u], [*steps[-HISTORY:], step]
         u = u + step
         if len(steps) > 1:
-            metric = _metric(anchor, problem.patterns)
+            metric = np.append(np.sqrt(point.weights), _metric(anchor[rows:], problem.patterns))
             moves, changes = np.diff(points, axis=0), np.diff(steps, axis=0)
             mix = np.linalg.lstsq((changes * metric).T, step * metric, rcond=1e-10)[0]
             u = u - np.clip(mix @ (moves + changes), -LEAP, LEAP)
 
 
-def _evaluate(problem: Problem, factors: Factors) -> Point:
+def _softmax(logs: Array) -> Array:
+    """Return the weights of these logarithms, of sum 1."""
+    weights = np.exp(logs - logs.max(initial=-np.inf))
+    return np.asarray(weights / weights.sum())
+
+
+def _evaluate(problem: Problem, factors: Factors, weights: Array) -> Point:
     a = problem.a
+    if problem.worst:
+        a = a * np.sqrt(weights)[:, None, None]
     rows, n, d = a.shape
     r = scatter(factors, problem.patterns, n)
     y = r @ r.T
@@ -204,7 +229,8 @@ def _evaluate(problem: Problem, factors: Factors) -> Point:
     if problem.gain is not None:
         gained, slope = _gains(y.toarray(), problem.gain)
         value, x = value + gained, x + slope
-    return Point(value, factors, x)
+    shares = (vectors * vectors) @ sigma if problem.worst else np.zeros(0)
+    return Point(value, factors, x, weights, shares / shares.sum())
 
 
 def _gains(y: Array, gain: Array) -> tuple[float, Array]:

@@ -28,8 +28,10 @@ COARSEST, BETWEEN = 20, 6
 NEGLIGIBLE = 1e-6
 
 
-def start(a: Array, participation: Participation) -> tuple[Patterns, Factors | None]:
-    """Return the patterns to use for the workload a, shape (n, n), and a point to start from.
+def start(
+    a: Array, participation: Participation, worst: bool = False
+) -> tuple[Patterns, Factors | None, Array | None]:
+    """Return the patterns to use for the workload a, shape (n, n), a point, and its weights.
 
     For disjoint patterns they are all that there are; under a minimal separation those that the
     coarser problem found to matter.
@@ -37,16 +39,18 @@ def start(a: Array, participation: Participation) -> tuple[Patterns, Factors | N
     n = len(a)
     joined = _join(n, participation) if n > WHOLE else None
     if joined is None:
-        return dual.patterns(n, participation), None
+        return dual.patterns(n, participation), None, None
     first, coarser = joined
     sizes = np.diff(first, append=n)
     pooled = np.add.reduceat(np.add.reduceat(a, first, axis=0), first, axis=1)
     pooled /= np.sqrt(np.outer(sizes, sizes))
-    patterns, begin = start(pooled, coarser)
-    points = dual.ascend(dual.Problem(pooled[:, :, None], patterns), begin)
+    patterns, begin, weights = start(pooled, coarser, worst)
+    problem = dual.Problem(pooled[:, :, None], patterns, worst=worst)
+    points = dual.ascend(problem, begin, weights)
     tries = islice(points, COARSEST if begin is None else BETWEEN)
     best = max(tries, key=lambda point: point.value)
-    return _split(heaviest(patterns, best.factors), first, sizes)
+    weights = np.repeat(best.weights / sizes, sizes) if worst else None
+    return *_split(heaviest(patterns, best.factors), first, sizes), weights
 
 
 def heaviest(patterns: Patterns, factors: Factors) -> tuple[Patterns, Factors]:

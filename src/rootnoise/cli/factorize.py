@@ -101,7 +101,9 @@ def _values(result: Factorization, who: Participation, effort: str) -> dict[str,
     sens = result.sensitivity(who)
     errors = error.per_step(result.decoder, sens.value)
     rmse = float((errors**2).mean() ** 0.5)
-    bound = None if effort == "none" else lower_bound(result.workload, who, effort)
+    bound = worst = None if effort == "none" else lower_bound(result.workload, who, effort)
+    if bound and bound.witness:  # longer runs know no better bound of the worst step
+        worst = lower_bound(result.workload, who, effort, "max")
     coefficients = result.strategy.coefficients
     return {
         "mechanism": result.mechanism,
@@ -116,6 +118,8 @@ def _values(result: Factorization, who: Participation, effort: str) -> dict[str,
         "lower_bound": bound.value if bound else None,
         "lower_bound_method": bound.method if bound else None,
         "gap": bound.gap(rmse) if bound else None,
+        "max_error_lower_bound": worst.value if worst else None,
+        "max_error_gap": worst.gap(float(errors.max())) if worst else None,
         "coefficients": None if coefficients is None else coefficients[:8].tolist(),
         "memory_rows": result.memory_rows,
     }

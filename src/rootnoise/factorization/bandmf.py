@@ -22,7 +22,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise._check import integer, real
-from rootnoise.causal import CausalMatrix, Product
+from rootnoise.causal import CausalMatrix
 from rootnoise.diagonals import Banded
 from rootnoise.factorization.base import (
     Factorization,
@@ -84,8 +84,7 @@ def bandmf(
         p = integer("bands", bands, 1, separation, high_name=_limit(n, separation))
 
     def build(strategy: CausalMatrix) -> Factorization:
-        decoder = Product(workload.recurrence, strategy.inverse())
-        return Factorization("bandmf", workload, strategy, known_decoder=decoder)
+        return Factorization("bandmf", workload, strategy)
 
     search = Search(build, participation, progress)
     start = factorize(workload, participation, "epoch-scaled", bands=p).strategy

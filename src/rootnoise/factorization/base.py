@@ -10,7 +10,7 @@ from typing import Any
 
 from rootnoise import error
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.causal import CausalMatrix, Product
+from rootnoise.causal import CausalMatrix, Product, chain
 from rootnoise.participation import Participation, SingleParticipation
 from rootnoise.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
@@ -51,6 +51,8 @@ class Factorization:
         # Toeplitz maps commute, and a filter over the column of A costs less than a dense product.
         if a.is_toeplitz and self.strategy.is_toeplitz:
             return Product(self.noising, a)
+        if any(kind == "other" for kind, _ in chain(self.strategy)):
+            a = self.workload.recurrence  # what streams with little state has its norms from that
         return Product(a, self.noising)
 
     @property

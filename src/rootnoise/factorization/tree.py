@@ -166,10 +166,10 @@ def tree(
         RootnoiseError: another estimator.
     """
     strategy = Tree(workload.n_steps, estimator)
-    decoder = Product(workload.recurrence, strategy.inverse())
+    known = None
     if workload == prefix_sum(workload.n_steps):
-        decoder = _PrefixDecoder(decoder.left, decoder.right, estimator)
-    return Factorization("tree", workload, strategy, known_decoder=decoder)
+        known = _PrefixDecoder(workload.recurrence, strategy.inverse(), estimator)
+    return Factorization("tree", workload, strategy, known_decoder=known)
 
 
 @dataclass(frozen=True, eq=False)

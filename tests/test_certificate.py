@@ -127,7 +127,7 @@ def test_no_mechanism_has_a_better_worst_step(workload, who):
 def test_tampering_with_the_weights():
     workload, who = prefix_sum(24), ONCE
     honest = lower_bound(workload, who, objective="max")
-    w = honest.witness.weights
+    w = np.asarray(honest.witness.weights)
     assert check(tampered(honest, weights=3 * w), workload, who) == pytest.approx(honest.value)
     assert check(tampered(honest, weights=np.eye(24)[-1]), workload, who) < honest.value
     for bad in (None, w[1:], -w, 0 * w):

@@ -257,7 +257,7 @@ def _row_weights(weights: Array | None, n: int) -> Array:
             f"witness must have a weight >= 0 of every one of {n} steps for the worst of them, "
             f"got {weights!s:.40}"
         )
-    return weights * (n * (1 - 2 * n * EPS) / weights.sum())
+    return weights * float(n * (1 - 2 * n * EPS) / weights.sum())
 
 
 def _admissible(steps: NDArray[np.intp], participation: Participation) -> bool:

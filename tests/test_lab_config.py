@@ -146,6 +146,29 @@ def test_a_planned_run_trains_and_passes_its_audit(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "sampling", [["poisson", "--groups", "2"], ["balls-in-bins"]], ids=["cyclic", "bins"]
+)
+def test_secret_batches_survive_a_resume(capsys, tmp_path, monkeypatch, sampling):
+    """A draw made anew would put people in other groups, and the ledger would refuse them."""
+    line = ["train", "--dataset", "digits", "--model", "logistic", "--epsilon", "4"]
+    line += ["--batch-size", "400", "--epochs", "3", "--mechanism", "banded"]
+    line += ["--sampling", *sampling, "--out", str(tmp_path / "run"), "--json"]
+    epoch = Trainer.epoch
+
+    def interrupt(trainer, *arguments):
+        if trainer.t:
+            raise KeyboardInterrupt
+        epoch(trainer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "epoch", interrupt)
+        assert main(line) == 130
+    assert main([*line, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_steps"] == 12
+    assert main(["audit", str(tmp_path / "run"), "--json"]) == 0
+
+
+@pytest.mark.parametrize(
     ("settings", "line"),
     [
         ({"gamma": 0.5}, "gamma must be left out for mechanism 'bsr', got 0.5"),

@@ -11,7 +11,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson, FixedCycle, SingleParticipation
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
 from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, plan, samplings
 from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
@@ -169,6 +169,26 @@ def test_schedules_and_matrices_are_planned_too():
     for row in matrix.rows:
         if row.mechanism == "identity":
             assert row.rmse_per_example == pytest.approx(by_name["identity", row.sampling])
+
+
+def test_balls_in_bins_are_tried_when_asked_for():
+    job = Job(n_examples=12, batch_size=4, epochs=4, epsilon=4.0, delta=1e-3, memory_rows=2)
+    rows = plan(SGD(12, momentum=0.9), job, bins=True).rows
+    cycles = [row for row in rows if row.sampling == "fixed-cycle"]
+    bins = [row for row in rows if row.sampling == "balls-in-bins"]
+    light = [row for row in cycles if row.memory_rows <= 1]
+    assert {row.mechanism for row in bins} == {cycles[0].mechanism, light[0].mechanism}
+    for row in bins:
+        twin = next(r for r in cycles if (r.mechanism, r.bands) == (row.mechanism, row.bands))
+        assert row.participation == BallsInBins(3, 4)
+        assert row.noise_multiplier < twin.noise_multiplier  # amplified
+        ratio = row.rmse_per_example / twin.rmse_per_example
+        assert ratio == pytest.approx(row.noise_multiplier / twin.noise_multiplier)
+        assert row.note.startswith(AMPLIFIED)
+        c = factorize(SGD(12, 0.9), row.participation, row.mechanism, **row.options).strategy
+        sigma = row.noise_multiplier
+        spent = accounting.privacy_cost(row.participation, 12, sigma, 1e-3, strategy=c)
+        assert spent.epsilon <= 4.0
 
 
 def test_findings_are_of_the_best_row_without_amplification():

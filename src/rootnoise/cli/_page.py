@@ -28,7 +28,7 @@ WORDS = {
     "bands": "diagonals of the strategy; 1 is independent noise, as in DP-SGD.",
     "batches": "fixed-cycle: every record once in each epoch, in any order. poisson: every record "
     "independently at every step. poisson 1/g: cyclic Poisson sampling, the same from one of g "
-    "groups in turn.",
+    "groups in turn. balls-in-bins: once in each epoch, from a first step drawn at random.",
 }
 
 STYLE = """

@@ -23,6 +23,7 @@ SAMPLINGS = {
     "fixed-cycle": (BLUE, "o"),
     "cyclic-poisson": (ORANGE, "s"),
     "poisson": (GREY, "^"),
+    "balls-in-bins": ("#009E73", "D"),
 }
 # Rows of so many times the least error are out of sight, so that the good ones are told apart.
 FARTHEST = 8

@@ -27,6 +27,12 @@ def plan(
         int | None,
         typer.Option(help="Most noise vectors of the model's size to keep [default: no limit]."),
     ] = None,
+    balls_in_bins: Annotated[
+        bool,
+        typer.Option(
+            "--balls-in-bins", help="Try balls-in-bins sampling too: up to half a minute longer."
+        ),
+    ] = False,
     work: _workload.Options,
     top: Annotated[int, typer.Option(help="Rows of the table; JSON and HTML have all.")] = 12,
     plot: Annotated[Path | None, typer.Option(help="PNG file: error against memory.")] = None,
@@ -47,7 +53,7 @@ def plan(
     job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows)
     workload = work.value(job.n_steps)
     with _progress.search("plan", quiet=json) as update:
-        made = planner.plan(workload, job, update)
+        made = planner.plan(workload, job, update, bins=balls_in_bins)
     if plot is not None:
         _plots.plan(made.rows, plot)
     if html is not None:

@@ -187,14 +187,21 @@ def test_saving_overwrites_only_when_asked(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mechanism.json"]
 
 
+def test_calibration_to_rho_or_mu_is_to_the_same_noise():
+    for goal in ({"rho": 0.125}, {"mu": 0.5}, {"noise_multiplier": 2.0}):
+        mechanism = make(epsilon=None, **goal)
+        assert mechanism.noise_multiplier == 2.0
+        assert (mechanism.privacy.rho, mechanism.privacy.mu) == (0.125, 0.5)
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [
-        (lambda: make(noise_multiplier=1.0), "give exactly one of epsilon and noise_multiplier"),
         (
-            lambda: make(epsilon=None),
-            "give exactly one of epsilon and noise_multiplier, got epsilon",
+            lambda: make(noise_multiplier=1.0),
+            "give exactly one of epsilon, noise_multiplier, rho, mu, got .*noise_multiplier",
         ),
+        (lambda: make(epsilon=None), "give exactly one of epsilon, .*, mu, got none"),
         (lambda: make(clip_norm=0), "clip_norm must be a finite number > 0, got 0.0"),
         (lambda: make(clip_norm=float("inf")), "clip_norm must be a finite number > 0, got inf"),
         (lambda: make(delta=1), "delta must be a finite number > 0 and < 1, got 1.0"),

@@ -110,13 +110,17 @@ class Mechanism:
         delta: float,
         epsilon: float | None = None,
         noise_multiplier: float | None = None,
+        rho: float | None = None,
+        mu: float | None = None,
         clip_norm: float = 1.0,
     ) -> Mechanism:
         """Return the mechanism that spends `epsilon` at `delta`, or that uses `noise_multiplier`.
 
+        Or the one that is `rho`-zero-concentrated or `mu`-Gaussian differentially private, where
+        steps are not random; `privacy` tells all of them.
+
         Raises:
-            RootnoiseError: both or neither of epsilon and noise_multiplier, or a value out of
-            range.
+            RootnoiseError: none or several of the four, or a value out of range.
 
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.participation import FixedCycle
@@ -126,13 +130,11 @@ class Mechanism:
         >>> round(Mechanism.calibrate(bsr, cycle, epsilon=1, delta=1e-5).noise_multiplier, 4)
         3.7306
         """
-        if (epsilon is None) == (noise_multiplier is None):
-            raise RootnoiseError(
-                "give exactly one of epsilon and noise_multiplier, "
-                f"got epsilon={epsilon}, noise_multiplier={noise_multiplier}"
-            )
-        if noise_multiplier is None:
-            assert epsilon is not None  # noqa: S101 - for the type checker
+        goals = {"epsilon": epsilon, "noise_multiplier": noise_multiplier, "rho": rho, "mu": mu}
+        given = {name: value for name, value in goals.items() if value is not None}
+        if len(given) != 1:
+            raise RootnoiseError(f"give exactly one of {', '.join(goals)}, got {given or 'none'}")
+        if epsilon is not None:
             noise_multiplier = accounting.noise_multiplier(
                 participation,
                 factorization.n_steps,
@@ -140,6 +142,8 @@ class Mechanism:
                 delta,
                 strategy=factorization.strategy,
             )
+        elif noise_multiplier is None:
+            noise_multiplier = accounting.noise_multiplier_for(participation, mu=mu, rho=rho)
         mechanism = cls(
             factorization.mechanism,
             factorization.workload,

@@ -143,11 +143,11 @@ def test_2000_steps_of_every_mechanism_agree_with_a_dense_float64_solve(name):
 def test_2000_steps_of_an_unstructured_strategy_agree_with_a_dense_float64_solve(kind):
     bands = SGD(2000, 0.5).square_root(100)
     scales = np.linspace(1, 2, 2000)
-    if kind is Banded:
-        strategy = Banded(np.outer(bands, scales))
-    else:
-        strategy = Dense(Toeplitz(bands, 2000).dense() * scales)
-    long = with_strategy(strategy)
+    strategies = {
+        Banded: Banded(np.outer(bands, scales)),
+        Dense: Dense(Toeplitz(bands, 2000).dense() * scales),
+    }
+    long = with_strategy(strategies[kind])
     assert_close(run(NoiseStream(long, 8, KEY)), oracle(long, 8))
 
 

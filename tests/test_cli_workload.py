@@ -235,6 +235,7 @@ def test_symmetric_workloads_are_factorized_offline(call):
     assert result["sensitivity"] == pytest.approx(sens)
     assert result["rmse"] == pytest.approx(sens * np.linalg.norm(root) / 32**0.5)
     assert result["gap"] == pytest.approx(0, abs=1e-12)  # a constant diagonal
+    assert result["max_error_gap"] == pytest.approx(0, abs=1e-12)  # always: Cauchy-Schwarz
     banded = answer(call, "factorize --workload g.npy --offline --bands 4")
     assert banded["rmse"] == pytest.approx(offline_factorization(GRAM, 4).rmse)
     assert set(result) == set(answer(call, "factorize --steps 5"))

@@ -1,0 +1,424 @@
+"""Privacy bugs, planted one at a time in a copy of the package: the tests must catch each.
+
+`make mutations` runs it and prints the list. A mutation names a file, a text that occurs in it
+exactly once, what replaces it, and the tests that must fail then; where the source has moved on, it
+fails loudly (so does `test_mutations.py`, within seconds). Not part of `make test`: minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "rootnoise"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A bug: `old` becomes `new` in a file of the package, and `tests` (files of tests/) fail."""
+
+    bug: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    def apply(self, text: str) -> str:
+        """Return the text with the bug, or refuse a text that `old` does not occur in once."""
+        if text.count(self.old) != 1:
+            raise ValueError(
+                f"{self.bug}: {self.file} holds {text.count(self.old)} of {self.old!r}"
+            )
+        return text.replace(self.old, self.new)
+
+
+MUTATIONS = [
+    # ------------------------------------------------------------------------------- gradients
+    Mutation(
+        "clips at twice the norm",
+        "clipping.py",
+        "(clip_norm / (norms * (1 + SLACK)))",
+        "(2 * clip_norm / (norms * (1 + SLACK)))",
+        "training",
+    ),
+    Mutation(
+        "never clips", "clipping.py", ".clamp(max=1).float(), bad", ".clamp(min=1), bad", "training"
+    ),
+    Mutation(
+        "lets infinite gradients through",
+        "clipping.py",
+        "finite = norms.isfinite()",
+        "finite = norms == norms",
+        "training",
+    ),
+    Mutation(
+        "norms of float32 sums over long rows",
+        "clipping.py",
+        "SLACK = 1e-5",
+        "SLACK = 0.0",
+        "training",
+    ),
+    Mutation(
+        "clips each parameter by itself",
+        "clipping.py",
+        "torch.stack(squares).sum(0).sqrt()",
+        "torch.stack(squares).amax(0).sqrt()",
+        "training",
+    ),
+    Mutation(
+        "no noise",
+        "copies.py",
+        "total[slice(*self._span)] += noise.to(total.device)",
+        "total[slice(*self._span)] += 0 * noise.to(total.device)",
+        "training",
+    ),
+    Mutation(
+        "noise scaled by the batch",
+        "copies.py",
+        "+= noise.to(total.device)",
+        "+= noise.to(total.device) / max(rows, 1)",
+        "training",
+    ),
+    Mutation(
+        "the divisor is the actual batch size",
+        "training.py",
+        "total / self.sampler.batch_size",
+        "total / max(part.size, 1)",
+        "training",
+    ),
+    Mutation(
+        "no noise on empty batches",
+        "training.py",
+        "self._place.write(total / self.sampler.batch_size)",
+        "self._place.write(total * min(part.size, 1) / self.sampler.batch_size)",
+        "training",
+    ),
+    Mutation(
+        "batches of other indices pass",
+        "copies.py",
+        "if found != rows:",
+        "if found < rows:",
+        "training",
+    ),
+    Mutation(
+        "a step past the mechanism's last",
+        "training.py",
+        'integer("t", self.t, 0, self.mechanism.n_steps - 1,',
+        'integer("t", self.t, 0, self.mechanism.n_steps,',
+        "training",
+    ),
+    Mutation(
+        "the optimizer resumes after a step",
+        "training.py",
+        "if self.t or self.ledger.t or self.stream.t:",
+        "if False:",
+        "training",
+    ),
+    # ------------------------------------------------------------------------------------- noise
+    Mutation(
+        "half the noise",
+        "noise.py",
+        "float(self._mechanism.noise_std))\n        self.t",
+        "0.5 * float(self._mechanism.noise_std))\n        self.t",
+        "noise",
+    ),
+    Mutation(
+        "the same noise at every step of a block",
+        "normals.py",
+        'struct.pack(">QQ", chunk, t * self._STEP_BLOCKS)',
+        'struct.pack(">QQ", chunk, 0)',
+        "noise normals",
+    ),
+    Mutation(
+        "the same noise in every chunk",
+        "normals.py",
+        'struct.pack(">QQ", chunk, t * self._STEP_BLOCKS)',
+        'struct.pack(">QQ", 0, t * self._STEP_BLOCKS)',
+        "noise normals",
+    ),
+    Mutation(
+        "steps that share words",
+        "normals.py",
+        "_STEP_BLOCKS = _STEP_BYTES // 16",
+        "_STEP_BLOCKS = _STEP_BYTES // 32",
+        "noise normals",
+    ),
+    Mutation(
+        "off by one in t",
+        "engine.py",
+        "self._source.fill(t - past, list(group)",
+        "self._source.fill(t - past + 1, list(group)",
+        "noise",
+    ),
+    Mutation(
+        "the ring is read backwards",
+        "noise.py",
+        "row = self._memory[self._ready[self.t - self._made]]",
+        "row = self._memory[self._ready[self._made - self.t - 1]]",
+        "noise",
+    ),
+    Mutation(
+        "the state of a block is lost",
+        "noise.py",
+        "self._state, self._ready, self._made = block.state,",
+        "self._state, self._ready, self._made = block.state[::-1],",
+        "noise",
+    ),
+    Mutation(
+        "another mechanism shares the noise",
+        "noise.py",
+        'self.key.derive(f"noise {mechanism.fingerprint}")',
+        'self.key.derive("noise")',
+        "noise",
+    ),
+    Mutation(
+        "the key's entropy is a constant",
+        "randomness.py",
+        "return cls(secrets.token_bytes(32))",
+        "return cls(bytes(32))",
+        "randomness",
+    ),
+    Mutation(
+        "every purpose gets the same key",
+        "randomness.py",
+        "purpose.encode(), key=self.secret",
+        'b"", key=self.secret',
+        "randomness",
+    ),
+    Mutation(
+        "the key can be read by all",
+        "randomness.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)",
+        "randomness",
+    ),
+    # ------------------------------------------------------------------------------- sensitivity
+    Mutation(
+        "the square of the sensitivity",
+        "sensitivity.py",
+        "return float(np.sqrt(square))",
+        "return float(square)",
+        "sensitivity",
+    ),
+    Mutation(
+        "p > b counted as p <= b",
+        "sensitivity.py",
+        "if strategy.bands <= participation.min_sep:",
+        "if True:",
+        "sensitivity",
+    ),
+    Mutation(
+        "bands off by one",
+        "sensitivity.py",
+        "if strategy.bands <= participation.min_sep:",
+        "if strategy.bands <= participation.min_sep + 1:",
+        "sensitivity",
+    ),
+    Mutation(
+        "k off by one",
+        "sensitivity.py",
+        "envelope[: k * b : b]",
+        "envelope[: (k - 1) * b : b]",
+        "sensitivity",
+    ),
+    Mutation(
+        "an identity strategy is of sensitivity 1",
+        "sensitivity.py",
+        "    if participation.max_participations == 1:",
+        "    if participation.max_participations == 1 or strategy.bands == 1:",
+        "sensitivity",
+    ),
+    Mutation(
+        "increasing coefficients taken for non-increasing",
+        "sensitivity.py",
+        "if np.all(c[1:] <= c[:-1]):",
+        "if True:",
+        "sensitivity",
+    ),
+    Mutation(
+        "overlapping columns amplified",
+        "sensitivity.py",
+        "if strategy.bands > most:",
+        "if strategy.bands > most + 1:",
+        "sensitivity",
+    ),
+    # -------------------------------------------------------------------------------- accounting
+    Mutation(
+        "the last epoch is forgotten",
+        "participation.py",
+        "return -(-n_steps // self.groups)",
+        "return n_steps // self.groups",
+        "participation accounting",
+    ),
+    Mutation(
+        "epsilon rounded down",
+        "accounting/gaussian.py",
+        "SAFETY = 1 + 1e-10",
+        "SAFETY = 1 - 1e-10",
+        "accounting",
+    ),
+    Mutation(
+        "twice the delta",
+        "accounting/gaussian.py",
+        "get_epsilon_gaussian(sigma, delta)",
+        "get_epsilon_gaussian(sigma, 2 * delta)",
+        "accounting",
+    ),
+    Mutation(
+        "a grid too coarse passes for fine",
+        "accounting/gaussian.py",
+        "get_epsilon_for_delta(delta))",
+        "get_epsilon_for_delta(delta)) * 0.99",
+        "accounting",
+    ),
+    Mutation(
+        "half the sampling probability",
+        "accounting/__init__.py",
+        "poisson_epsilon(sigma, participation.probability, rounds",
+        "poisson_epsilon(sigma, participation.probability / 2, rounds",
+        "accounting",
+    ),
+    # --------------------------------------------------------------------------------- mechanism
+    Mutation(
+        "the clip norm is left out of the noise",
+        "mechanism.py",
+        "return self.noise_multiplier * self.clip_norm * self.sensitivity.value",
+        "return self.noise_multiplier * self.sensitivity.value",
+        "mechanism",
+    ),
+    Mutation(
+        "the sensitivity is left out of the noise",
+        "mechanism.py",
+        "return self.noise_multiplier * self.clip_norm * self.sensitivity.value",
+        "return self.noise_multiplier * self.clip_norm",
+        "mechanism",
+    ),
+    Mutation(
+        "edits of a mechanism pass",
+        "mechanism.py",
+        '        _refuse_edits(mechanism.to_dict(), fields, "")\n',
+        "",
+        "mechanism",
+    ),
+    # ------------------------------------------------------------------------ batches and ledger
+    Mutation(
+        "more people than the probability",
+        "sampling.py",
+        "random(part.size) < self.participation.probability",
+        "random(part.size) < 1.02 * self.participation.probability",
+        "sampling",
+    ),
+    Mutation(
+        "the same draws at every step",
+        "sampling.py",
+        "self._draws.generator(t).random",
+        "self._draws.generator(0).random",
+        "sampling",
+    ),
+    Mutation(
+        "the accountant hears another probability",
+        "sampling.py",
+        "CyclicPoisson(groups, drawn / size)",
+        "CyclicPoisson(groups, drawn / (size + 1))",
+        "sampling",
+    ),
+    Mutation(
+        "the ledger is off by one",
+        "ledger.py",
+        "broken = (gap < self._least)",
+        "broken = (gap < self._least - 1)",
+        "ledger",
+    ),
+    Mutation(
+        "the ledger counts one too many",
+        "ledger.py",
+        "| (count >= self._most)",
+        "| (count > self._most)",
+        "ledger",
+    ),
+    Mutation(
+        "off the cycle",
+        "ledger.py",
+        "| (gap % self._modulus != 0)",
+        "",
+        "ledger",
+    ),
+    Mutation(
+        "a crash lets another batch use the same noise",
+        "ledger.py",
+        "elif before not in (None, record):",
+        "elif False:",
+        "ledger",
+    ),
+    Mutation(
+        "the ledger can be read by all",
+        "journal.py",
+        "write_whole(path, first_line(header), 0o600)",
+        "write_whole(path, first_line(header), 0o644)",
+        "ledger",
+    ),
+    Mutation(
+        "the digest is not salted",
+        "ledger.py",
+        "return hashlib.blake2b(text + record, key=key, digest_size=32)",
+        "return hashlib.blake2b(text + record, digest_size=32)",
+        "ledger",
+    ),
+    # ----------------------------------------------------------------------------------- the run
+    Mutation(
+        "secrets are left behind",
+        "lab/checkpoint.py",
+        'SECRETS = ("checkpoint.pt", "noise.key")',
+        'SECRETS = ("checkpoint.pt",)',
+        "lab_run",
+    ),
+]
+
+
+def caught(mutation: Mutation, folder: Path) -> tuple[bool, str]:
+    """Plant the bug in a copy of the package, run its tests, and say whether one failed, which."""
+    source = folder / "src"
+    shutil.copytree(ROOT / "src", source)
+    path = source / "rootnoise" / mutation.file
+    path.write_text(mutation.apply(path.read_text()))
+    files = [f"tests/test_{name}.py" for name in mutation.tests.split()]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(source)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    # 1: tests failed. Anything else (no tests, usage) would be no proof.
+    named = " ".join(lines[0].split(" - ")[0].split()[1:]) if lines else done.stdout[-200:]
+    return done.returncode == 1, named.split("::", 1)[-1]
+
+
+def main(words: Sequence[str]) -> int:
+    """Run the mutations whose description holds all `words`; return how many were not caught."""
+    chosen = [m for m in MUTATIONS if all(word in m.bug for word in words)]
+    missed = 0
+    for number, mutation in enumerate(chosen, 1):
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found, by = caught(mutation, Path(folder))
+        missed += not found
+        verdict = "caught" if found else "MISSED"
+        seconds = time.perf_counter() - start
+        print(f"{number:3} {verdict}  {mutation.bug:48} {seconds:5.0f} s  {by}", flush=True)
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test lint docs benchmarks clean
+.PHONY: help venv demo test mutations lint docs benchmarks clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -23,6 +23,9 @@ demo: $(VENV)/.lab ## calibrate, train with correlated noise, compare with DP-SG
 
 test: $(VENV)/.test ## run every test and every docstring example
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+mutations: $(VENV)/.test ## plant privacy bugs one at a time: the tests must catch each (20 minutes)
+	$(BIN)/python tests/mutations.py
 
 lint: $(VENV)/.lint ## style, formatting, the import rule of ARCHITECTURE.md, and types
 	$(BIN)/ruff check

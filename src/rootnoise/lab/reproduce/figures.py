@@ -1,0 +1,91 @@
+"""The one look of all pictures: panels with shared labels, a legend above, colours told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+# Told apart by the colour-blind (Okabe & Ito 2008), and by their markers in grey.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
+# The same method looks the same in every picture.
+STYLES = {
+    "BSR": 0, "BSR (p = b)": 0, "BSR (best p)": 0,
+    "A·Id": 1, "A·Id (DP-SGD)": 1, "BISR": 1,
+    "AOF": 2, "AOF (dense)": 2, "BandInvMF": 2,
+    "A·Id amplified": 3, "square root": 3,
+    "Id·A": 4, "tree": 4,
+    "bsr-gamma": 5, "BLT": 5,
+    "epoch-scaled bsr-gamma": 6,
+    "BandMF (Toeplitz)": 7,
+}  # fmt: skip
+
+
+class Panels:
+    """A figure of `rows` x `columns` axes; `done` adds one legend for all."""
+
+    def __init__(self, rows: int, columns: int, x: str, y: str) -> None:
+        from matplotlib.figure import Figure
+
+        size = (max(6.4, 3.3 * columns), 3.1 * rows + 0.9)
+        self.figure = Figure(figsize=size, layout="constrained", dpi=130)
+        axes = self.figure.subplots(rows, columns, squeeze=False)
+        self.panels: list[Axes] = list(axes.flat)
+        for panel in self.panels:
+            panel.grid(alpha=0.25, linewidth=0.7)
+            panel.spines[["top", "right"]].set_visible(False)
+        self.figure.supxlabel(x, fontsize=11)
+        self.figure.supylabel(y, fontsize=11)
+
+    def done(self) -> Figure:
+        """Return the figure with its legend."""
+        found: dict[str, Any] = {}
+        for panel in self.panels:
+            handles, labels = panel.get_legend_handles_labels()
+            found |= dict(zip(labels, handles, strict=True))
+        # A character takes about a twelfth of an inch, a handle five of them.
+        columns = int(12 * self.figure.get_figwidth() / (max(map(len, found)) + 5))
+        self.figure.legend(
+            found.values(),
+            found.keys(),
+            loc="outside upper center",
+            ncols=max(1, min(columns, len(found))),
+            frameon=False,
+        )
+        return self.figure
+
+
+def grid(rows: int, columns: int, x: str, y: str) -> Panels:
+    """Return empty panels with the labels of their axes."""
+    return Panels(rows, columns, x, y)
+
+
+def style(label: str, index: int = 0) -> dict[str, Any]:
+    """Return colour and marker of a method, or those of the index-th line."""
+    number = STYLES.get(label, index)
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "label": label,
+    }
+
+
+def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int = 0) -> None:
+    """Draw one line, nothing where there are no points."""
+    if len(x):
+        axes.plot(x, y, markersize=4, linewidth=1.4, **style(label, index))
+
+
+def plain(axis: Axis, ticks: Sequence[float]) -> None:
+    """Label a logarithmic axis at these values, as plain numbers."""
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    low, high = axis.get_view_interval()
+    axis.set_ticks([tick for tick in ticks if low <= tick <= high])
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,177 @@
+"""Private training in a grid of methods and budgets, each at its own best learning rate.
+
+The protocol, the same for every method: the learning rate is a power of two. On seed `TUNING_SEED`,
+which no table reports, it is doubled or halved from that of the method's last cell for as long as
+the accuracy on the test set grows; then the seeds 0, 1, ... train at that rate. Noise comes from
+the seed too, so that a table can be made again; so none of these models may be released.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rootnoise._check import RootnoiseError
+from rootnoise.lab.config import RunConfig, make_key, make_mechanism, make_sampler
+from rootnoise.lab.data import Dataset, load
+from rootnoise.lab.trainer import Trainer
+from rootnoise.mechanism import Mechanism
+
+TUNING_SEED = 1000
+# Most learning rates tried a cell.
+TRIES = 7
+# Binary logarithm of the first learning rate of each method, as label: mechanism, exponent.
+METHODS = {
+    "BSR": ("bsr", -2),
+    "AOF": ("dense", -2),
+    "A·Id amplified": ("dpsgd", -2),
+    "A·Id": ("identity", -4),
+    "Id·A": ("workload", -5),
+}
+LABELS = {mechanism: label for label, (mechanism, _) in METHODS.items()}
+
+
+@dataclass(frozen=True)
+class Study:
+    """One table: every method at every budget, batch size and number of epochs.
+
+    Attributes:
+        name: stands in the tables.
+        dataset: of `lab.data`.
+        model: of `lab.models`.
+        epochs: passes over the data.
+        batch_sizes: examples a step.
+        epsilons: budgets, at delta 1e-5.
+        seeds: repetitions.
+        methods: labels of `METHODS`.
+    """
+
+    name: str
+    dataset: str
+    model: str
+    epochs: Sequence[int]
+    batch_sizes: Sequence[int]
+    epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
+    seeds: int = 3
+    methods: Sequence[str] = tuple(METHODS)
+
+    def cells(self) -> Iterator[RunConfig]:
+        """Return the settings of each cell, without learning rate and seed."""
+        for epsilon in self.epsilons:
+            for epochs in self.epochs:
+                for batch_size in self.batch_sizes:
+                    for label in self.methods:
+                        yield RunConfig(
+                            dataset=self.dataset,
+                            model=self.model,
+                            mechanism=METHODS[label][0],
+                            epsilon=epsilon,
+                            epochs=epochs,
+                            batch_size=batch_size,
+                            momentum=0.9,
+                            decay=0.9999,
+                        )
+
+
+# Called when a run has ended: runs done, runs in the study at least, and what was run.
+OnRun = Callable[[int, int, str], None]
+
+
+class Grid:
+    """Runs studies into a file of one JSON object a run, and skips what the file holds already."""
+
+    def __init__(self, path: Path, data_dir: Path | None = None, on_run: OnRun | None = None):
+        self.path, self._data_dir, self._on_run = path, data_dir, on_run
+        self._done = {RunConfig(**run["config"]): run for run in read(path)}
+
+    def run(self, study: Study) -> None:
+        """Tune and train every cell of a study that is not in the file yet."""
+        exponents = dict(METHODS.values())
+        cells = list(study.cells())
+        self._least = len(cells) * (3 + study.seeds)
+        self._count = 0
+        for cell in cells:
+            best = self._tune(study, cell, exponents[cell.mechanism])
+            exponents[cell.mechanism] = best
+            for seed in range(study.seeds):
+                self._accuracy(study, cell, best, seed)
+
+    def _tune(self, study: Study, cell: RunConfig, start: int) -> int:
+        tried = {start: self._accuracy(study, cell, start, TUNING_SEED)}
+        while True:
+            best = min(tried, key=lambda e: (-tried[e], e))
+            new = [e for e in (best - 1, best + 1) if e not in tried]
+            if not new or len(tried) >= TRIES:
+                return best
+            tried[new[0]] = self._accuracy(study, cell, new[0], TUNING_SEED)
+
+    def _accuracy(self, study: Study, cell: RunConfig, exponent: int, seed: int) -> float:
+        """Return the final test accuracy of one run, from the file where it is there."""
+        config = replace(cell, lr=2.0**exponent, seed=seed, insecure_noise_seed=seed)
+        if config not in self._done:
+            run = {"study": study.name, "config": asdict(config), **self._train(config)}
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a") as lines:
+                lines.write(json.dumps(run) + "\n")
+            self._done[config] = run
+        self._count += 1
+        if self._on_run is not None:
+            label = f"{study.name}, epsilon {cell.epsilon:g}, {LABELS[cell.mechanism]}"
+            self._on_run(self._count, max(self._least, self._count), label)
+        return float(self._done[config]["accuracy"])
+
+    def _train(self, config: RunConfig) -> dict[str, Any]:
+        start = time.process_time()
+        data = _data(config.dataset, self._data_dir)
+        sampler = make_sampler(config, data.n_train)
+        plain = replace(config, lr=1.0, seed=0, insecure_noise_seed=0)
+        mechanism = _mechanism(plain, data.n_train)
+        trainer = Trainer(config, data, sampler, mechanism, make_key(config))
+        for _ in range(config.epochs):
+            trainer.epoch()
+        return {
+            "accuracy": trainer.history[-1]["test_accuracy"],
+            "n_steps": sampler.n_steps,
+            "sampling": config.sampling,
+            "noise_multiplier": mechanism.noise_multiplier,
+            "sensitivity": mechanism.sensitivity.value,
+            "rmse": mechanism.rmse,
+            "cpu_seconds": round(time.process_time() - start, 2),
+        }
+
+
+@lru_cache(maxsize=1)
+def _data(name: str, data_dir: Path | None) -> Dataset:
+    return load(name, data_dir)
+
+
+@lru_cache(maxsize=16)
+def _mechanism(config: RunConfig, n_examples: int) -> Mechanism:
+    mechanism = make_mechanism(config, make_sampler(config, n_examples))
+    if mechanism is None:
+        raise RootnoiseError("mechanism must be private in a study, got none")
+    return mechanism
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the runs of a file, in the order in which they were made; none if it is missing.
+
+    Raises:
+        RootnoiseError: a line that is no run.
+    """
+    if not path.exists():
+        return []
+    runs = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            run = json.loads(line)
+            run["config"], run["accuracy"] = dict(run["config"]), float(run["accuracy"])
+        except (ValueError, KeyError, TypeError):
+            raise RootnoiseError(f"{path} line {number} must be a run, got {line:.60}") from None
+        runs.append(run)
+    return runs

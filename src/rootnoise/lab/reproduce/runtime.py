@@ -1,0 +1,162 @@
+"""The time of factorizations over n: closed form against optimisation and dense linear algebra."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.linalg import sqrtm
+from threadpoolctl import threadpool_limits
+
+from rootnoise.factorization import factorize
+from rootnoise.lab.reproduce import figures
+from rootnoise.lab.reproduce.part import (
+    NOT,
+    REPRODUCED,
+    Claim,
+    Part,
+    Report,
+    Row,
+    Settings,
+    Tables,
+    counted,
+    where,
+)
+from rootnoise.participation import SingleParticipation
+from rootnoise.workload import SGD
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+STEPS = (50, 100, 200, 500, 1000, 2000, 10_000, 100_000, 1_000_000)
+QUICK_STEPS = (100, 200, 500, 1000, 100_000)
+# A method goes on to the next n while it took at most this long.
+SECONDS, QUICK_SECONDS = 5.0, 1.0
+BSR, AOF = "BSR", "AOF (dense)"
+GRAM, SQRTM = "eigendecomposition of AᵀA", "scipy.linalg.sqrtm(A)"
+WHO = SingleParticipation()
+
+
+def _bsr(workload: SGD) -> None:
+    factorize(workload, WHO, "bsr")
+
+
+def _aof(workload: SGD) -> None:
+    factorize(workload, WHO, "dense")
+
+
+def _gram(workload: SGD) -> None:
+    a = workload.matrix.dense()
+    np.linalg.eigh(a.T @ a)
+
+
+def _sqrtm(workload: SGD) -> None:
+    sqrtm(workload.matrix.dense())
+
+
+METHODS: dict[str, Callable[[SGD], None]] = {BSR: _bsr, AOF: _aof, GRAM: _gram, SQRTM: _sqrtm}
+
+
+def compute(settings: Settings, report: Report) -> Tables:
+    """Return "runtime": CPU seconds on one BLAS thread, the best of three where under a second."""
+    limit, steps = (QUICK_SECONDS, QUICK_STEPS) if settings.quick else (SECONDS, STEPS)
+    cases = [(f"runtime, {label}, {n:,} steps", (label, n)) for label in METHODS for n in steps]
+    rows: list[Row] = []
+    with threadpool_limits(limits=1):
+        for label, n in counted(cases, report):
+            before = where(rows, method=label)
+            dense = label != BSR
+            # A dense method takes n^3: do not begin what would not end.
+            if dense and before and before[-1]["seconds"] * (n / before[-1]["n"]) ** 3 > 3 * limit:
+                continue
+            rows.append({"method": label, "n": n, "seconds": _seconds(METHODS[label], n)})
+    return {"runtime": rows}
+
+
+def _seconds(method: Callable[[SGD], None], n: int) -> float:
+    """Return the least CPU time of at most three calls, each on a fresh workload."""
+    best = np.inf
+    method(SGD(n, 0.8, 0.99))  # imports, plans, caches
+    for _ in range(3):
+        workload = SGD(n, 0.9, 0.999)
+        start = time.thread_time()
+        method(workload)
+        best = min(best, time.thread_time() - start)
+        if best > 1:
+            break
+    return float(best)
+
+
+def slope(rows: list[Row]) -> float:
+    """Return the exponent of n in a least-squares fit of the seconds from n = 200 on."""
+    points = [(row["n"], row["seconds"]) for row in rows if row["n"] >= 200]
+    x, y = np.log(np.array(points)).T
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def ratios(tables: Tables) -> list[Row]:
+    """Return each method's time over that of BSR, at every n that both reached."""
+    of_bsr = {row["n"]: row["seconds"] for row in where(tables["runtime"], method=BSR)}
+    return [
+        {"method": row["method"], "n": row["n"], "ratio": row["seconds"] / of_bsr[row["n"]]}
+        for row in tables["runtime"]
+        if row["method"] != BSR
+    ]
+
+
+def claims(tables: Tables) -> list[Claim]:
+    """Judge the orders of magnitude."""
+    text = "BSR's factorization is orders of magnitude faster than the optimal one (AOF)."
+    largest = [where(ratios(tables), method=m)[-1] for m in METHODS if m != BSR]
+    ratio = where(largest, method=AOF)[0]["ratio"]
+    reached = ", ".join(f"{r['method']} {r['ratio']:,.0f} times (n = {r['n']:,})" for r in largest)
+    slopes = {m: slope(where(tables["runtime"], method=m)) for m in METHODS}
+    return [
+        Claim(text, REPRODUCED if ratio >= 100 else NOT, f"Over BSR in the same run: {reached}."),
+        Claim(
+            "It scales to many steps, where the others are cubic.",
+            REPRODUCED if slopes[BSR] < 1.3 and slopes[AOF] > 2 else NOT,
+            "Exponents of n: " + ", ".join(f"{m} {s:.2f}" for m, s in slopes.items()) + ".",
+        ),
+    ]
+
+
+def views(tables: Tables) -> dict[str, list[Row]]:
+    """Return the seconds of each method by n."""
+    table: list[Row] = []
+    for n in sorted({row["n"] for row in tables["runtime"]}):
+        found = {row["method"]: row["seconds"] for row in where(tables["runtime"], n=n)}
+        table.append({"n": n} | {method: found.get(method) for method in METHODS})
+    return {"CPU seconds, one thread, all n bands": table}
+
+
+def draw(tables: Tables) -> dict[str, Figure]:
+    """Return runtime.png."""
+    panels = figures.grid(1, 1, "steps n", "CPU seconds")
+    axes = panels.panels[0]
+    for index, method in enumerate(METHODS):
+        rows = where(tables["runtime"], method=method)
+        label = f"{method}: n^{slope(rows):.1f}"
+        colour = {0: 0, 1: 2, 2: 1, 3: 3}[index]
+        figures.line(axes, [r["n"] for r in rows], [r["seconds"] for r in rows], label, colour)
+    axes.set(xscale="log", yscale="log")
+    return {"runtime.png": panels.done()}
+
+
+PART = Part(
+    name="runtime",
+    title="Runtime",
+    intro=(
+        "Time to factorize the workload of SGD (alpha = 0.999, beta = 0.9), all methods in one "
+        "run. The workload is triangular and Toeplitz with a single eigenvalue, so that it has no "
+        "eigendecomposition of its own: what is timed is that of its Gram matrix, and a generic "
+        "matrix square root."
+    ),
+    compute=compute,
+    claims=claims,
+    views=views,
+    figures=draw,
+    captions={"runtime.png": "Seconds over n, with the fitted exponents."},
+)

@@ -263,7 +263,7 @@ MUTATIONS = [
         "accounting/gaussian.py",
         "SAFETY = 1 + 1e-10",
         "SAFETY = 1 - 1e-10",
-        "accounting",
+        "recompute",
     ),
     Mutation(
         "twice the delta",

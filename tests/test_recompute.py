@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import mpmath
 import numpy as np
 import pytest
 
@@ -124,6 +125,19 @@ def test_integration_agrees_with_the_analytic_gaussian(sigma, delta):
     assert found.low == pytest.approx(cost.epsilon, rel=1e-8)
     assert found.holds(cost.epsilon, 1e-8)
     assert not found.holds(cost.epsilon * (1 - 1e-6), 1e-8)
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 3.73, 20.0])
+@pytest.mark.parametrize("delta", [1e-3, 1e-9])
+def test_epsilon_is_rounded_to_the_private_side(sigma, delta):
+    # Theorem 8 of Balle & Wang (2018) in 40 digits: a part in 1e10 less would spend more delta.
+    with mpmath.workdps(40):
+        epsilon = mpmath.mpf(privacy_cost(SingleParticipation(), 9, sigma, delta).epsilon)
+        mu = 1 / mpmath.mpf(sigma)
+        far, near = mpmath.ncdf(mu / 2 - epsilon / mu), mpmath.ncdf(-mu / 2 - epsilon / mu)
+        spent = far - mpmath.exp(epsilon) * near
+        assert spent <= delta
+        assert spent > delta * (1 - 1e-8)
 
 
 @pytest.mark.parametrize(

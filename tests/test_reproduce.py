@@ -88,7 +88,7 @@ def small(monkeypatch):
     """Every part in a second or so."""
     monkeypatch.setattr(errors, "QUICK_STEPS", (100, 500))
     monkeypatch.setattr(errors, "SCAN", 500)
-    monkeypatch.setattr(errors, "WORKLOADS", ((1.0, 0.0), (0.999, 0.0)))
+    monkeypatch.setattr(errors, "WORKLOADS", ((1.0, 0.0),))
     monkeypatch.setattr(errors, "QUICK_DENSE", 100)
     monkeypatch.setattr(errors, "BANDS", (1, 100))
     monkeypatch.setattr(bounds, "WORKLOADS", ((1.0, 0.0), (0.999, 0.0)))
@@ -195,6 +195,15 @@ def test_a_loss_is_reported_as_one():
     )
     assert claim.verdict == NOT
     assert "worse in 1, within it in 0; on average by -10.0 points" in claim.evidence
+
+
+def test_the_figure_has_a_panel_for_each_curve_or_else_for_each_study():
+    one = [cell("BSR", 0.8, 0.01)]
+    curve = [cell("BSR", 0.8, 0.01, study="t"), cell("BSR", 0.9, 0.01, study="t", epsilon=2.0)]
+    steps = [cell("BSR", 0.8, None, study="u", n_steps=n) for n in (3, 6)]
+    for rows, count in ((one, 1), (one + curve, 1), (one + curve + steps, 2)):
+        figure = accuracy.draw({"accuracy": rows})["accuracy.png"]
+        assert len(figure.axes) == count
 
 
 def test_settings_are_not_mixed():

@@ -168,15 +168,17 @@ def _text(row: Row) -> str:
 
 
 def draw(tables: Tables) -> dict[str, Figure]:
-    """Return accuracy.png: by budget, or by steps where a study varies them."""
+    """Return accuracy.png: by budget, or by steps where a study varies them; else every study."""
     rows = tables["accuracy"]
     panels = []
     for study in dict.fromkeys(row["study"] for row in rows):
         own = where(rows, study=study)
         if len({row["n_steps"] for row in own}) > 1:
             panels += [(study, "n_steps", eps) for eps in sorted({r["epsilon"] for r in own})]
-        else:
+        elif len({row["epsilon"] for row in own}) > 1:  # one point is no curve: see the table
             panels.append((study, "epsilon", None))
+    if not panels:
+        panels = [(study, "epsilon", None) for study in {row["study"]: None for row in rows}]
     columns = min(3, len(panels))
     grid = figures.grid(-(-len(panels) // columns), columns, "", "test accuracy (%)")
     for axes in grid.panels[len(panels) :]:

@@ -206,6 +206,13 @@ def test_the_figure_has_a_panel_for_each_curve_or_else_for_each_study():
         assert len(figure.axes) == count
 
 
+def test_where_no_method_learns_none_is_better():
+    rows = [cell("BSR", 0.13, 0.01), cell("A·Id", 0.1, 0.01)]
+    (claim,) = accuracy.claims({"accuracy": rows})
+    assert claim.verdict == NOT
+    assert "No method learns here: m (3 steps), at most 13.0%." in claim.evidence
+
+
 def test_settings_are_not_mixed():
     rows = [cell("BSR", 0.8, 0.01), cell("A·Id", 0.7, 0.01, epsilon=2.0)]
     assert accuracy.compare(rows, "BSR", "A·Id") == []

@@ -11,7 +11,7 @@ import adversary
 from rootnoise import series
 from rootnoise._check import RootnoiseError
 from rootnoise.causal import Toeplitz
-from rootnoise.factorization import Factorization, banded, factorize
+from rootnoise.factorization import Factorization, banded, banded_inverse, factorize
 from rootnoise.factorization.base import Search
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
@@ -103,6 +103,33 @@ def test_banded_inverse_is_at_least_as_good_as_bisr_and_better_with_more_bands(w
     assert errors == sorted(errors, reverse=True)
 
 
+@pytest.mark.parametrize("work", [prefix_sum(512), SGD(512, 0.9)], ids=["sum", "sgd"])
+@pytest.mark.parametrize("who", [SingleParticipation(), FixedCycle(128, 4)], ids=str)
+def test_many_bands_of_the_inverse_are_no_worse_than_half_as_many(work, who):
+    errors = [rmse(work, who, "banded-inverse", bands=bands) for bands in (32, 64, 128)]
+    assert errors[2] <= errors[1] <= errors[0]
+    assert errors[2] <= rmse(work, who, "bisr", bands=128)
+    if isinstance(who, SingleParticipation):  # the last bands gain less than the first
+        assert errors[1] - errors[2] < errors[0] - errors[1]
+
+
+def test_derivatives_of_the_inverse_bands_are_those_of_finite_differences():
+    a, who = SGD(30, 0.9).matrix.column(0), FixedCycle(10, 3)
+    smooth = banded_inverse._Smooth(a, 20, who, 1e-2)
+    x, e = np.random.default_rng(0).standard_normal(19) / 9, 1e-6 * np.eye(19)
+    slopes = [(smooth.value(x + h) - smooth.value(x - h)) / 2e-6 for h in e]
+    np.testing.assert_allclose(smooth.gradient(x), slopes, rtol=1e-6, atol=1e-6)
+    bends = [(smooth.gradient(x + h) - smooth.gradient(x - h)) / 2e-6 for h in e]
+    np.testing.assert_allclose(smooth.hessian(x), bends, rtol=1e-5, atol=1e-5)
+
+
+def test_newton_and_reflections_meet(monkeypatch):
+    work, who = SGD(100, 0.9), SingleParticipation()
+    newton = rmse(work, who, "banded-inverse", bands=6)
+    monkeypatch.setattr(banded_inverse, "NEWTON_WORK", 0)
+    assert rmse(work, who, "banded-inverse", bands=6) == pytest.approx(newton, rel=1e-8)
+
+
 def test_banded_inverse_survives_starts_where_a_long_step_explodes():
     # A step of length 1 from BISR overflows after 5000 coefficients.
     who = MinSeparation(500, 10)
@@ -112,13 +139,13 @@ def test_banded_inverse_survives_starts_where_a_long_step_explodes():
 def test_the_envelope_helps_where_the_first_pattern_is_not_the_worst(monkeypatch):
     work, who = prefix_sum(40), MinSeparation(4, 10)
     made = factorize(work, who, "banded-inverse", bands=8)
-    monkeypatch.setattr(banded, "MISSED", np.inf)
+    monkeypatch.setattr(banded_inverse, "MISSED", np.inf)
     assert made.rmse(who) < 0.999 * rmse(work, who, "banded-inverse", bands=8)
 
 
 def test_the_envelope_says_where_it_comes_from():
     magnitudes = np.array([3.0, 1.0, 2.0, 2.0, 0.5])
-    np.testing.assert_array_equal(banded._envelope(magnitudes), [0, 2, 2, 3, 4])
+    np.testing.assert_array_equal(banded_inverse._envelope(magnitudes), [0, 2, 2, 3, 4])
 
 
 def test_the_line_search_steps_back_from_an_overflow():
@@ -128,7 +155,7 @@ def test_the_line_search_steps_back_from_an_overflow():
     def objective(x):  # the first step, of length 1, ends at the pole
         return float(np.sum(-100 * x - np.log(1 - x))), 1 / (1 - x) - 100
 
-    found = banded._minimise(objective, np.zeros(1), search)
+    found = banded.minimise(objective, np.zeros(1), search)
     np.testing.assert_allclose(found, 0.99, rtol=1e-6)
 
 
@@ -213,25 +240,25 @@ def test_optimisers_repeat_themselves_and_report(mechanism):
 @given(st.lists(st.floats(-0.95, 0.95), min_size=1, max_size=8))
 def test_reflections_make_stable_series_and_come_back(reflections):
     r = np.array(reflections)
-    d, _ = banded._from_reflections(r)
+    d, _ = banded_inverse._from_reflections(r)
     assert np.all(np.abs(np.roots(d)) < 1)
-    np.testing.assert_allclose(banded._reflections(d), r, atol=1e-7)
+    np.testing.assert_allclose(banded_inverse._reflections(d), r, atol=1e-7)
 
 
 def test_unstable_starts_are_moved_inside():
-    assert np.all(np.abs(banded._reflections(np.array([1.0, -3.0, 0.2]))) < 1)
+    assert np.all(np.abs(banded_inverse._reflections(np.array([1.0, -3.0, 0.2]))) < 1)
 
 
 def test_gradients_are_those_of_differences():
     generator = np.random.default_rng(1)
     r = generator.uniform(-0.7, 0.7, 5)
     v, weights = generator.standard_normal((2, 30))
-    d, pull_reflections = banded._from_reflections(r)
-    _, pull_back = banded._divide(v, d, 30)
+    d, pull_reflections = banded_inverse._from_reflections(r)
+    _, pull_back = banded.divide(v, d, 30)
     gradient = pull_reflections(pull_back(weights))
 
     def value(x):
-        return weights @ banded._divide(v, banded._from_reflections(x)[0], 30)[0]
+        return weights @ banded.divide(v, banded_inverse._from_reflections(x)[0], 30)[0]
 
     numeric = [(value(r + e) - value(r - e)) / 2e-6 for e in 1e-6 * np.eye(5)]
     np.testing.assert_allclose(gradient, numeric, rtol=1e-6, atol=1e-8)
@@ -241,9 +268,9 @@ def test_gradients_are_those_of_differences():
 def test_the_gradient_of_the_pattern_is_that_of_differences(k):
     c = np.random.default_rng(2).uniform(0.1, 1, 9)
     who = FixedCycle(3, 4) if k == 4 else SingleParticipation()
-    _, gradient = banded._first_pattern(c, 10, who)
+    _, gradient = banded.first_pattern(c, 10, who)
     numeric = [
-        (banded._first_pattern(c + e, 10, who)[0] - banded._first_pattern(c - e, 10, who)[0]) / 2e-6
+        (banded.first_pattern(c + e, 10, who)[0] - banded.first_pattern(c - e, 10, who)[0]) / 2e-6
         for e in 1e-6 * np.eye(9)
     ]
     np.testing.assert_allclose(gradient, numeric, rtol=1e-7)
@@ -251,9 +278,9 @@ def test_the_gradient_of_the_pattern_is_that_of_differences(k):
 
 def test_long_correlations_by_fft_are_those_of_dot_products(monkeypatch):
     x, y = np.random.default_rng(3).standard_normal((2, 100))
-    direct = banded._correlate(x, y, 7)
+    direct = banded.correlate(x, y, 7)
     monkeypatch.setattr(series, "FILTER_WORK", 0)
-    np.testing.assert_allclose(banded._correlate(x, y, 7), direct, atol=1e-13)
+    np.testing.assert_allclose(banded.correlate(x, y, 7), direct, atol=1e-13)
 
 
 def test_schedules_are_optimised_for_their_toeplitz_neighbour():

@@ -1,11 +1,22 @@
 """HOW to split a workload A = B C: one function an algorithm, one registry."""
 
-from rootnoise.factorization import banded, bandmf, baseline, blt, dense, scaled, square_root, tree
+from rootnoise.factorization import (
+    banded,
+    banded_inverse,
+    bandmf,
+    baseline,
+    blt,
+    dense,
+    scaled,
+    square_root,
+    tree,
+)
 from rootnoise.factorization.base import Factorization, default_bands, factorize, mechanisms
 
 __all__ = [
     "Factorization",
     "banded",
+    "banded_inverse",
     "bandmf",
     "baseline",
     "blt",

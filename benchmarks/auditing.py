@@ -56,6 +56,8 @@ def draw(found: list[Row], path: str) -> None:
         axes.plot(EPSILONS, EPSILONS, color="#777777", label="the claim")
         axes.set(title=name, xscale="log", yscale="symlog", xlabel="claimed epsilon")
         axes.set(ylabel="lower bound", xticks=EPSILONS, xticklabels=[f"{e:g}" for e in EPSILONS])
+        axes.set(yticks=[0, 1, 2, 5, 10, 20], yticklabels=["0", "1", "2", "5", "10", "20"])
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=7)
     figure.savefig(path, dpi=110)

@@ -206,6 +206,12 @@ def test_the_first_coefficients_of_the_inverse_undo_the_strategy():
     np.testing.assert_allclose(product, np.eye(300)[0], atol=1e-15)
 
 
+def test_a_search_may_meet_a_buffer_that_never_forgets():
+    # L-BFGS tries a decay of 1 - 4e-18 on the way: its logarithm must not be 0.
+    cycle = FixedCycle(100, 2)
+    assert factorize(SGD(200, momentum=0.9), cycle, "blt").rmse(cycle) < 23.4222
+
+
 @pytest.mark.parametrize(
     ("call", "line"),
     [

@@ -114,7 +114,12 @@ class _Objective:
         """Return the value at each row; their real parts must be the same."""
         gaps, decays = _gaps(u)
         weights, n = _weights(gaps), self.neighbour.n_steps
-        square = _sensitivity(gaps[:, 0::2], np.log(decays), weights, n, *self._separation)
+        own = gaps[:, 0::2]
+        # log theta from its gap, where theta is next to 1; NumPy's complex log1p loses that.
+        slow = np.where(own.real < 0.5, own, 0.0)
+        near = np.log1p(-slow.real) - 1j * slow.imag / (1 - slow.real)
+        logs = np.where(own.real < 0.5, near, np.log(decays))
+        square = _sensitivity(own, logs, weights, n, *self._separation)
         if self._step is None:
             error = _filtered_error(self._column, gaps)
         else:

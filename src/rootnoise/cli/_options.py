@@ -139,7 +139,7 @@ class Split:
         str | None, typer.Option(help="Of tree: full, online or naive [default: full].")
     ] = None
     tolerance: Annotated[
-        float | None, typer.Option(help="Gap at which dense stops [default: 1e-4].")
+        float | None, typer.Option(help="Gap at which dense stops [default: 1e-6].")
     ] = None
 
     def given(self) -> dict[str, Any]:

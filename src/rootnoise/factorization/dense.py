@@ -34,7 +34,7 @@ MAX_ITERATIONS = 500
 def dense(
     workload: Workload,
     participation: Participation,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-6,
     progress: Progress | None = None,
 ) -> Factorization:
     """C = whatever lower-triangular matrix has the least rmse (Denisov et al. 2022).

@@ -145,6 +145,12 @@ def test_columns_that_overlap_are_refused(mechanism):
         factorize(prefix_sum(40), MinSeparation(10, 4), mechanism, base="bisr", bands=3)
 
 
+def test_errors_of_quadratic_time_are_refused():
+    message = r"^bands must be in \[1, 2048\] for scaled columns of n_steps=100000, got 100000"
+    with pytest.raises(RootnoiseError, match=message):
+        factorize(prefix_sum(10**5), mechanism="column-normalised")
+
+
 def test_unknown_bases_are_refused():
     with pytest.raises(RootnoiseError, match=r"^mechanism must be one of .*, got 'bst'$"):
         factorize(prefix_sum(40), mechanism="epoch-scaled", base="bst")

@@ -12,6 +12,7 @@ from rootnoise import RootnoiseError, patterns, series
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.sensitivity import sensitivity
+from rootnoise.workload.descent import Descent
 
 SHAPES = st.integers(2, 12).flatmap(
     lambda n: st.tuples(st.just(n), st.integers(1, n)).flatmap(
@@ -160,3 +161,15 @@ def test_a_million_steps_with_overlap():
     found = sensitivity(c, MinSeparation(1000, 1000))
     assert found.exact
     assert found.value > 1000**0.5 * np.linalg.norm(c.coefficients[:1000])
+
+
+@pytest.mark.parametrize("who", [FixedCycle(4000, 3), MinSeparation(4000, 3)])
+def test_long_maps_without_structure_take_the_sum_of_column_norms(who):
+    """No n x n array; equal columns in one direction would reach it."""
+    exact = sensitivity(Toeplitz(np.ones(12000), 12000), who)
+    bound = sensitivity(Descent(np.ones(12000)), who)
+    assert exact.exact
+    assert not bound.exact
+    lengths = np.sqrt([12000.0, 8000.0, 4000.0])
+    assert bound.value == pytest.approx(lengths.sum(), rel=1e-9)
+    assert bound.value > exact.value

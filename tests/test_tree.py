@@ -13,9 +13,11 @@ import pytest
 import oracle
 from rootnoise import causal, gramian
 from rootnoise._check import RootnoiseError
+from rootnoise.dyadic import ESTIMATORS, Tree, cycle_squares, error_variances, most_squares
 from rootnoise.factorization import factorize
-from rootnoise.factorization.tree import ESTIMATORS, Tree, prefix_variances
+from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.sensitivity import sensitivity
 from rootnoise.workload import SGD, prefix_sum
 
 VALUES = json.loads((Path(__file__).parent / "reference" / "values.json").read_text())
@@ -71,7 +73,7 @@ def test_the_errors_of_all_steps_together_are_those_of_the_tree(n, estimator):
     np.testing.assert_allclose(noise @ noise.T, rectangular @ rectangular.T, atol=1e-12)
     assert np.all(np.diag(noise) > 0)
     np.testing.assert_allclose(
-        prefix_variances(n, estimator), np.square(rectangular).sum(axis=1), rtol=1e-12
+        error_variances(n, estimator), np.square(rectangular).sum(axis=1), rtol=1e-12
     )
 
 
@@ -147,7 +149,7 @@ def test_reference_values(name, estimator):
 @pytest.mark.parametrize(("n", "full", "online", "naive"), [(1024, 3.686, 5.650, 7.417)])
 def test_the_known_errors_at_1024(n, full, online, naive):
     for estimator, expected in (("full", full), ("online", online), ("naive", naive)):
-        error = math.sqrt(11 * prefix_variances(n, estimator).mean())
+        error = math.sqrt(11 * error_variances(n, estimator).mean())
         assert error == pytest.approx(expected, abs=5e-4)
 
 
@@ -175,6 +177,55 @@ def test_a_million_steps_in_closed_form(estimator):
     assert time.process_time() - started < 10
     known = {"full": 6.80044150581, "online": 9.53004935552, "naive": 14.0605824915}
     assert rmse == pytest.approx(known[estimator], rel=1e-10)
+
+
+@each
+@pytest.mark.parametrize(("momentum", "decay"), [(0, 0.9), (0.9, 1), (0.5, 0.5), (0.9, 0.7)])
+def test_errors_of_sgd_in_closed_form(momentum, decay, estimator):
+    for n in SIZES:
+        b = SGD(n, momentum, decay).matrix.dense() @ Tree(n, estimator).inverse().dense()
+        found = error_variances(n, estimator, momentum, decay)
+        np.testing.assert_allclose(found, np.square(b).sum(axis=1), rtol=1e-13)
+
+
+def test_a_loaded_mechanism_knows_its_errors():
+    split = factorize(SGD(10**5, 0.9), mechanism="tree")
+    made = Mechanism.calibrate(split, SingleParticipation(), epsilon=1.0, delta=1e-5)
+    fields = made._definition()
+    again = Mechanism(
+        made.name,
+        split.workload,
+        SingleParticipation(),
+        causal.from_dict(fields["strategy"]),
+        made.noise_multiplier,
+        made.delta,
+    )
+    assert again.rmse == made.rmse == split.rmse(SingleParticipation())
+
+
+@pytest.mark.parametrize(("n", "b"), [(12, 3), (12, 4), (13, 2), (11, 5), (16, 4)])
+def test_many_participations_are_counted_block_by_block(n, b):
+    k = -(-n // b)
+    gram = tree_matrix(n).T @ tree_matrix(n)
+    sums = [gram[i::b, i::b].sum() for i in range(b)]
+    np.testing.assert_array_equal(cycle_squares(n, b), sums)
+    for most in range(1, k + 1):
+        worst = max(gram[np.ix_(p, p)].sum() for p in oracle.patterns(n, b, most, False))
+        assert worst <= most_squares(n, b, most) <= 2 * worst
+
+
+@each
+def test_the_sensitivity_of_a_million_steps(estimator):
+    strategy = Tree(2**20, estimator)
+    for who in (FixedCycle(2**17, 8), MinSeparation(2**17, 8)):
+        found = sensitivity(strategy, who)
+        # 18 levels with one step a block, then 2, 4 and 8 of them.
+        assert found.value == pytest.approx(math.sqrt(18 * 8 + 4 * 4 + 2 * 16 + 64))
+        assert found.exact == (estimator == "full")
+    loose = sensitivity(strategy, MinSeparation(1000, 10))
+    assert not loose.exact
+    first = np.bincount(np.arange(0, 10000, 1000) >> 12)
+    assert 10 * 10 + np.square(first).sum() < loose.value**2 < 1000
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,8 @@ def worst_cycle(strategy: CausalMatrix, period: int) -> tuple[float, bool] | Non
     n = strategy.n_steps
     rounds = -(-n // period)
     lags = range(0, strategy.bands, period)
-    if len(lags) * n > MEMORY:
+    inputs = 1 if strategy.coefficients is not None else strategy.bands
+    if len(lags) * n > MEMORY or inputs * n > 8 * MEMORY:
         return None
     # pairs[g, r, i]: the product of steps (r - g) b + i and r b + i.
     pairs = np.array(

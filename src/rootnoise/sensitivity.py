@@ -18,6 +18,7 @@ from scipy.signal import correlate
 
 from rootnoise._check import RootnoiseError
 from rootnoise.causal import CausalMatrix
+from rootnoise.dyadic import Tree, cycle_squares, most_squares
 from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
@@ -34,6 +35,8 @@ Array = NDArray[np.float64]
 PAIRWISE_WORK = 2**27
 # Sums of FFT products carry this relative error; the pairwise test must not fail because of it.
 ROUNDING = 1e-12
+# Steps of the largest Gram matrix: 0.5 GB, and 20 s.
+DENSE = 2**13
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,13 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
         return Sensitivity(_root(_best_pattern(squares, participation)), True, "orthogonal columns")
     if strategy.coefficients is not None:
         return _toeplitz(strategy, strategy.coefficients, participation)
-    return _worst(strategy, participation) or _gram(strategy.dense(), participation)
+    found = _worst(strategy, participation)
+    if found is None and isinstance(strategy, Tree):
+        return _tree(strategy, participation)
+    if found is None and strategy.n_steps > DENSE:
+        bound = _best_pattern(strategy.column_norms(), participation)  # triangle inequality
+        return Sensitivity(bound, False, "sum of column norms")
+    return found or _gram(strategy.dense(), participation)
 
 
 def _refuse_overlaps(strategy: CausalMatrix, most: int, name: str, kind: str) -> None:
@@ -185,6 +194,17 @@ def _gram(c: Array, participation: FixedCycle | MinSeparation) -> Sensitivity:
         return Sensitivity(_root(bound), signed >= bound, "every cycle of the Gram matrix")
     rows = np.array([_best_pattern(row, participation) for row in np.abs(x)])
     return Sensitivity(_root(_best_pattern(rows, participation)), False, "rows of the Gram matrix")
+
+
+def _tree(strategy: Tree, participation: FixedCycle | MinSeparation) -> Sensitivity:
+    """Binary trees: no estimator releases more than all block sums, and "full" just those."""
+    n, b, k = strategy.n_steps, participation.min_sep, participation.max_participations
+    method, whole = "blocks of the tree", strategy.estimator == "full"
+    cycles = cycle_squares(n, b)
+    if isinstance(participation, FixedCycle):
+        return Sensitivity(_root(cycles.max()), whole, method)
+    bound = most_squares(n, b, k)
+    return Sensitivity(_root(bound), whole and k * b >= n and cycles[0] == bound, method)
 
 
 def _root(square: float) -> float:

@@ -11,9 +11,10 @@ from typing import Any
 from rootnoise import error
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product, chain
+from rootnoise.dyadic import Tree, TreeErrors
 from rootnoise.participation import Participation, SingleParticipation
 from rootnoise.sensitivity import Sensitivity, sensitivity
-from rootnoise.workload import Workload
+from rootnoise.workload import SGD, Workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +48,14 @@ class Factorization:
         """B = A C^-1."""
         if self.known_decoder is not None:
             return self.known_decoder
-        a = self.workload.matrix
+        a, c = self.workload.matrix, self.strategy
+        if isinstance(c, Tree) and isinstance(self.workload, SGD):
+            beta, alpha = self.workload.momentum, self.workload.decay
+            return TreeErrors(self.workload.recurrence, self.noising, c.estimator, beta, alpha)
         # Toeplitz maps commute, and a filter over the column of A costs less than a dense product.
-        if a.is_toeplitz and self.strategy.is_toeplitz:
+        if a.is_toeplitz and c.is_toeplitz:
             return Product(self.noising, a)
-        if any(kind == "other" for kind, _ in chain(self.strategy)):
+        if any(kind == "other" for kind, _ in chain(c)):
             a = self.workload.recurrence  # what streams with little state has its norms from that
         return Product(a, self.noising)
 

@@ -34,6 +34,9 @@ from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]
 
+# The inverse of p bands dies out after some 32 p steps, and errors take their square in time: 10 s.
+TRANSIENT, LONGEST = 32, 2**16
+
 
 @register("column-normalised")
 def column_normalised(
@@ -50,7 +53,8 @@ def column_normalised(
     participation this is the column-normalised square root, in O(n^2) time for its error.
 
     Raises:
-        RootnoiseError: more bands than the separation, where one person takes part more than once.
+        RootnoiseError: more bands than the separation, where one person takes part more than once,
+            or so many that errors would take O(n^2) time beyond 65,536 steps.
     """
     _, search = _search("column-normalised", workload, participation, base, bands, progress)
     search(np.ones(workload.n_steps))
@@ -77,7 +81,8 @@ def epoch_scaled(
     by 2 to 5 %, and with a learning rate that falls to zero by a fifth.
 
     Raises:
-        RootnoiseError: more bands than the separation, where one person takes part more than once.
+        RootnoiseError: more bands than the separation, where one person takes part more than once,
+            or so many that errors would take O(n^2) time beyond 65,536 steps.
 
     >>> from rootnoise.workload import prefix_sum
     >>> epoch_scaled(prefix_sum(6), FixedCycle(3, 2)).strategy.column_norms().round(3)
@@ -104,10 +109,16 @@ def _search(
 ) -> tuple[Factorization, Search]:
     """Return the base and a search over the column norms s, where None keeps those of the base."""
     plain = factorize(workload, participation, base, bands=bands)
-    b = default_bands(workload.n_steps, participation)
+    n = workload.n_steps
+    b = default_bands(n, participation)
     if plain.strategy.bands > b:
         raise RootnoiseError(
             f"bands must be in [1, {b}] for scaled columns, got {plain.strategy.bands} ({base})"
+        )
+    if min(n, TRANSIENT * plain.strategy.bands) > LONGEST:
+        raise RootnoiseError(
+            f"bands must be in [1, {LONGEST // TRANSIENT}] for scaled columns of n_steps={n}, "
+            f"got {plain.strategy.bands} ({base})"
         )
     norms = plain.strategy.column_norms()
 

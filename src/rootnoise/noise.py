@@ -28,6 +28,10 @@ Memory = Literal["look-ahead", "ring", "regenerate", "offload"]
 # Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
 MOST_STEPS = 64
 
+# Rows of state from which a second thread gains more than handing Python's lock over costs: on two
+# cores, a million values took 10 and 19 ms on one and two threads at 3 rows, 12 and 8 ms at 63.
+PARALLEL = 32
+
 
 class NoiseStream:
     """The noise of one training run, a float32 vector a step, and it only moves forward.
@@ -52,7 +56,8 @@ class NoiseStream:
             is "look-ahead" on the CPU for a `device` that is short of memory.
         block_steps: steps m made at once, if not those of `memory`.
         device: where `next` delivers, and, but for "offload", where the state is.
-        threads: of the CPU; torch.get_num_threads() when None.
+        threads: of the CPU; when None, torch.get_num_threads() for states of 32 rows or more, else
+            one: smaller products are so short that threads wait for each other (measured).
         source: where Z comes from, built as source(key, device): `AesSource` on the CPU and
             `CudaSource` on a GPU when None.
 
@@ -86,7 +91,10 @@ class NoiseStream:
         self.device = torch.device(device)
         place = torch.device("cpu") if memory == "offload" else self.device
         on_cpu = place.type == "cpu"
-        n_threads = integer("threads", torch.get_num_threads() if threads is None else threads, 1)
+        s = mechanism.noising.state_size
+        if threads is None:
+            threads = torch.get_num_threads() if s >= PARALLEL else 1
+        n_threads = integer("threads", threads, 1)
         make = source or (AesSource if on_cpu else CudaSource)
         keyed = self.key.derive(f"noise {mechanism.fingerprint}")
         sources = [make(keyed, place) for _ in range(n_threads if on_cpu else 1)]
@@ -94,7 +102,6 @@ class NoiseStream:
         held = [(0, self.n_parameters)] if spans is None else spans
         self._engine = Engine(sources, held, self.n_parameters, place)
 
-        s = mechanism.noising.state_size
         if block_steps is None:
             block_steps = 1 if memory == "ring" else min(max(1, s), MOST_STEPS, self.n_steps)
         self.block_steps = integer("block_steps", block_steps, 1, self.n_steps, high_name="n_steps")

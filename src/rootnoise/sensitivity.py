@@ -204,7 +204,8 @@ def _tree(strategy: Tree, participation: FixedCycle | MinSeparation) -> Sensitiv
     if isinstance(participation, FixedCycle):
         return Sensitivity(_root(cycles.max()), whole, method)
     bound = most_squares(n, b, k)
-    return Sensitivity(_root(bound), whole and k * b >= n and cycles[0] == bound, method)
+    reached = bool(cycles[0] == bound)
+    return Sensitivity(_root(bound), whole and k * b >= n and reached, method)
 
 
 def _root(square: float) -> float:

@@ -26,7 +26,7 @@ from rootnoise import SGD, FixedCycle, Key, Mechanism, NoiseStream, SinglePartic
 from rootnoise.sampling import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 
-BYTES = 6e9  # of buffers that a machine of this size can spare
+BYTES = 16e9  # of buffers that a machine of 24 GB can spare
 
 JAX = """
 import sys, time, jax, jax.numpy as jnp, numpy as np

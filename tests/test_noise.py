@@ -24,7 +24,7 @@ from rootnoise.diagonals import Banded
 from rootnoise.engine import full_precision
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
-from rootnoise.noise import MOST_STEPS, NoiseStream
+from rootnoise.noise import MOST_STEPS, SMALL, NoiseStream
 from rootnoise.normals import AesSource, CudaSource
 from rootnoise.participation import FixedCycle, SingleParticipation
 from rootnoise.randomness import Key
@@ -345,10 +345,10 @@ def bisr(bands=5, n_steps=40):
 @pytest.mark.parametrize("bands", [1, 2, 5, 40])
 def test_every_memory_mode_makes_the_same_noise(memory, bands):
     m = bisr(bands)
-    noise = run(NoiseStream(m, 50, KEY, memory=memory))
+    stream = NoiseStream(m, 50, KEY, memory=memory)
+    noise = run(stream)
     assert_close(noise, oracle(m, 50))
-    block_steps = 1 if memory == "ring" else max(1, bands - 1)
-    like = NoiseStream(m, 50, KEY, block_steps=block_steps)
+    like = NoiseStream(m, 50, KEY, block_steps=stream.block_steps)
     np.testing.assert_array_equal(noise, run(like))
 
 
@@ -365,13 +365,15 @@ def test_regeneration_has_the_same_bits_in_blocks_of_every_size(block_steps):
 @pytest.mark.parametrize(
     ("make", "memory", "rows"),
     [
-        (mechanism, "look-ahead", 4),  # bands 5: the noise is the state
-        (mechanism, "ring", 4),
-        (mechanism, "offload", 4),
-        (bisr, "look-ahead", 8),  # 4 of z, 4 of noise
+        (partial(mechanism, bands=9), "look-ahead", 8),  # the noise is the state
+        (partial(mechanism, bands=9), "ring", 8),
+        (partial(mechanism, bands=9), "offload", 8),
+        (mechanism, "look-ahead", 8),  # 4 of state, which are noise too, and 4 more
+        (bisr, "look-ahead", 12),  # 4 of z, 8 of noise
         (bisr, "ring", 5),
         (bisr, "regenerate", 4),
         (partial(bisr, bands=1), "look-ahead", 1),
+        (partial(bisr, bands=2), "regenerate", 1),
         (partial(registered, "blt"), "ring", 2),  # one buffer and the noise of the step
         (partial(registered, "lambda-cgd"), "regenerate", 1),
     ],
@@ -558,16 +560,26 @@ def test_the_tensor_is_the_callers_own():
         tensor.zero_()
 
 
-@pytest.mark.parametrize("bands", [1, 2, 16, 40])
-def test_look_ahead_costs_a_banded_strategy_no_memory(bands):
-    stream = NoiseStream(mechanism(bands), 10)
-    assert stream.memory_rows == stream.block_steps == max(1, bands - 1)
-    assert NoiseStream(mechanism(bands), 10, memory="ring").memory_rows == max(1, bands - 1)
-    assert NoiseStream(mechanism(bands), 10, block_steps=30).memory_rows == max(30, bands - 1)
+@pytest.mark.parametrize(("bands", "rows"), [(1, 1), (2, 8), (9, 8), (16, 16), (40, 40), (66, 65)])
+def test_look_ahead_costs_a_banded_strategy_at_most_seven_rows(bands, rows):
+    stream = NoiseStream(mechanism(bands, n_steps=80), 10)
+    assert stream.memory_rows == rows
+    assert stream.block_steps == min(rows, MOST_STEPS)
+    ring = NoiseStream(mechanism(bands, n_steps=80), 10, memory="ring")
+    assert ring.memory_rows == max(1, bands - 1)
+    ahead = NoiseStream(mechanism(bands, n_steps=80), 10, block_steps=30)
+    assert ahead.memory_rows == max(30, bands - 1)
 
 
 def test_a_default_block_is_bounded():
     assert NoiseStream(mechanism(bands=200, n_steps=200), 10).block_steps == MOST_STEPS
+
+
+@pytest.mark.parametrize(("n_parameters", "rows"), [(SMALL, 8), (SMALL + 1, 3)])
+def test_a_large_vector_holds_no_row_for_speed_alone_wherever_its_spans_lie(n_parameters, rows):
+    for spans in ([(0, 5)], [(n_parameters - 5, n_parameters)]):
+        stream = NoiseStream(mechanism(bands=4), n_parameters, spans=spans)
+        assert stream.memory_rows == stream.block_steps == rows
 
 
 # --------------------------------------------------------------------------------------- refusals
@@ -752,9 +764,9 @@ def test_another_run_is_not_continued(change):
     ],
 )
 def test_a_damaged_state_is_refused(change, message):
-    stream = NoiseStream(mechanism(), 10, KEY)
+    stream = NoiseStream(mechanism(), 10, KEY, block_steps=4)
     run(stream, 3)
-    fresh = NoiseStream(mechanism(), 10, KEY)
+    fresh = NoiseStream(mechanism(), 10, KEY, block_steps=4)
     with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}"):
         fresh.load_state_dict(stream.state_dict() | change)
     assert_close(run(fresh), oracle(mechanism(), 10))  # a refused state leaves no trace

@@ -139,7 +139,7 @@ def test_a_planned_run_trains_and_passes_its_audit(capsys, tmp_path):
     )
     assert main([*line.split(), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert (result["bands"], result["memory_rows"]) == (4, 3)
+    assert (result["bands"], result["memory_rows"]) == (4, 8)
     assert "added to or removed from the data set" in result["claim"]
     assert main(["audit", f"{tmp_path}/run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["held"] is True
@@ -189,6 +189,8 @@ def test_secret_batches_survive_a_resume(capsys, tmp_path, monkeypatch, sampling
         ({"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
         ({"weight_decay": 0.1, "decay": 0.9}, "decay must be 1 with weight_decay, got 0.9"),
         ({"bands": "many"}, "bands must be an integer, got 'many'"),
+        ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "cuda:"}, "device must be cpu, cuda or cuda:N, got 'cuda:'"),
     ],
 )
 def test_refusals(settings, line):

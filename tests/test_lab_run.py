@@ -145,9 +145,27 @@ def test_checkpoints_come_every_so_many_steps_and_each_epoch(tmp_path, every):
 def test_other_surroundings_are_warned_of(tmp_path, monkeypatch):
     config = with_(insecure_noise_seed=5)
     stopped(tmp_path / "out", config)
-    monkeypatch.setattr(trainer_module, "surroundings", lambda: "torch 1.0, 99 threads")
+    monkeypatch.setattr(trainer_module, "surroundings", lambda device: "torch 1.0, 99 threads")
     with pytest.warns(SurroundingsWarning, match=r"goes on in torch 1\.0, .* written in torch 2"):
         run(config, tmp_path / "out", resume=True)
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(tmp_path):
+    line = r"^device must be one that torch finds here \(\d+ GPUs\), got cuda:99$"
+    with pytest.raises(RootnoiseError, match=line):
+        run(with_(device="cuda:99"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_run_on_a_gpu_is_resumed_there_and_leaves_weights_for_the_cpu(tmp_path):
+    config = with_(device="cuda", insecure_noise_seed=0)
+    whole = run(config, tmp_path / "whole")
+    resumed = run(config, stopped(tmp_path / "part", config), resume=True)
+    assert whole.accuracy == resumed.accuracy > 0.5
+    for name, weight in weights(tmp_path / "whole").items():
+        assert weight.device.type == "cpu"
+        torch.testing.assert_close(weight, weights(tmp_path / "part")[name])
 
 
 def test_secrets_are_private_while_the_run_lasts_and_gone_after_it(tmp_path):

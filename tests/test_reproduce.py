@@ -304,6 +304,14 @@ def test_a_real_cell_is_trained_and_told_by_its_settings(tmp_path):
     assert {run["config"]["lr"] for run in runs} >= {0.125, 0.25, 0.5}
 
 
+def test_runs_on_another_device_are_runs_of_their_own(trained, tmp_path):
+    path = tmp_path / "runs.jsonl"
+    Grid(path).run(STUDY)
+    on_cpu = len(trained)
+    Grid(path, device="cuda").run(STUDY)
+    assert [config.device for config in trained[on_cpu:]] == ["cuda"] * on_cpu
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "runs.jsonl"
     path.write_text('{"config": {}, "accuracy": 1}\n{"accuracy": 1}\n')

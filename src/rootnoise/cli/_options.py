@@ -18,6 +18,9 @@ Momentum = Annotated[float, typer.Option(help="Momentum beta of SGD, in [0, 1)."
 Decay = Annotated[
     float, typer.Option(help="Factor alpha on the parameters at each step; 1 is no decay.")
 ]
+Device = Annotated[
+    str, typer.Option(help="Where models train: cpu, cuda, or cuda:N. On a GPU so is the noise.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 

@@ -27,6 +27,7 @@ def reproduce(
             "[default: those that two CPU cores can do]."
         ),
     ] = None,
+    device: _options.Device = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set's files.")] = None,
     json: _options.Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def reproduce(
 
     if study and part not in ("all", "accuracy"):
         raise RootnoiseError(f"study must be left out for part {part}, got {study[0]!r}")
-    settings = Settings(out, quick, tuple(study or ()), data_dir)
+    settings = Settings(out, quick, tuple(study or ()), data_dir, device)
     claims = []
     for name in PARTS if part == "all" else [part]:
         with _progress.pieces(quiet=json) as report:

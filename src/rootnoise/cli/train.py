@@ -85,6 +85,7 @@ def train(
             help="Makes the noise repeatable. Then no privacy is claimed: experiments only."
         ),
     ] = None,
+    device: _options.Device = "cpu",
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set's files.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
@@ -125,6 +126,7 @@ def train(
         groups=groups,
         seed=seed,
         insecure_noise_seed=insecure_noise_seed,
+        device=device,
     )
     with _progress.steps(f"{mechanism} on {dataset}", quiet=json) as on_step:
         result = run(

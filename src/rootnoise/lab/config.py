@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,7 @@ class RunConfig:
     groups: int = 1
     seed: int = 0
     insecure_noise_seed: int | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         known = ("none", "dpsgd", *mechanisms())
@@ -123,6 +125,8 @@ class RunConfig:
         if self.bands not in (None, "auto"):
             integer("bands", self.bands, 1)  # type: ignore[arg-type]
         self._check_schedule()
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise RootnoiseError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.insecure_noise_seed is not None:
             integer("insecure_noise_seed", self.insecure_noise_seed, 0)

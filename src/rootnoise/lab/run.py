@@ -93,7 +93,8 @@ def run(
         optimizer = trainer.optimizer
         ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
         result = _result(config, trainer, folder.path)
-        folder.finish(trainer.model.state_dict(), asdict(result), stated, ledger)
+        weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+        folder.finish(weights, asdict(result), stated, ledger)
     return result
 
 

@@ -50,7 +50,9 @@ class Trainer:
         key: Key | None = None,
     ) -> None:
         self.data, self.sampler = data, sampler
-        self.model = build(config.model, data.input_shape, data.n_classes, config.seed)
+        self._device = _device(config.device)
+        model = build(config.model, data.input_shape, data.n_classes, config.seed)
+        self.model = model.to(self._device)
         sgd = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -113,8 +115,9 @@ class Trainer:
         self.optimizer.zero_grad()
         if batch.size:
             index = torch.from_numpy(batch)
-            logits = self.module(self.data.train_inputs[index])
-            loss = cross_entropy(logits, self.data.train_labels[index], reduction="sum")
+            logits = self.module(self.data.train_inputs[index].to(self._device))
+            labels = self.data.train_labels[index].to(self._device)
+            loss = cross_entropy(logits, labels, reduction="sum")
             torch.autograd.backward(loss)
         for group in self._sgd.param_groups:
             group["lr"] = float(self._lr[self.t])
@@ -125,7 +128,8 @@ class Trainer:
         self.model.eval()
         with torch.no_grad():
             inputs = torch.split(self.data.test_inputs, EVALUATION_BATCH)
-            guesses = torch.cat([self.model(part).argmax(1) for part in inputs])
+            logits = [self.model(part.to(self._device)) for part in inputs]
+            guesses = torch.cat(logits).argmax(1).cpu()
         self.model.train()
         return float((guesses == self.data.test_labels).double().mean())
 
@@ -134,7 +138,7 @@ class Trainer:
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": surroundings(),
+            "surroundings": surroundings(self._device),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
@@ -152,7 +156,7 @@ class Trainer:
         """
         if state.get("data") != self._data:
             raise RootnoiseError("training set must be the one the run began with, got another")
-        then, now = state.get("surroundings"), surroundings()
+        then, now = state.get("surroundings"), surroundings(self._device)
         if then != now:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "
@@ -169,10 +173,20 @@ class Trainer:
             raise RootnoiseError(f"checkpoint must fit this run, got {line:.120}") from None
 
 
-def surroundings() -> str:
+def surroundings(device: torch.device) -> str:
     """Return what the last bits of a run depend on besides its settings, in one line."""
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
-    return f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"
+    line = f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"
+    return line if device.type == "cpu" else f"{line}, {torch.cuda.get_device_name(device)}"
+
+
+def _device(name: str) -> torch.device:
+    """Return a device by name, or refuse one that is not here."""
+    device = torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        raise RootnoiseError(f"device must be one that torch finds here ({n_gpus} GPUs), got {name}")
+    return device
 
 
 class _PlainOptimizer:

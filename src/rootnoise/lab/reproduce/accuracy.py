@@ -69,7 +69,7 @@ def compute(settings: Settings, report: Report) -> Tables:
         if name not in known:
             raise RootnoiseError(f"study must be one of {', '.join(known)}, got {name!r}")
     path = settings.out / "runs.jsonl"
-    grid = Grid(path, settings.data_dir, report)
+    grid = Grid(path, settings.data_dir, report, settings.device)
     for name in chosen:
         grid.run(known[name])
     return {"accuracy": summarise(read(path))}

@@ -85,14 +85,20 @@ OnRun = Callable[[int, int, str], None]
 class Grid:
     """Runs studies into a file of one JSON object a run, and skips what the file holds already."""
 
-    def __init__(self, path: Path, data_dir: Path | None = None, on_run: OnRun | None = None):
-        self.path, self._data_dir, self._on_run = path, data_dir, on_run
+    def __init__(
+        self,
+        path: Path,
+        data_dir: Path | None = None,
+        on_run: OnRun | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.path, self._data_dir, self._on_run, self._device = path, data_dir, on_run, device
         self._done = {RunConfig(**run["config"]): run for run in read(path)}
 
     def run(self, study: Study) -> None:
         """Tune and train every cell of a study that is not in the file yet."""
         exponents = dict(METHODS.values())
-        cells = list(study.cells())
+        cells = [replace(cell, device=self._device) for cell in study.cells()]
         self._least = len(cells) * (3 + study.seeds)
         self._count = 0
         for cell in cells:
@@ -129,7 +135,7 @@ class Grid:
         start = time.process_time()
         data = _data(config.dataset, self._data_dir)
         sampler = make_sampler(config, data.n_train)
-        plain = replace(config, lr=1.0, seed=0, insecure_noise_seed=0)
+        plain = replace(config, lr=1.0, seed=0, insecure_noise_seed=0, device="cpu")
         mechanism = _mechanism(plain, data.n_train)
         trainer = Trainer(config, data, sampler, mechanism, make_key(config))
         for _ in range(config.epochs):

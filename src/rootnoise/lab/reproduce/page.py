@@ -21,6 +21,8 @@ rootnoise reproduce --quick --out paper     # everything, smaller, in minutes
 rootnoise reproduce errors --out paper      # or bounds, runtime, limits, accuracy
 rootnoise reproduce accuracy --study cifar10-one-epoch --study cifar10-epochs \\
     --data-dir ~/data --out paper           # the paper's data set, from your own folder
+rootnoise reproduce accuracy --study cifar10-resnet18 --study mnist --device cuda \\
+    --data-dir ~/data --out paper           # and on a GPU
 ```
 
 Accuracy keeps one line a finished run in `runs.jsonl` and goes on from there when run again.

@@ -33,12 +33,14 @@ class Settings:
         quick: fewer points, so that all parts take minutes.
         studies: names of `accuracy.studies`; those of two CPU cores where empty.
         data_dir: where data sets are.
+        device: of the runs that train, "cpu" or a GPU such as "cuda".
     """
 
     out: Path
     quick: bool = False
     studies: tuple[str, ...] = ()
     data_dir: Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

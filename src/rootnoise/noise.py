@@ -33,9 +33,9 @@ ROUND_STEPS, SMALL = 8, 2**22
 # Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
 MOST_STEPS = 64
 
-# Rows of state from which a second thread gains more than handing Python's lock over costs: on two
-# cores, a million values took 2.8 and 2.9 ms on one and two threads at 3 rows, 3.3 and 2.8 ms at 15,
-# 3.8 and 2.6 ms at 63.
+# Rows of state from which a second thread gains more than handing Python's lock over costs: a
+# million values took 2.8 and 2.9 ms on one and two threads at 3 rows, 3.3 and 2.8 ms at 15, 3.8 and
+# 2.6 ms at 63.
 PARALLEL = 15
 
 
@@ -57,9 +57,10 @@ class NoiseStream:
             half-open intervals (start, stop). State, output and memory cover these alone; a
             position's noise is the same whatever they are. None is the whole vector.
         memory: "look-ahead" makes as many steps at once as the state has rows (s, at most 64), for
-            up to 2^22 parameters rounded up to a multiple of 8; "ring" makes single steps from the least state; "regenerate" keeps no state and draws
-            the past z again, for mechanisms that remember nothing else (banded inverses); "offload"
-            is "look-ahead" on the CPU for a `device` that is short of memory.
+            up to 2^22 parameters rounded up to a multiple of 8; "ring" makes single steps from the
+            least state; "regenerate" keeps no state and draws the past z again, for mechanisms that
+            remember nothing else (banded inverses); "offload" is "look-ahead" on the CPU for a
+            `device` that is short of memory.
         block_steps: steps m made at once, if not those of `memory`.
         device: where `next` delivers, and, but for "offload", where the state is.
         threads: of the CPU; when None, torch.get_num_threads() for states of 15 rows or more, else

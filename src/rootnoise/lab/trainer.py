@@ -185,7 +185,8 @@ def _device(name: str) -> torch.device:
     device = torch.device(name)
     n_gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise RootnoiseError(f"device must be one that torch finds here ({n_gpus} GPUs), got {name}")
+        rule = f"device must be one that torch finds here ({n_gpus} GPUs)"
+        raise RootnoiseError(f"{rule}, got {name}")
     return device
 
 

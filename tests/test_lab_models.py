@@ -91,9 +91,9 @@ def mechanism_rows(mechanism: Mechanism) -> np.ndarray:
         # He et al. (2016): 11.7 million, less 0.5 of the 1000 classes; the first layer has a bias.
         ("resnet18", (3, 32, 32), 11_173_962 + 64),
         ("resnet18", (3, 64, 64), 11_173_962 + 64 + 64 * 3 * (49 - 9)),
-        ("transformer", (1, 28, 28), 32 * 17 + 49 * 32 + 2 * 8544 + 64 + 330),
-        ("transformer", (3, 9, 17), 32 * 28 + 3 * 6 * 32 + 2 * 8544 + 64 + 330),
-        ("transformer", (5,), 64 + 5 * 32 + 2 * 8544 + 64 + 330),
+        ("transformer", (1, 28, 28), 32 * 50 + 16 * 32 + 2 * 8544 + 64 + 16 * 320 + 10),
+        ("transformer", (3, 9, 17), 32 * 76 + 2 * 4 * 32 + 2 * 8544 + 64 + 8 * 320 + 10),
+        ("transformer", (5,), 64 + 5 * 32 + 2 * 8544 + 64 + 5 * 320 + 10),
     ],
 )
 def test_parameter_counts(name: str, shape: tuple[int, ...], expected: int | None) -> None:

@@ -194,7 +194,26 @@ def test_a_loss_is_reported_as_one():
         {"accuracy": [cell("BSR", 0.7, 0.01), cell("A·Id amplified", 0.8, 0.01)]}
     )
     assert claim.verdict == NOT
-    assert "worse in 1, within it in 0; on average by -10.0 points" in claim.evidence
+    assert "worse in 1, within it in 0 (epsilon 1: 0 better, 1 worse of 1); on" in claim.evidence
+    assert "on average by -10.0 points" in claim.evidence
+
+
+@pytest.mark.parametrize(("other", "verdict"), [(0.8, PARTLY), (0.9, NOT), (0.7, SMALLER)])
+def test_a_gain_in_most_settings_is_reproduced_in_part(other, verdict):
+    rows = [cell("BSR", 0.8, 0.01), cell("A·Id", 0.7, 0.01)]
+    rows += [cell("BSR", 0.8, 0.01, epsilon=2.0), cell("A·Id", other, 0.01, epsilon=2.0)]
+    (claim,) = accuracy.claims({"accuracy": rows})
+    assert claim.verdict == verdict
+    assert claim.evidence.count("1 better, 0 worse of 1") == 1 + (other == 0.7)
+
+
+def test_larger_models_are_judged_apart():
+    rows = [cell("BSR", 0.8, 0.01), cell("A·Id", 0.9, 0.01)]
+    rows += [cell("BSR", 0.8, 0.01, model="cnn"), cell("A·Id", 0.7, 0.01, model="cnn")]
+    every, larger = accuracy.claims({"accuracy": rows})
+    assert (every.verdict, larger.verdict) == (NOT, SMALLER)
+    assert larger.text == "The gain over A·Id carries over to larger models."
+    assert "in 1 of 1 settings" in larger.evidence
 
 
 def test_the_figure_has_a_panel_for_each_curve_or_else_for_each_study():

@@ -166,13 +166,18 @@ class _Encoder(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Tokens of the input, places, encoder blocks, and the mean token read out."""
+    """Tokens of the input, places, encoder blocks, and all tokens read out.
+
+    Few tokens, read out one by one, are what a short run can train: on the digits 4 patches a side
+    reach 97 % in 10 epochs without privacy, 32 % where the mean token is read, and 8 patches a side
+    10 to 20 % either way (SGD, lr 0.05, momentum 0.9).
+    """
 
     def __init__(self, shape: Shape, n_classes: int, width: int = 32, heads: int = 4) -> None:
         super().__init__()
         self.patch = 0
-        if len(shape) == 3:  # at most 8 patches a side
-            self.patch = max(1, -(-max(shape[1:]) // 8))
+        if len(shape) == 3:  # at most 4 patches a side
+            self.patch = max(1, -(-max(shape[1:]) // 4))
             tokens = math.prod(-(-side // self.patch) for side in shape[1:])
             self.embed = nn.Linear(shape[0] * self.patch**2, width)
         elif len(shape) == 1:
@@ -183,7 +188,9 @@ class _Transformer(nn.Module):
             raise RootnoiseError(f"input_shape of model transformer must be {rule}, got {shape}")
         self.places = nn.Embedding(tokens, width)
         self.blocks = nn.Sequential(_Encoder(width, heads), _Encoder(width, heads))
-        self.read = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, n_classes))
+        self.read = nn.Sequential(
+            nn.LayerNorm(width), nn.Flatten(), nn.Linear(tokens * width, n_classes)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the (batch, n_classes) logits."""
@@ -196,7 +203,7 @@ class _Transformer(nn.Module):
         # One row of places an example, for per-sample gradients.
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         tokens = self.blocks(self.embed(x) + self.places(places))
-        return torch.as_tensor(self.read(tokens.mean(1)))
+        return torch.as_tensor(self.read(tokens))
 
 
 # Channels are multiples of it, from 64 to 512.

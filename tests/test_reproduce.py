@@ -194,7 +194,7 @@ def test_a_loss_is_reported_as_one():
         {"accuracy": [cell("BSR", 0.7, 0.01), cell("A·Id amplified", 0.8, 0.01)]}
     )
     assert claim.verdict == NOT
-    assert "worse in 1, within it in 0 (epsilon 1: 0 better, 1 worse of 1); on" in claim.evidence
+    assert "in 0 of 1 settings (0 of 1 at epsilon 1), worse in 1, within it in 0" in claim.evidence
     assert "on average by -10.0 points" in claim.evidence
 
 
@@ -204,7 +204,7 @@ def test_a_gain_in_most_settings_is_reproduced_in_part(other, verdict):
     rows += [cell("BSR", 0.8, 0.01, epsilon=2.0), cell("A·Id", other, 0.01, epsilon=2.0)]
     (claim,) = accuracy.claims({"accuracy": rows})
     assert claim.verdict == verdict
-    assert claim.evidence.count("1 better, 0 worse of 1") == 1 + (other == 0.7)
+    assert f"(1 of 1 at epsilon 1, {int(other == 0.7)} of 1 at epsilon 2)" in claim.evidence
 
 
 def test_larger_models_are_judged_apart():

@@ -154,17 +154,19 @@ def _claim(text: str, rows: Sequence[Row], left: str, right: str) -> Claim | Non
         return None
     above, below = _beyond(gains)
     mean = 100 * float(np.mean([gain for gain, _ in gains]))
-    budgets = []
-    for epsilon in sorted({row["epsilon"] for row in rows}):
-        own = compare(where(rows, epsilon=epsilon), left, right)
-        if own:
-            budgets.append("epsilon {:g}: {} better, {} worse of {}".format(
-                epsilon, *_beyond(own), len(own))
-            )  # fmt: skip
+    budgets = {
+        epsilon: compare(where(rows, epsilon=epsilon), left, right)
+        for epsilon in sorted({row["epsilon"] for row in rows})
+    }
+    by_budget = ", ".join(
+        f"{_beyond(own)[0]} of {len(own)} at epsilon {epsilon:g}"
+        for epsilon, own in budgets.items()
+        if own
+    )
     evidence = (
         f"{left} is better by more than one standard deviation of the difference in {above} of "
-        f"{len(gains)} settings, worse in {below}, within it in {len(gains) - above - below} "
-        f"({'; '.join(budgets)}); on average by {mean:+.1f} points of accuracy."
+        f"{len(gains)} settings ({by_budget}), worse in {below}, within it in "
+        f"{len(gains) - above - below}; on average by {mean:+.1f} points of accuracy."
     )
     if right == AOF:
         holds, partly = below + above <= len(gains) // 3, False

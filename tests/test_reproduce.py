@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -291,6 +292,25 @@ def test_learning_rates_are_climbed_on_a_seed_of_its_own(trained, tmp_path):
     assert first == [*tuning, (1.0, 0), (1.0, 1)]
     # The next cell starts where this one ended.
     assert [c.lr for c in trained if c.epsilon == 2.0] == [1.0, 0.5, 2.0, 1.0, 1.0]
+
+
+def test_learning_rates_are_judged_by_the_mean_of_their_tuning_seeds(monkeypatch, tmp_path):
+    # One seed alone would go to lr 0.5, the mean of both stays at 0.25.
+    table = {(0.25, 0): 0.5, (0.25, 1): 0.9, (0.5, 0): 0.6, (0.5, 1): 0.1}
+    made = []
+
+    def train(self, config):
+        made.append((config.lr, config.seed))
+        value = table.get((config.lr, config.seed - TUNING_SEED), 0.0)
+        return {"accuracy": value, "n_steps": 8, "rmse": 1.0, "cpu_seconds": 0.0}
+
+    monkeypatch.setattr(Grid, "_train", train)
+    study = replace(STUDY, epsilons=(1.0,), tuning=2)
+    Grid(tmp_path / "runs.jsonl").run(study)
+    tuning = [(lr, TUNING_SEED + i) for lr in (0.25, 0.125, 0.5) for i in range(2)]
+    assert made == [*tuning, (0.25, 0), (0.25, 1)]
+    (row,) = accuracy.summarise(grid.read(tmp_path / "runs.jsonl"))
+    assert (row["seeds"], row["lr"]) == (2, 0.25)
 
 
 def test_the_climb_ends(trained, tmp_path, monkeypatch):

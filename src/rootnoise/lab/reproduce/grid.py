@@ -1,8 +1,8 @@
 """Private training in a grid of methods and budgets, each at its own best learning rate.
 
-The protocol, the same for every method: the learning rate is a power of two. On seed `TUNING_SEED`,
-which no table reports, it is doubled or halved from that of the method's last cell for as long as
-the accuracy on the test set grows; then the seeds 0, 1, ... train at that rate. Noise comes from
+The protocol, the same for every method: the learning rate is a power of two. On seeds from
+`TUNING_SEED` on, which no table reports, it is doubled or halved from that of the method's last cell
+for as long as the mean accuracy on the test set grows; then the seeds 0, 1, ... train at that rate. Noise comes from
 the seed too, so that a table can be made again; so none of these models may be released.
 """
 
@@ -49,6 +49,7 @@ class Study:
         epsilons: budgets, at delta 1e-5.
         seeds: repetitions.
         methods: labels of `METHODS`.
+        tuning: seeds on which a learning rate is judged.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Study:
     epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
     seeds: int = 3
     methods: Sequence[str] = tuple(METHODS)
+    tuning: int = 1
 
     def cells(self) -> Iterator[RunConfig]:
         """Return the settings of each cell, without learning rate and seed."""
@@ -99,7 +101,7 @@ class Grid:
         """Tune and train every cell of a study that is not in the file yet."""
         exponents = dict(METHODS.values())
         cells = [replace(cell, device=self._device) for cell in study.cells()]
-        self._least = len(cells) * (3 + study.seeds)
+        self._least = len(cells) * (3 * study.tuning + study.seeds)
         self._count = 0
         for cell in cells:
             best = self._tune(study, cell, exponents[cell.mechanism])
@@ -108,13 +110,18 @@ class Grid:
                 self._accuracy(study, cell, best, seed)
 
     def _tune(self, study: Study, cell: RunConfig, start: int) -> int:
-        tried = {start: self._accuracy(study, cell, start, TUNING_SEED)}
+        tried = {start: self._tried(study, cell, start)}
         while True:
             best = min(tried, key=lambda e: (-tried[e], e))
             new = [e for e in (best - 1, best + 1) if e not in tried]
             if not new or len(tried) >= TRIES:
                 return best
-            tried[new[0]] = self._accuracy(study, cell, new[0], TUNING_SEED)
+            tried[new[0]] = self._tried(study, cell, new[0])
+
+    def _tried(self, study: Study, cell: RunConfig, exponent: int) -> float:
+        """Return the mean accuracy on the tuning seeds."""
+        seeds = range(TUNING_SEED, TUNING_SEED + study.tuning)
+        return sum(self._accuracy(study, cell, exponent, seed) for seed in seeds) / study.tuning
 
     def _accuracy(self, study: Study, cell: RunConfig, exponent: int, seed: int) -> float:
         """Return the final test accuracy of one run, from the file where it is there."""

@@ -240,11 +240,12 @@ PART = Part(
     intro=(
         "Test accuracy at delta = 1e-5, clip norm 1, alpha = 0.9999, beta = 0.9: mean and standard "
         "deviation over seeds. Learning rates are powers of two, found for each method and setting "
-        "by doubling and halving on a seed that no table reports (one-epoch: on the mean of two); that "
-        "may miss the best by a factor of two, which is more than BSR and AOF differ by. All of it ran on two busy CPU "
-        "cores: the models are small, the seeds few, and cells without a number were not run. The "
-        "project's README has ten epochs of the CNN on Fashion-MNIST. Noise comes from the seed, "
-        "so that each number can be made again; so no privacy is claimed for these models."
+        "by doubling and halving on a seed that no table reports (one-epoch: on the mean of two); "
+        "that may miss the best by a factor of two, which is more than BSR and AOF differ by. All "
+        "of it ran on two busy CPU cores: the models are small, the seeds few, and cells without a "
+        "number were not run. The project's README has ten epochs of the CNN on Fashion-MNIST. "
+        "Noise comes from the seed, so that each number can be made again; so no privacy is "
+        "claimed for these models."
     ),
     compute=compute,
     claims=claims,

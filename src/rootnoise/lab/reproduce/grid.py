@@ -1,9 +1,10 @@
 """Private training in a grid of methods and budgets, each at its own best learning rate.
 
 The protocol, the same for every method: the learning rate is a power of two. On seeds from
-`TUNING_SEED` on, which no table reports, it is doubled or halved from that of the method's last cell
-for as long as the mean accuracy on the test set grows; then the seeds 0, 1, ... train at that rate. Noise comes from
-the seed too, so that a table can be made again; so none of these models may be released.
+`TUNING_SEED` on, which no table reports, it is doubled or halved from that of the method's last
+cell for as long as the mean accuracy on the test set grows; then the seeds 0, 1, ... train at that
+rate. Noise comes from the seed too, so that a table can be made again; so none of these models may
+be released.
 """
 
 from __future__ import annotations

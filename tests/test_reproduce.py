@@ -208,6 +208,13 @@ def test_a_gain_in_most_settings_is_reproduced_in_part(other, verdict):
     assert f"(1 of 1 at epsilon 1, {int(other == 0.7)} of 1 at epsilon 2)" in claim.evidence
 
 
+@pytest.mark.parametrize(("other", "verdict"), [(0.7, SMALLER), (0.8, SMALLER), (0.9, NOT)])
+def test_on_par_is_what_is_not_worse(other, verdict):
+    rows = [cell("BSR", 0.8, 0.01), cell("AOF", other, 0.01)]
+    (claim,) = accuracy.claims({"accuracy": rows})
+    assert (claim.text, claim.verdict) == ("BSR is on par with AOF.", verdict)
+
+
 def test_larger_models_are_judged_apart():
     rows = [cell("BSR", 0.8, 0.01), cell("A·Id", 0.9, 0.01)]
     rows += [cell("BSR", 0.8, 0.01, model="cnn"), cell("A·Id", 0.7, 0.01, model="cnn")]

@@ -168,8 +168,8 @@ def _claim(text: str, rows: Sequence[Row], left: str, right: str) -> Claim | Non
         f"{len(gains)} settings ({by_budget}), worse in {below}, within it in "
         f"{len(gains) - above - below}; on average by {mean:+.1f} points of accuracy."
     )
-    if right == AOF:
-        holds, partly = below + above <= len(gains) // 3, False
+    if right == AOF:  # on par is what is not worse, in two settings of three
+        holds, partly = below <= len(gains) // 3, False
     else:
         holds, partly = above == len(gains), above > below
     return Claim(text, SMALLER if holds else PARTLY if partly else NOT, evidence)

@@ -204,19 +204,19 @@ def test_a_true_claim_stands(true):
 
 
 @pytest.mark.parametrize("name", MECHANISMS)
-def test_the_best_of_eight_attacks_sees_much_of_a_true_claim(name):
+def test_the_best_of_sixteen_attacks_sees_much_of_a_true_claim(name):
     """Of epsilon 4: what 1500 canaries show at 99 %.
 
     The last digit of the noise multiplier goes into the key, and it is the machine's, so that no
-    seed fixes what one attack sees. Of 8 attacks on each mechanism at most 5 in 32 were below these
-    bounds; all eight are with probability below 1e-6.
+    seed fixes what one attack sees. Of 8 attacks on each mechanism at most 3 were below one of
+    these bounds; at that rate all of 16 are with probability (3 / 8)^16 = 2e-7.
     """
     m = MECHANISMS[name](4.0)
-    attacks = [Attack(m, MANY, seed) for seed in range(8)]
+    attacks = [Attack(m, MANY, seed) for seed in range(16)]
     random = m.participation.amplified
     shown = max(distinguish(attack).lower_bound for attack in attacks)
     assert shown > (0.3 if random else 2.0)
-    assert max(one_run(attack).lower_bound for attack in attacks) > (0.1 if random else 0.8)
+    assert max(one_run(attack).lower_bound for attack in attacks) > (0.3 if random else 0.8)
 
 
 def test_the_noise_of_the_engine_is_as_claimed(true):

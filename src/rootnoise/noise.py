@@ -110,10 +110,10 @@ class NoiseStream:
         self._engine = Engine(sources, held, self.n_parameters, place)
 
         if block_steps is None:
-            block_steps = 1 if memory == "ring" else max(1, s)
-            if memory in ("look-ahead", "offload") and self.n_parameters <= SMALL:
-                block_steps = max(1, -(-s // ROUND_STEPS) * ROUND_STEPS)
-            block_steps = min(block_steps, MOST_STEPS, self.n_steps)
+            ahead = 0 if memory == "ring" else s
+            if memory != "regenerate" and self.n_parameters <= SMALL:
+                ahead = -(-ahead // ROUND_STEPS) * ROUND_STEPS
+            block_steps = min(max(1, ahead), MOST_STEPS, self.n_steps)
         self.block_steps = integer("block_steps", block_steps, 1, self.n_steps, high_name="n_steps")
         self._regenerates = memory == "regenerate"
         self._plans: dict[int, BlockPlan] = {}

@@ -217,7 +217,8 @@ class Mechanism:
         sens, cost = self.sensitivity, self.privacy
         amplified = self.participation.amplified
         relation = (
-            "added to or removed from the data set"
+            "added to or removed from the data set (its slot of the public number of records stays, "
+            "empty or filled)"
             if amplified
             else "zeroed out (its gradients replaced by zero, everybody else's steps unchanged)"
         )
@@ -227,7 +228,7 @@ class Mechanism:
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         return (
-            f"({_round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one record "
+            f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one record "
             f"{relation}. Every record takes part {self.participation}, in {self.n_steps} steps. "
             f"Per-record gradients are clipped to l2 norm {self.clip_norm:g} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
@@ -375,11 +376,3 @@ def _refuse_edits(expected: Any, found: Any, where: str) -> None:
             f"{where or 'mechanism'} must match what its definition gives, "
             f"{expected!r:.80}, got {found!r:.80}"
         )
-
-
-def _round_up(value: float) -> str:
-    """Format with 6 significant digits, rounded up: a claim never states less than was spent."""
-    digits = 5 - math.floor(math.log10(value)) if value > 0 else 0
-    # A short decimal that only SAFETY has lifted stays that decimal.
-    up = math.ceil(value * 10.0**digits * (2 - accounting.SAFETY)) / 10.0**digits
-    return f"{up:.6g}"

@@ -68,16 +68,9 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
     >>> sensitivity(Toeplitz(np.array([1.0, 0.5, 0.375]), 9), FixedCycle(period=3, epochs=3)).value
     2.042516...
     """
-    participation.validate(strategy.n_steps)
-    match participation:
-        case SingleParticipation():
-            return _largest_column(strategy)
-        case CyclicPoisson(groups=groups):
-            _refuse_overlaps(strategy, groups, "groups", "cyclic")
-            return _largest_column(strategy)
-        case MinSepPoisson(min_sep=min_sep):
-            _refuse_overlaps(strategy, min_sep, "min_sep", "min-sep")
-            return _largest_column(strategy)
+    refuse_misfit(strategy, participation)
+    if isinstance(participation, SingleParticipation | CyclicPoisson | MinSepPoisson):
+        return _largest_column(strategy)
     if participation.max_participations == 1:
         return _largest_column(strategy)
     if strategy.bands <= participation.min_sep:
@@ -92,6 +85,20 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
         bound = _best_pattern(strategy.column_norms(), participation)  # triangle inequality
         return Sensitivity(bound, False, "sum of column norms")
     return found or _gram(strategy.dense(), participation)
+
+
+def refuse_misfit(strategy: CausalMatrix, participation: Participation) -> None:
+    """Refuse a strategy whose columns overlap where the accountant counts on it that they do not.
+
+    Raises:
+        RootnoiseError: the participation does not fit n_steps, or the bands exceed the groups.
+    """
+    participation.validate(strategy.n_steps)
+    match participation:
+        case CyclicPoisson(groups=groups):
+            _refuse_overlaps(strategy, groups, "groups", "cyclic")
+        case MinSepPoisson(min_sep=min_sep):
+            _refuse_overlaps(strategy, min_sep, "min_sep", "min-sep")
 
 
 def _refuse_overlaps(strategy: CausalMatrix, most: int, name: str, kind: str) -> None:

@@ -137,8 +137,14 @@ class _Delta:
         return upper(mean, square, size or drawn, largest, self.failure)
 
 
-def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
+def epsilon(
+    mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: int = 0
+) -> float:
     """Return an epsilon that is too small with probability at most `settings.failure`; maybe inf.
+
+    Every `evaluation` (a number >= 0) draws from streams of its own, independent of all others. So
+    the promise holds given all results before, also where the mixture was chosen by them, and the
+    union bound adds up over the evaluations of a search.
 
     Both directions have half of it. For a fixed epsilon below the true one, delta is above the
     target, and the bound on it is not but for `failure`; as the bound falls with epsilon, the root
@@ -147,10 +153,10 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
     _, tilt, tau = _choose(mixture, delta, settings)
     half, size = settings.failure / 2, settings.samples
     try:
-        removed = _remove(mixture, _stream(settings, 1), size, tilt, half)
+        removed = _remove(mixture, _stream(settings, 1, evaluation), size, tilt, half)
         if math.isinf(found := _root(removed.bound, delta)):
             return found
-        added = _add(mixture, _stream(settings, 2), size, tau, half)
+        added = _add(mixture, _stream(settings, 2, evaluation), size, tau, half)
     except FloatingPointError:
         return math.inf
     return found if added.bound(found) <= delta else _root(added.bound, delta)
@@ -216,5 +222,9 @@ def _root(function: Callable[[float], float], delta: float) -> float:
     return root
 
 
-def _stream(settings: MonteCarlo, purpose: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([settings.seed, purpose])))
+def _stream(settings: MonteCarlo, purpose: int, evaluation: int = 0) -> np.random.Generator:
+    """Return the stream of the pilot (0), the remove (1) or the add direction (2)."""
+    words = (purpose, evaluation >> 32, evaluation & 0xFFFFFFFF)
+    return np.random.Generator(
+        np.random.PCG64(np.random.SeedSequence(settings.seed, spawn_key=words))
+    )

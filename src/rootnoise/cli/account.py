@@ -171,9 +171,14 @@ def account(
         sigma = accounting.noise_multiplier_for(who, mu=goal.mu, rho=goal.rho)
     cost = accounting.privacy_cost(who, n, sigma, delta, strategy=strategy, monte_carlo=settings)
     bound = "exact" if cost.exact else "an upper bound"
+    relation = (
+        "added or removed (its slot of the public number of records stays, empty or filled)"
+        if who.amplified
+        else "zeroed out (everybody else's steps unchanged)"
+    )
     claim = (
-        f"({cost.epsilon:.6g}, {delta:g})-differential privacy for one record added, removed or "
-        f"zeroed out; noise multiplier {sigma:.9g} times clip norm times sensitivity; "
+        f"({accounting.round_up(cost.epsilon)}, {delta:g})-differential privacy for one record "
+        f"{relation}; noise multiplier {accounting.round_up(sigma, 9)} times clip norm times sensitivity; "
         f"epsilon is {bound} ({cost.method})."
     )
     values = {

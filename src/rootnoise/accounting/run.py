@@ -1,0 +1,279 @@
+"""(epsilon, delta) <-> noise multiplier, for a whole run.
+
+Without amplification the run is ONE Gaussian mechanism of sensitivity 1 and standard deviation
+`noise_multiplier`, whatever the strategy (Denisov et al. 2022: adaptivity costs nothing when C is
+lower-triangular). Its epsilon is exact. Where a person's steps are drawn at random, the accountant
+composes subsampled Gaussians, or samples the likelihood ratio of a Gaussian mixture. The page
+Accounting of the documentation says which theorem stands behind each number. Every number is
+rounded to the private side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.accounting import estimate, gaussian
+from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
+from rootnoise.accounting.estimate import Mixture
+from rootnoise.accounting.gaussian import GRID_TOLERANCE
+from rootnoise.accounting.separated import Separated, band_rows
+from rootnoise.causal import CausalMatrix
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    MinSeparation,
+    MinSepPoisson,
+    Participation,
+)
+from rootnoise.sensitivity import refuse_misfit, sensitivity
+
+# A calibration confirms at most this often; the evaluations share the probability of failure.
+ATTEMPTS = 8
+
+
+def privacy_cost(
+    participation: Participation,
+    n_steps: int,
+    noise_multiplier: float,
+    delta: float,
+    *,
+    strategy: CausalMatrix | None = None,
+    monte_carlo: MonteCarlo | None = None,
+) -> PrivacyCost:
+    """Return the epsilon that `noise_multiplier` buys at `delta`, one person added or removed.
+
+    Unamplified: Balle & Wang (2018), Theorem 8, exact. Cyclic Poisson: ceil(n / groups)
+    compositions of the Poisson-subsampled Gaussian (Choquette-Choo et al. 2023, Theorem 4; one
+    group is DP-SGD) by privacy loss distributions, an upper bound. Balls in bins and min-sep Poisson: an upper confidence bound by Monte Carlo.
+
+    Args:
+        participation: who may take part when.
+        n_steps: steps of the run.
+        noise_multiplier: standard deviation of Z over clip norm * sensitivity, as `sensitivity`
+            defines it for this participation.
+        delta: in (0, 1).
+        strategy: C; balls in bins and min-sep Poisson need it. Without it the epsilon of cyclic
+            Poisson holds for strategies of at most `groups` bands, as `method` says: one group,
+            independent noise.
+        monte_carlo: how to sample where that is needed.
+
+    Raises:
+        RootnoiseError: an argument out of range, n_steps that the participation refuses, or a
+            strategy that is missing or not its like.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> round(privacy_cost(SingleParticipation(), 100, 3.7306316348, 1e-5).epsilon, 6)
+    1.0
+    """
+    sigma = real("noise_multiplier", noise_multiplier, above=0)
+    real("delta", delta, above=0, below=1)
+    _check(participation, n_steps, strategy)
+    if isinstance(participation, BallsInBins | MinSepPoisson):
+        run = _Run.of(participation, n_steps, strategy, monte_carlo)
+        return run.cost(sigma, delta)
+    if isinstance(participation, CyclicPoisson):
+        rounds = participation.rounds(n_steps)
+        epsilon = gaussian.poisson_epsilon(sigma, participation.probability, rounds, delta)
+        method = f"PLD of {rounds} Poisson-subsampled Gaussians"
+        if strategy is None and participation.groups > 1:
+            method += f", for strategies of at most {participation.groups} bands"
+        elif strategy is None:
+            method += ", for independent noise"
+        return PrivacyCost(epsilon, delta, False, method)
+    epsilon = gaussian.gaussian_epsilon(sigma, delta)
+    mu = 1 / sigma
+    return PrivacyCost(epsilon, delta, True, "analytic Gaussian", mu, mu**2 / 2)
+
+
+def noise_multiplier(
+    participation: Participation,
+    n_steps: int,
+    epsilon: float,
+    delta: float,
+    tolerance: float = GRID_TOLERANCE,
+    *,
+    strategy: CausalMatrix | None = None,
+    monte_carlo: MonteCarlo | None = None,
+    progress: Progress | None = None,
+) -> float:
+    """Return the least noise multiplier found that costs at most `epsilon` at `delta`.
+
+    `privacy_cost` with the same arguments confirms it.
+
+    Args:
+        participation: who may take part when.
+        n_steps: steps of the run.
+        epsilon: what may be spent.
+        delta: in (0, 1).
+        tolerance: part of epsilon that the grid of a privacy loss distribution may waste; a larger
+            one is faster, and its noise multiplier larger, never too small.
+        strategy: C; balls in bins and min-sep Poisson need it.
+        monte_carlo: how to sample where that is needed.
+        progress: called with every noise multiplier tried and its epsilon.
+
+    Raises:
+        RootnoiseError: an argument out of range, n_steps that the participation refuses, a strategy
+            that is missing or not its like, or too few samples for this delta.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> round(noise_multiplier(SingleParticipation(), 100, epsilon=8, delta=1e-5), 6)
+    0.600229
+    """
+    target = real("epsilon", epsilon, above=0)
+    real("delta", delta, above=0, below=1)
+    tolerance = real("tolerance", tolerance, at_least=GRID_TOLERANCE, below=1)
+    _check(participation, n_steps, strategy)
+    if isinstance(participation, BallsInBins | MinSepPoisson):
+        run = _Run.of(participation, n_steps, strategy, monte_carlo)
+        return run.multiplier(target, delta, progress)
+    if isinstance(participation, CyclicPoisson):
+        q, rounds = participation.probability, participation.rounds(n_steps)
+        return gaussian.poisson_multiplier(target, q, rounds, delta, tolerance, progress)
+    return gaussian.gaussian_multiplier(target, delta)
+
+
+def noise_multiplier_for(
+    participation: Participation, *, mu: float | None = None, rho: float | None = None
+) -> float:
+    """Return the noise multiplier of a mu-GDP (Dong et al. 2022) or rho-zCDP run (Bun & Steinke).
+
+    Raises:
+        RootnoiseError: both or neither, a value out of range, or a participation that amplifies:
+            neither number is tight then.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> noise_multiplier_for(SingleParticipation(), rho=0.5)
+    1.0
+    """
+    if (mu is None) == (rho is None):
+        raise RootnoiseError(f"give exactly one of mu and rho, got mu={mu}, rho={rho}")
+    if participation.amplified:
+        raise RootnoiseError(
+            f"participation must not be random for mu and rho, got {participation.type}"
+        )
+    if rho is not None:
+        mu = math.sqrt(2 * real("rho", rho, above=0))
+    mu = real("mu", mu, above=0)  # type: ignore[arg-type]
+    sigma = 1 / mu
+    while 1 / sigma > mu:
+        sigma = math.nextafter(sigma, math.inf)
+    return sigma
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run whose steps are random, up to its noise; two with the same digest are the same.
+
+    Attributes:
+        name: the participation's type.
+        digest: of all that the mixture depends on.
+        at: its mixture at a noise multiplier.
+        worst: the sensitivity without amplification, in units of the one that scales the noise.
+        settings: of Monte Carlo.
+    """
+
+    name: str
+    digest: bytes
+    at: Callable[[float], Mixture] = field(compare=False)
+    worst: float
+    settings: MonteCarlo
+
+    @classmethod
+    def of(
+        cls,
+        participation: BallsInBins | MinSepPoisson,
+        n_steps: int,
+        strategy: CausalMatrix | None,
+        settings: MonteCarlo | None,
+    ) -> _Run:
+        if strategy is None:
+            raise RootnoiseError(f"strategy must be given for participation {participation.type}")
+        settings = settings or MonteCarlo()
+        scale = sensitivity(strategy, participation).value
+        if isinstance(participation, BallsInBins):
+            gram = bin_gram(strategy, participation.period) / scale**2
+            known = _digest(participation, gram)
+            return cls(participation.type, known, lambda s: Bins(gram / s**2), 1.0, settings)
+        b, p = participation.min_sep, participation.probability
+        rows = band_rows(strategy) / scale
+        often = MinSeparation(b, -(-n_steps // b))
+        worst = sensitivity(strategy, often).value / scale
+        known = _digest(participation, rows)
+        return cls(participation.type, known, lambda s: Separated(rows / s, b, p), worst, settings)
+
+    def cost(self, sigma: float, delta: float) -> PrivacyCost:
+        """Return the lesser of the upper confidence bound and of what holds anyway."""
+        certain = gaussian.gaussian_epsilon(sigma / self.worst, delta)
+        found = _sampled(self, sigma, delta)
+        if found >= certain:  # too few samples; random or not, the run is one Gaussian mechanism
+            return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
+        method = (
+            f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
+            f"samples each way from seed {self.settings.seed}, too small with probability "
+            f"{self.settings.failure:g}"
+        )
+        return PrivacyCost(found, delta, False, method, monte_carlo=self.settings)
+
+    def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
+        """Bracket with forecasts, then confirm."""
+        report: Progress = progress or (lambda sigma, epsilon: None)
+
+        def forecast(log_sigma: float) -> float:
+            sigma = math.exp(log_sigma)
+            epsilon = estimate.forecast(self.at(sigma), delta, self.settings)
+            report(sigma, epsilon)
+            return min(epsilon, 10 * target)  # it is infinite where sigma is far too small
+
+        enough = gaussian.gaussian_multiplier(target, delta) * self.worst
+        high = math.log(enough)
+        if forecast(high) > target:
+            return enough  # amplification does not pay for the confidence
+        aim, low = target, high
+        for _ in range(ATTEMPTS):
+            while forecast(low) <= aim:
+                low -= 0.5
+            log_sigma = float(brentq(lambda s: forecast(s) - aim, low, high, xtol=1e-3))  # noqa: B023
+            sigma = math.exp(log_sigma)
+            found = self.cost(sigma, delta).epsilon
+            report(sigma, found)
+            if found <= target:
+                return sigma
+            aim *= 0.998 * target / found
+        return enough
+
+
+def _check(participation: Participation, n_steps: int, strategy: CausalMatrix | None) -> None:
+    """Refuse a strategy that the participation does not cover, as `sensitivity` does."""
+    participation.validate(integer("n_steps", n_steps, 1))
+    if strategy is None:
+        return
+    if strategy.n_steps != n_steps:
+        raise RootnoiseError(f"strategy must have n_steps={n_steps}, got {strategy.n_steps}")
+    refuse_misfit(strategy, participation)
+
+
+def _digest(participation: Participation, numbers: NDArray[np.float64]) -> bytes:
+    content = np.ascontiguousarray(numbers).tobytes()
+    return hashlib.blake2b(repr((participation, numbers.shape)).encode() + content).digest()
+
+
+# A mechanism that is calibrated, saved and loaded asks for the same number each time.
+@lru_cache(maxsize=32)
+def _sampled(run: _Run, sigma: float, delta: float) -> float:
+    attempt = dataclasses.replace(run.settings, failure=run.settings.failure / ATTEMPTS)
+    # Its bits: no two noise multipliers share a stream. Whatever a calibration knew when it chose
+    # this one, the chance that its bound fails is an ATTEMPTS-th of `failure`; the sum is `failure`.
+    (bits,) = struct.unpack("<Q", struct.pack("<d", sigma))
+    return estimate.epsilon(run.at(sigma), delta, attempt, bits)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from rootnoise import RootnoiseError, mechanism
+from rootnoise import RootnoiseError, accounting, mechanism
 from rootnoise.causal import Toeplitz
 from rootnoise.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
@@ -169,7 +169,13 @@ def test_a_bounded_sensitivity_is_claimed_as_a_bound():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(8.000000000799999, "8.00001"), (8.0, "8"), (8.00001, "8.00001"), (8.000001, "8.00001"), (0.0, "0")],
+    [
+        (8.000000000799999, "8.00001"),
+        (8.0, "8"),
+        (8.00001, "8.00001"),
+        (8.000001, "8.00001"),
+        (0.0, "0"),
+    ],
 )
 def test_claimed_epsilon_is_rounded_up(value, text):
     assert accounting.round_up(value) == text

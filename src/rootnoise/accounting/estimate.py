@@ -137,9 +137,7 @@ class _Delta:
         return upper(mean, square, size or drawn, largest, self.failure)
 
 
-def epsilon(
-    mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: int = 0
-) -> float:
+def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: int = 0) -> float:
     """Return an epsilon that is too small with probability at most `settings.failure`; maybe inf.
 
     Every `evaluation` (a number >= 0) draws from streams of its own, independent of all others. So

@@ -28,7 +28,7 @@ def inverted(sigma: float, q: float, rounds: int, delta: float, add: bool) -> fl
 
     delta(eps) = 1/(2 pi) int M(z)^n e^(-z eps) / (z (1 + z)) dt, z = theta + i t; M by trapezoid.
     """
-    x = np.linspace(-14 * sigma, 14 * sigma + 1, 4001)
+    x = np.linspace(-14 * sigma, 14 * sigma + 1, 1501)
     zero = np.exp(-(x**2) / 2 / sigma**2) / sigma / math.sqrt(2 * math.pi) * (x[1] - x[0])
     excess = q * np.expm1((2 * x - 1) / 2 / sigma**2)
     loss = np.log1p(excess)
@@ -39,24 +39,25 @@ def inverted(sigma: float, q: float, rounds: int, delta: float, add: bool) -> fl
         return np.log1p(np.expm1(np.multiply.outer(z, loss)) @ upper_)
 
     def chernoff(theta):
-        return (rounds * float(log_m(np.array([theta]))[0]) - math.log(delta)) / theta
+        peak = theta * math.log(theta) - (1 + theta) * math.log1p(theta)  # of (1 - e^-x) e^-theta x
+        return (rounds * float(log_m(np.array([theta]))[0]) + peak - math.log(delta)) / theta
 
     thetas = np.geomspace(1e-2, 3e2, 400)
     with np.errstate(over="ignore"):  # beyond the largest theta that these losses allow
         theta = float(min(thetas, key=chernoff))
     h = 1e-3 * theta
     curve = float(log_m(np.array([theta + h, theta, theta - h])) @ [1, -2, 1]) / h**2
-    t = np.linspace(-12, 12, 1201) / math.sqrt(rounds * curve)
+    t = np.linspace(-30, 30, 4001) / math.sqrt(rounds * curve)
     z = theta + 1j * t
     power = rounds * log_m(z)
 
-    def log_delta(epsilon):
-        terms = np.exp(power - z * epsilon - (power[600].real - theta * epsilon)) / (z * (1 + z))
+    def excess_delta(epsilon):
+        terms = np.exp(power - z * epsilon - (power[2000].real - theta * epsilon)) / (z * (1 + z))
         total = float(terms.sum().real) * (t[1] - t[0]) / 2 / math.pi
-        return power[600].real - theta * epsilon + math.log(total) - math.log(delta)
+        return math.exp(power[2000].real - theta * epsilon - math.log(delta)) * total - 1
 
     centre = chernoff(theta)
-    return float(brentq(log_delta, centre * 0.5, centre * 1.01))
+    return float(brentq(excess_delta, centre * 0.7, centre))
 
 
 @pytest.mark.parametrize(

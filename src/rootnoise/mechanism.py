@@ -217,8 +217,8 @@ class Mechanism:
         sens, cost = self.sensitivity, self.privacy
         amplified = self.participation.amplified
         relation = (
-            "added to or removed from the data set (its slot of the public number of records stays, "
-            "empty or filled)"
+            "added to or removed from the data set (its slot of the public number of "
+            "records stays, empty or filled)"
             if amplified
             else "zeroed out (its gradients replaced by zero, everybody else's steps unchanged)"
         )
@@ -228,8 +228,8 @@ class Mechanism:
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         return (
-            f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one record "
-            f"{relation}. Every record takes part {self.participation}, in {self.n_steps} steps. "
+            f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one "
+            f"record {relation}. Every record takes part {self.participation}, in {self.n_steps} steps. "
             f"Per-record gradients are clipped to l2 norm {self.clip_norm:g} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
             f"{sens.value:.9g} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "

@@ -174,7 +174,7 @@ def poisson_multiplier(
     enough = alone * math.sqrt(rounds) * (1 + 1e-12)
     while _certain(enough, rounds, delta) > target:
         enough *= 1 + 1e-12
-    if q == 1 or _span(enough, q) > WIDEST:
+    if q == 1 or _span(enough, q) > WIDEST or target < FINEST_GRID:
         return enough
     sigma, power = math.log1p(1 / (alone * q) ** 2 / rounds) ** -0.5, 1.0
     grid = COARSEST_GRID
@@ -201,7 +201,7 @@ def _solved(ratio_at: Callable[[float], float], sigma: float, power: float) -> t
     """Return sigma with ratio_at(sigma) = 1, and the power -p of sigma that the ratio falls as."""
     before = None
     for _ in range(SECANTS):
-        ratio = min(ratio_at(sigma), 4.0)  # it is infinite where sigma is far too small
+        ratio = min(max(ratio_at(sigma), 0.25), 4.0)  # infinite where sigma is far too small
         if abs(ratio - 1) < 1e-6:
             break
         if before is not None and ratio != before[1]:

@@ -56,7 +56,8 @@ def privacy_cost(
 
     Unamplified: Balle & Wang (2018), Theorem 8, exact. Cyclic Poisson: ceil(n / groups)
     compositions of the Poisson-subsampled Gaussian (Choquette-Choo et al. 2023, Theorem 4; one
-    group is DP-SGD) by privacy loss distributions, an upper bound. Balls in bins and min-sep Poisson: an upper confidence bound by Monte Carlo.
+    group is DP-SGD) by privacy loss distributions, an upper bound.
+    Balls in bins and min-sep Poisson: an upper confidence bound by Monte Carlo.
 
     Args:
         participation: who may take part when.
@@ -274,6 +275,6 @@ def _digest(participation: Participation, numbers: NDArray[np.float64]) -> bytes
 def _sampled(run: _Run, sigma: float, delta: float) -> float:
     attempt = dataclasses.replace(run.settings, failure=run.settings.failure / ATTEMPTS)
     # Its bits: no two noise multipliers share a stream. Whatever a calibration knew when it chose
-    # this one, the chance that its bound fails is an ATTEMPTS-th of `failure`; the sum is `failure`.
+    # this one, its bound fails with an ATTEMPTS-th of `failure`: the union bound holds.
     (bits,) = struct.unpack("<Q", struct.pack("<d", sigma))
     return estimate.epsilon(run.at(sigma), delta, attempt, bits)

@@ -178,8 +178,8 @@ def account(
     )
     claim = (
         f"({accounting.round_up(cost.epsilon)}, {delta:g})-differential privacy for one record "
-        f"{relation}; noise multiplier {accounting.round_up(sigma, 9)} times clip norm times sensitivity; "
-        f"epsilon is {bound} ({cost.method})."
+        f"{relation}; noise multiplier {accounting.round_up(sigma, 9)} times clip norm times "
+        f"sensitivity; epsilon is {bound} ({cost.method})."
     )
     values = {
         "epsilon": cost.epsilon,

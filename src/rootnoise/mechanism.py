@@ -229,7 +229,8 @@ class Mechanism:
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         return (
             f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one "
-            f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one "
+            f"record {relation}. Every record takes part {self.participation}, in "
+            f"{self.n_steps} steps. "
             f"Per-record gradients are clipped to l2 norm {self.clip_norm:g} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
             f"{sens.value:.9g} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "

@@ -14,16 +14,17 @@ kappa = log sum_s p(s) e^(theta s), and theta such that eps is the mean of the c
 
 where the sum is of order one, so that errors stay relative to delta itself. What is added to it:
 
-* transforms. One of length N errs by at most c log2(N) u |x| in l2 (Higham 2002, Theorem 24.2).
-  |F r| <= 1 pointwise, and so the n-th power of the computed transform is off by n times as much,
-  and by n u (|arg| + |log|) of its own. Together |error of r^{*n}|_2 <= n u |r|_2 (ROUNDING
-  log2(N) + ROUNDING), and by Cauchy and Schwarz the sum errs by |g|_2 times that;
+* transforms. Every output is a sum of inputs times roots of unity, each off by at most a relative
+  eta log2 N, eta = mu + gamma_4 (sqrt 2 + mu) (Higham 2002, proof of Theorem 24.2), so that F r is
+  off by less than d = eta log2(N) |r|_1 pointwise, its n-th power by n d (|F r| + d)^(n - 1) and by
+  its own rounding, and the inverse adds eta log2(N) |(F r)^n|_2 in l2 (Theorem 24.2). All of it is
+  summed as computed, and by Cauchy and Schwarz the sum errs by |g|_2 times that;
 * a window. The transform is cyclic: mass outside its window is added somewhere inside. That only
   adds, but may take away from where the mass was, at most the mass itself, as g <= 1. Chernoff's
   inequality holds it below 2 TAIL.
 
-The relative error of e^(theta s - kappa) in r is paid for by a factor e^(n u ...). The masses p are
-taken as they come.
+The relative error of e^(theta s - kappa) in r is paid for by a factor e^(n u ...).
+docs/accounting.md has the derivation.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.fft import irfft, next_fast_len, rfft
+from scipy.fft import irfft, rfft
 from scipy.optimize import minimize_scalar
 
 Array = NDArray[np.float64]
 
 UNIT = 2.0**-53
-# Higham's constant is below 7 for accurate twiddle factors; two transforms and a power.
-ROUNDING = 32.0
+# eta in units of u: 1 + 4 sqrt 2 = 6.7 for twiddle factors right to u.
+ETA = 8.0
 # Mass of the tilted distribution that each side of the window may leave outside.
 TAIL = 1e-14
 # Points of the longest transform: 0.25 GB and 2 s.
 LONGEST = 2**22
+# Chernoff's inequality is tried at so many over the deviation.
+CHERNOFF = tuple(np.geomspace(0.5, 500.0, 12).tolist())
 # Powers theta to choose from, as exponents of e.
 LOG_POWERS = (-12.0, 12.0)
 
@@ -58,12 +61,14 @@ class Losses:
         first: the loss of the first mass, in widths.
         masses: at first, first + 1, ...
         infinity: mass at infinite loss.
+        excess: losses may truly be higher by so much.
     """
 
     width: float
     first: int
     masses: Array
     infinity: float
+    excess: float = 0.0
 
     def epsilon(self, rounds: int, delta: float) -> float:
         """Return an upper bound on the epsilon of `rounds` of them; inf where none can be stated.
@@ -81,7 +86,10 @@ class Losses:
             return 0.0
         losses = self.width * (self.first + np.flatnonzero(used)).astype(np.float64)
         tilted = _Tilted.at_delta(losses, self.masses[used], rounds, delta - lost)
-        return tilted.epsilon(self.width, delta - lost)
+        found = tilted.epsilon(self.width, delta - lost)
+        if math.isinf(found):  # every tilt gives a bound; half as much needs a shorter window
+            found = tilted.half().epsilon(self.width, delta - lost)
+        return found + rounds * self.excess
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +116,12 @@ class _Tilted:
         theta = math.exp(float(best.x))
         return cls(losses, logs, rounds, theta, _kappa(losses, logs, theta))
 
+    def half(self) -> _Tilted:
+        """Return the same losses with half the tilt."""
+        theta = self.theta / 2
+        kappa = _kappa(self.losses, self.log_masses, theta)
+        return _Tilted(self.losses, self.log_masses, self.rounds, theta, kappa)
+
     def epsilon(self, width: float, delta: float) -> float:
         """Return where the bound on delta falls to `delta`, or inf."""
         n, theta = self.rounds, self.theta
@@ -119,39 +133,36 @@ class _Tilted:
         span = int(cells[-1] - cells[0])
         low, high = n * int(cells[0]), n * int(cells[-1])
         slope = max(deviation, width)
-        for t in (2.0, 4.0, 6.0, 8.0, 10.0, 12.0):
+        for t in CHERNOFF:
             up = n * (_kappa(self.losses, self.log_masses, theta + t / slope) - self.kappa)
             down = n * (_kappa(self.losses, self.log_masses, theta - t / slope) - self.kappa)
             reach = slope / (t * width)
             high = min(high, math.ceil((up - math.log(TAIL)) * reach) + 1)
             low = max(low, math.floor((math.log(TAIL) - down) * reach) - 1)
-        size = int(next_fast_len(max(high - low + 1, 16), real=True))
+        size = 2 ** max(4, math.ceil(math.log2(high - low + 1)))
         if size > LONGEST:
             return math.inf
         folded = np.bincount((cells - cells[0]) % size, weights=r, minlength=size)
-        with np.errstate(divide="ignore"):
-            power = np.exp(n * np.log(rfft(folded)))
-        found = np.maximum(irfft(power, size), 0.0)
+        found, error = _power(folded, n)
         # Cell low is at place low - n cells[0] of the cycle.
         found = np.roll(found, -((low - n * int(cells[0])) % size))
-        norm = math.sqrt(float(folded @ folded))
-        error = n * UNIT * norm * ROUNDING * (math.log2(size) + 1)
         largest = float(np.abs(exponents).max() + np.abs(self.log_masses).max() + abs(self.kappa))
-        paid = n * UNIT * (largest + math.log2(span + 2) + 8) + max(0.0, n * math.log(r.sum()))
-        if paid > 1:
+        paid = n * UNIT * (2 * largest + span / size + 8)
+        if not paid <= 1:
             return math.inf
         places = width * (low + np.arange(size, dtype=np.float64))
+        reached = math.ceil(40 / theta / width) + 1  # beyond it g <= e^-40 < TAIL
+        apart = 4 * UNIT * float(np.abs(places).max())  # of places - epsilon
 
         def log_delta(epsilon: float) -> float:
             start = max(0, math.floor(epsilon / width) - low)
-            x = places[start:] - epsilon
-            x = np.maximum(x, 0.0)
+            x = np.maximum(places[start : start + reached] - epsilon, 0.0)
             g = -np.expm1(-x) * np.exp(-theta * x)
-            bulk = float(g @ found[start:])
+            bulk = float(g @ found[start : start + reached])
             # |g|_2 of the whole grid: the sum of its squares is at most the integral and a peak.
             square = 2 / ((2 * theta) * (2 * theta + 1) * (2 * theta + 2)) / width + 1
-            total = bulk + math.sqrt(square) * error + 2 * TAIL
-            return n * self.kappa - theta * epsilon + math.log(total) + paid + 1e-9
+            total = bulk + math.sqrt(square) * error + 3 * TAIL + apart
+            return n * self.kappa - theta * epsilon + math.log(total) + paid + 1e-8
 
         goal = math.log(delta)
         if log_delta(0.0) <= goal:
@@ -165,6 +176,24 @@ class _Tilted:
             middle = (above + below) / 2
             below, above = (middle, above) if log_delta(middle) > goal else (below, middle)
         return above
+
+
+def _power(r: Array, n: int) -> tuple[Array, float]:
+    """Return the cyclic n-fold convolution of r >= 0 and a bound on its error in l2."""
+    size = r.size
+    transform = rfft(r)
+    eta = ETA * UNIT * math.log2(size)
+    d = 1.01 * eta * float(r.sum())
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        logs = np.log(transform)
+        power = np.where(transform == 0, 0.0, np.exp(n * logs))
+        # n log z: the logarithm, the product and the exponential, relative to the power.
+        own = np.where(transform == 0, 0.0, np.abs(power) * (np.abs(logs) + 2))
+        lost = np.exp((n - 1) * np.log(np.abs(transform) + d))
+    errors = n * d * lost + 4 * UNIT * n * own + eta * np.abs(power)
+    # The other half of the frequencies is conjugate.
+    error = math.sqrt(2 / size) * float(np.linalg.norm(errors)) * 1.01
+    return np.maximum(irfft(power, size), 0.0), error
 
 
 def _kappa(losses: Array, log_masses: Array, theta: float) -> float:

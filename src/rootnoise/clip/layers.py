@@ -247,9 +247,7 @@ class Lookups:
 
     def kept(self, taps: Sequence[Taps]) -> KeptLookups:
         """See `Row`."""
-        owners, ids, g = (
-            torch.cat(x) for x in zip(*(self.found(t) for t in taps), strict=True)
-        )
+        owners, ids, g = (torch.cat(x) for x in zip(*(self.found(t) for t in taps), strict=True))
         if self.module.padding_idx is not None:
             used = ids != self.module.padding_idx
             owners, ids, g = owners[used], ids[used], g[used]
@@ -262,9 +260,7 @@ class Lookups:
 class KeptLookups:
     """Gradients of the rows looked up: the example, the row of the table, the gradient."""
 
-    def __init__(
-        self, n: int, owners: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor
-    ) -> None:
+    def __init__(self, n: int, owners: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
         self.n, self.owners, self.ids, self.rows = n, owners, ids, rows
 
     def squares(self) -> torch.Tensor:

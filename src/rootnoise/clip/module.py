@@ -190,9 +190,14 @@ class PrivateModule(nn.Module):
 
     def _fill(self, module: nn.Module, prefix: str = "") -> None:
         """Tap the layers of a module, each trainable parameter in one of them."""
-        own = {n for n, p in module.named_parameters(recurse=False) if p.requires_grad}
-        below = {n for n, p in module.named_parameters() if p.requires_grad} - own
-        if not own | below:
+        below = {p for child in module.children() for p in child.parameters() if p.requires_grad}
+        # A recurrent layer of Opacus also holds those of its cells, under torch's names.
+        own = {
+            n
+            for n, p in module._parameters.items()
+            if p is not None and p.requires_grad and p not in below
+        }
+        if not own and not below:
             return
         row = row_of(module, sorted(own)) if not below else None
         if row is not None or own or isinstance(module, WHOLE):
@@ -270,9 +275,7 @@ class PrivateModule(nn.Module):
     def _group_squares(self) -> torch.Tensor:
         """Return squared norms by layer, (layers, examples), of the loss as a sum."""
         where = next(iter(self._trainable.values())).device
-        squares = torch.zeros(
-            len(self._rows), self._book.rows, dtype=torch.float64, device=where
-        )
+        squares = torch.zeros(len(self._rows), self._book.rows, dtype=torch.float64, device=where)
         self._kept = {}
         for group, (tapped, row) in enumerate(self._rows.items()):
             taps = self._taps.pop(tapped, [])

@@ -57,8 +57,9 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         """Hand over, and pass the gradient on."""
-        ctx.call.layer.take(ctx.call, ctx.saved_tensors, gradients)
-        return None, None, *gradients, *(None for _ in ctx.saved_tensors)
+        inputs = ctx.saved_tensors  # once: checkpointing recomputes no second time
+        ctx.call.layer.take(ctx.call, inputs, gradients)
+        return None, None, *gradients, *(None for _ in inputs)
 
 
 class Copied(torch.autograd.Function):
@@ -77,8 +78,9 @@ class Copied(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         """Hand over, and pass the gradients on."""
-        ctx.call.layer.take(ctx.call, ctx.saved_tensors, gradients)
-        return None, None, None, *gradients, *(None for _ in ctx.saved_tensors)
+        inputs = ctx.saved_tensors
+        ctx.call.layer.take(ctx.call, inputs, gradients)
+        return None, None, None, *gradients, *(None for _ in inputs)
 
 
 @dataclass

@@ -359,7 +359,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("option", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
     def test_embeddings_that_read_the_batch(self, option: dict[str, Any]) -> None:
-        with pytest.raises(RootnoiseError, match="model must not use .* reads the whole batch"):
+        with pytest.raises(RootnoiseError, match=r"model must not use .* reads the whole batch"):
             PrivateModule(nn.Embedding(3, 2, **option))
 
     def test_a_second_forward(self) -> None:
@@ -408,14 +408,39 @@ class TestRefusals:
         with pytest.raises(RootnoiseError, match=r"layer 1 must take and give one row an example"):
             ours(torch.ones(3, 4, 2))
 
+    def test_tokens_in_the_rows_of_as_many_examples(self) -> None:
+        class Transposed(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = nn.Linear(2, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = self.layer(x.transpose(0, 1)).transpose(0, 1)
+                return y
+
+        with pytest.raises(RootnoiseError, match="layer layer must keep the examples apart"):
+            private(Transposed())(torch.randn(3, 3, 2))
+
+    def test_positions_that_all_examples_share(self) -> None:
+        class Positions(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.table = nn.Embedding(3, 2)
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                y: torch.Tensor = x + self.table(torch.arange(3))
+                return y
+
+        with pytest.raises(RootnoiseError, match="layer table must keep the examples apart"):
+            private(Positions())(torch.randn(3, 3, 2))
+
     def test_dropout_inside_a_layer_that_is_run_again(self) -> None:
         layer = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
         ours = private(First(layer, 3))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
-            loss = ours(torch.randn(3, 5, 4)).sum()
             with pytest.raises(RootnoiseError, match="layer layer must draw no random numbers"):
-                loss.backward()
+                ours(torch.randn(3, 5, 4)).sum().backward()
 
     def test_norms_without_forward_or_backward_or_of_other_rows(self) -> None:
         ours = private(nn.Linear(2, 2))

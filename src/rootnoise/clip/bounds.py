@@ -111,4 +111,5 @@ def _column_blocks(rows: torch.Tensor) -> Iterator[slice]:
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).square()
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norms.square()

@@ -149,28 +149,31 @@ def _input_dims(
     for place, x in zip(places, inputs, strict=True):
         leaves[place] = x
     args, kwargs = tree_unflatten(leaves, structure)
-    first = 0 if module.batch_first else 1
-    by_name: dict[int, int | None] = {}
-    if isinstance(module, nn.RNNBase):
-        names = ["input", "hx"]
-        where: dict[str, int | None] = {"input": first, "hx": 1}
-    else:
-        names = "query key value key_padding_mask need_weights attn_mask".split()
-        where = {"query": first, "key": first, "value": first, "key_padding_mask": 0}
-        where["attn_mask"] = None
-    for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+    by_tensor: dict[int, int | None] = {}
+    where = _argument_dims(module)
+    for name, value in [*zip(where, args, strict=False), *kwargs.items()]:
         for x in tree_flatten(value)[0]:
             if isinstance(x, torch.Tensor):
-                by_name[id(x)] = where[name]
+                by_tensor[id(x)] = where[name]
                 if name == "attn_mask" and x.dim() != 2:
                     rule = "must get an attention mask that all examples share"
                     raise RootnoiseError(f"layer {tapped.name} {rule}, got {x.dim()} dimensions")
-    found = [by_name[id(x)] for x in inputs]
-    for dim, x in zip(found, inputs, strict=True):
-        if dim is not None and (x.dim() <= dim or x.shape[dim] != rows):
-            rule = f"must get {rows} examples in dimension {dim}"
-            raise RootnoiseError(f"layer {tapped.name} {rule}, got shape {tuple(x.shape)}")
-    return found
+    return [by_tensor[id(x)] for x in inputs]
+
+
+def _argument_dims(module: nn.Module) -> dict[str, int | None]:
+    """Return where the examples lie in each argument of a recurrent or attention layer."""
+    first = 0 if module.batch_first else 1
+    if isinstance(module, nn.RNNBase):
+        return {"input": first, "hx": 1}
+    return {
+        "query": first,
+        "key": first,
+        "value": first,
+        "key_padding_mask": 0,
+        "need_weights": None,
+        "attn_mask": None,
+    }
 
 
 def _output_dim(module: nn.Module, index: int) -> int:

@@ -2,7 +2,7 @@
 
 | row | layers | norm |
 |---|---|---|
-| `Products` | Linear, Conv1d to Conv3d, Hugging Face's Conv1D | Gram matrices or the gradient itself |
+| `Products` | Linear, Conv1d-3d, Hugging Face's Conv1D | Gram matrices or the gradient itself |
 | `Lookups` | Embedding, EmbeddingBag | the gradient itself, of the rows looked up |
 | `Scales` | LayerNorm, GroupNorm, InstanceNorm, RMSNorm | the gradient itself |
 
@@ -31,13 +31,11 @@ Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, 
 
 
 class Row(Protocol):
-    """What the engine asks of a layer's row in the table.
+    """What the engine asks of a layer's row in the table."""
 
-    Attributes:
-        names: of the forward's arguments.
-    """
-
-    names: Sequence[str]
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the forward's arguments."""
 
     def small(self, taps: Sequence[Taps]) -> bool:
         """Return whether the per-sample gradients are no larger than the taps of these calls."""
@@ -175,7 +173,8 @@ class KeptProducts:
     ) -> None:
         """See `Kept`."""
         row = self.row
-        for part, a, g in self._blocks():
+        for part, inputs, outputs in self._blocks():
+            a, g = inputs, outputs
             if bad is not None:
                 a, g = (x.masked_fill(bad[part, None, None, None], 0) for x in (a, g))
             if row.weight:
@@ -203,7 +202,7 @@ class Convolution(Products):
         n, dims = len(a), len(m.kernel_size)
         mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
         a = functional.pad(_real(a), m._reversed_padding_repeated_twice, mode=mode)
-        a = a.unflatten(1, (self.groups, -1))
+        a = a.reshape(len(a), self.groups, -1, *a.shape[2:])
         strides, inner = a.stride()[:3], a.stride()[3:]
         size = (*a.shape[:2], *g.shape[2:], a.shape[2], *m.kernel_size)
         steps = [s * x for s, x in zip(m.stride, inner, strict=True)]

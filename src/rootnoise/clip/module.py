@@ -77,6 +77,7 @@ class PrivateModule(nn.Module):
         self._squares: torch.Tensor | None = None
         self._sums: dict[nn.Parameter, torch.Tensor] = {}
         self._bad = 0
+        self._probed = self._probing = False
         for name, p in self._trainable.items():
             guard_parameter(name, p)
 
@@ -98,17 +99,53 @@ class PrivateModule(nn.Module):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         if not tensors or not tensors[0].dim():
             raise RootnoiseError("model must get a tensor with one row an example, got none")
+        rows = len(tensors[0])
+        if not self._probed and rows > 1:
+            self._probe(rows, args, kwargs)
+            self._probed = True
+        return self._run(rows, args, kwargs)
+
+    def _run(self, rows: int, args: Any, kwargs: Any) -> Any:
+        book = self._book
         book.batch += 1
-        book.rows, book.open, book.inside = len(tensors[0]), True, True
+        book.rows, book.open, book.inside = rows, True, True
         try:
             with self.guard(self.module):
-                output = self.module(*args, **kwargs)
+                return self.module(*args, **kwargs)
         except BaseException:
             self.discard()
             raise
         finally:
             book.inside = False
-        return output
+
+    def _probe(self, rows: int, args: Any, kwargs: Any) -> None:
+        """Refuse a model in which the gradient of one example's output is in another's row.
+
+        Such are layers over (T, N, d) or a table of T positions, where T happens to be N; where it
+        is not, the number of rows tells. Nothing is kept, and no random number is used up.
+        """
+        with torch.random.fork_rng():
+            outputs = tree_leaves(self._run(rows, args, kwargs))
+            own = [
+                x[-1].flatten()
+                for x in outputs
+                if isinstance(x, torch.Tensor) and x.requires_grad and x.dim() and len(x) == rows
+            ]
+            try:
+                self._probing = True
+                weighted = [(x * torch.linspace(1, 2, len(x), device=x.device)).sum() for x in own]
+                if weighted:
+                    torch.autograd.backward(weighted)
+            finally:
+                self._probing = False
+                self.discard()
+
+    def _check_probe(self, tapped: Tapped, g: torch.Tensor) -> None:
+        if self._probing and bool((g[:-1] != 0).any()):
+            raise RootnoiseError(
+                f"layer {tapped.name} must keep the examples apart, each in its row of the first "
+                "dimension, got one example's gradient in another's row"
+            )
 
     def norms(self, rows: int) -> torch.Tensor:
         """Return an upper bound of each example's gradient norm, float64, or NaN and infinity.
@@ -231,7 +268,7 @@ class PrivateModule(nn.Module):
                 if p in seen:
                     tied.add(p)
                 seen.add(p)
-        self._groups = {}
+        self._groups: dict[nn.Parameter, int] = {}
         for group, tapped in enumerate(self._rows):
             for p in tapped.parameters.values():
                 self._groups.setdefault(p, group)
@@ -251,6 +288,7 @@ class PrivateModule(nn.Module):
         (g,) = gradients
         if g is None:
             return
+        self._check_probe(tapped, g)
         taps = dict(zip(call.context, inputs, strict=True)), g
         if row is None:
             sampler = opacus_sampler(tapped.module)
@@ -270,6 +308,7 @@ class PrivateModule(nn.Module):
             if rows.shape != (self._book.rows, p.numel()):
                 rule = f"must have {self._book.rows} gradients of {p.numel()} numbers"
                 raise RootnoiseError(f"layer {tapped.name} {rule}, got {tuple(rows.shape)}")
+            self._check_probe(tapped, rows)
             self._grads[p] = self._grads[p] + rows if p in self._grads else rows
 
     def _group_squares(self) -> torch.Tensor:
@@ -323,7 +362,6 @@ def _check(model: nn.Module) -> None:
         compiled = getattr(layer, "_compiled_call_impl", None) is not None
         if compiled or type(layer).__name__ == "OptimizedModule":
             raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
-        if isinstance(layer, nn.Embedding | nn.EmbeddingBag):
-            if layer.max_norm is not None or layer.scale_grad_by_freq:
-                option = "max_norm" if layer.max_norm is not None else "scale_grad_by_freq"
+        for option in ("max_norm", "scale_grad_by_freq"):
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
                 raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

@@ -161,7 +161,8 @@ class Tapped:
             self._check_rows(tensors[self.names[0]])
         self._check_rows(output)
         call.context = tuple(tensors)
-        return Tap.apply(call, self.book.anchor, output, *tensors.values())
+        tap: Any = Tap
+        return tap.apply(call, self.book.anchor, output, *tensors.values())
 
     def _tap_whole(self, call: Call, args: Any, kwargs: Any, output: Any) -> Any:
         outputs, shape = tree_flatten(output)
@@ -173,9 +174,8 @@ class Tapped:
         kind = next((x.device.type for x in tensors), "cpu")
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         call.context = (structure, rest, places, mine, kind, cast)
-        tapped = Copied.apply(
-            call, self.book.anchor, len(mine), *(outputs[i] for i in mine), *tensors
-        )
+        tap: Any = Copied
+        tapped = tap.apply(call, self.book.anchor, len(mine), *(outputs[i] for i in mine), *tensors)
         for i, x in zip(mine, tapped, strict=True):
             outputs[i] = x
         return tree_unflatten(outputs, shape)
@@ -216,7 +216,8 @@ def guard_parameter(name: str, parameter: nn.Parameter) -> Any:
             "private module in training mode, got a gradient from elsewhere"
         )
 
-    return parameter.register_hook(refuse)
+    hooked: Any = parameter
+    return hooked.register_hook(refuse)
 
 
 def _differentiable(x: Any) -> bool:

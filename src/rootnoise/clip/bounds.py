@@ -46,12 +46,38 @@ import torch
 SLACK = 1e-5  # of the clip norm, for the rounding of sums and of float64 norms
 FLOOR = 1e-6  # of S^2, for the rounding of Gram norms; bounds S by 1e3 norms
 ROWS = 4096  # terms of one product of matrices
-BLOCK = 1 << 21  # float64 numbers made at a time, 16 MB
+BLOCK = 1 << 21  # float64 numbers made at a time for one product, 16 MB
+CACHED = 1 << 18  # numbers made at a time that are read once, 1 to 2 MB
 
 
-def example_blocks(n: int, tokens: int, width: int) -> Iterator[slice]:
+class Sum:
+    """A float64 vector that its first summand overwrites: zeros cost a pass over memory.
+
+    >>> total = Sum(torch.full((2,), torch.nan, dtype=torch.float64))
+    >>> add_rows_(total, torch.eye(2), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    >>> total.vector
+    tensor([1., 2.], dtype=torch.float64)
+    """
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self.vector = vector
+        self.empty = True
+
+    def weight(self) -> int:
+        """Return what the next summand finds multiplied by: 0 once, then 1."""
+        beta, self.empty = int(not self.empty), False
+        return beta
+
+    def whole(self) -> torch.Tensor:
+        """Return the vector, zero where nothing was added."""
+        if self.weight() == 0:
+            self.vector.zero_()
+        return self.vector
+
+
+def example_blocks(n: int, tokens: int, width: int, most: int = BLOCK) -> Iterator[slice]:
     """Yield slices of n examples whose products have at most `ROWS` terms and fit a block."""
-    size = max(1, min(ROWS // max(1, tokens), BLOCK // max(1, tokens * width)))
+    size = max(1, min(ROWS // max(1, tokens), most // max(1, tokens * width)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
@@ -88,24 +114,29 @@ def row_squares(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def add_outer_(total: torch.Tensor, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> None:
-    """Add sum_i scale_i sum_t g_it a_it^T to a float64 (groups, d_out, d_in) array."""
+def add_outer_(
+    total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor
+) -> None:
+    """Add sum_i scale_i sum_t g_it a_it^T, (groups, d_out, d_in) when flat."""
     left = (g.double() * scale[:, None, None, None]).permute(1, 3, 0, 2).flatten(2)
     right = a.double().permute(1, 0, 2, 3).flatten(1, 2)
-    if len(total) == 1:
-        total[0].addmm_(left[0], right[0])
+    out = total.vector.view(len(left), left.shape[1], right.shape[2])
+    beta = total.weight()
+    if len(out) == 1:
+        out[0].addmm_(left[0], right[0], beta=beta)
     else:
-        total.baddbmm_(left, right)
+        out.baddbmm_(left, right, beta=beta)
 
 
-def add_rows_(total: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor) -> None:
-    """Add the rows of an (examples, size) matrix, each times its factor, to a float64 vector."""
+def add_rows_(total: Sum, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    """Add the rows of an (examples, size) matrix, each times its factor."""
+    beta = total.weight()
     for columns in _column_blocks(rows):
-        total[columns] += scale @ rows[:, columns].double()
+        total.vector[columns].addmv_(rows[:, columns].double().mT, scale, beta=beta)
 
 
 def _column_blocks(rows: torch.Tensor) -> Iterator[slice]:
-    size = max(1, BLOCK // max(1, len(rows)))
+    size = max(1, CACHED // max(1, len(rows)))
     for start in range(0, rows.shape[1], size):
         yield slice(start, start + size)
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.clip.bounds import add_rows_, row_squares
+from rootnoise.clip.bounds import Sum, add_rows_, row_squares
 from rootnoise.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.clip.layers import Row, Taps, row_of
 from rootnoise.clip.rules import ClipRule
@@ -75,7 +75,8 @@ class PrivateModule(nn.Module):
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
         self._norms: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
-        self._sums: dict[nn.Parameter, torch.Tensor] = {}
+        self._sums: dict[nn.Parameter, Sum] = {}
+        self._flat: dict[torch.device, torch.Tensor] = {}
         self._bad = 0
         self._probed = self._probing = False
         for name, p in self._trainable.items():
@@ -205,11 +206,13 @@ class PrivateModule(nn.Module):
         """
         if self._book.open:
             raise RootnoiseError("micro-batch must be added before the step is finished")
-        parts = [self._sum_of(p) for p in self._trainable.values()]
-        where = parts[0].device
-        total, bad = torch.cat([x.to(where) for x in parts]), self._bad
-        self._sums, self._bad = {}, 0
-        return total, bad
+        parts = [self._sum_of(p).whole() for p in self._trainable.values()]
+        where, bad = parts[0].device, self._bad
+        flat = self._flat.pop(where)
+        if self._flat:  # parameters on several devices
+            flat = torch.cat([x.to(where) for x in parts])
+        self._sums, self._flat, self._bad = {}, {}, 0
+        return flat, bad
 
     def discard(self) -> None:
         """Forget the forward and backward that were not added."""
@@ -349,9 +352,13 @@ class PrivateModule(nn.Module):
                 rows = rows.masked_fill(bad[:, None], 0)
             add_rows_(self._sum_of(p), rows, scales[self._groups[p]])
 
-    def _sum_of(self, p: nn.Parameter) -> torch.Tensor:
-        if p not in self._sums:
-            self._sums[p] = torch.zeros(p.numel(), dtype=torch.float64, device=p.device)
+    def _sum_of(self, p: nn.Parameter) -> Sum:
+        if p not in self._sums:  # then none of its device is there
+            alike = [q for q in self._trainable.values() if q.device == p.device]
+            sizes = [q.numel() for q in alike]
+            flat = torch.empty(sum(sizes), dtype=torch.float64, device=p.device)
+            self._flat[p.device] = flat
+            self._sums |= {q: Sum(x) for q, x in zip(alike, flat.split(sizes), strict=True)}
         return self._sums[p]
 
 

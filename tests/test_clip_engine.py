@@ -168,6 +168,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
     "group norm": (lambda: nn.GroupNorm(2, 4), floats(5, 4, 3, 3)),
     "instance norm": (lambda: nn.InstanceNorm2d(4, affine=True), floats(5, 4, 3, 3)),
     "PReLU": (lambda: nn.Sequential(nn.Linear(4, 3), nn.PReLU(3)), floats(5, 4)),
+    "attention with keys of its own": (
+        lambda: First(nn.MultiheadAttention(6, 2, batch_first=True, add_bias_kv=True), 3),
+        floats(4, 5, 6),
+    ),
     "attention": (
         lambda: First(nn.MultiheadAttention(6, 2, batch_first=True), 3),
         floats(4, 5, 6),
@@ -435,7 +439,7 @@ class TestRefusals:
             private(Positions())(torch.randn(3, 3, 2))
 
     def test_dropout_inside_a_layer_that_is_run_again(self) -> None:
-        layer = nn.MultiheadAttention(4, 2, dropout=0.5, batch_first=True)
+        layer = nn.MultiheadAttention(4, 2, dropout=0.5, add_bias_kv=True, batch_first=True)
         ours = private(First(layer, 3))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)

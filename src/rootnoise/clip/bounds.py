@@ -10,27 +10,35 @@ its T tokens, with inputs a_t and output gradients g_t. Two ways lead to its nor
    matrices, and the sum over all examples and tokens is one product of matrices.
 
 **Theorem (Gram norms).** Let u = 2^-53, S = sum_t |a_t| |g_t|, and q the sum above in float64,
-in any order. If d_in + d_out + T^2 <= 4e9, then q + FLOOR S^2 (1 + 1e-6) >= |c|^2, and
-q + FLOOR S^2 exceeds |c|^2 by at most 0.1 % of |c| squared, 2e-3 |c|^2, while S <= 44 |c|.
+in any order. If d_in + d_out + T^2 <= GRAM, then max(q + FLOOR S^2, S^2 / RATIO^2) (1 + 1e-9)
+>= |c|^2, and its root exceeds |c| by at most 0.1 % while S <= 31 |c|.
 *Proof.* A float64 inner product of length d errs by at most gamma_d sum_k |x_k y_k|
 <= gamma_d |x| |y|, gamma_d = d u / (1 - d u) (Higham 2002, section 3.1; any order). So each
 product of two Gram entries errs by at most ((1 + gamma_din)(1 + gamma_dout)(1 + u) - 1)
 |a_t||a_u||g_t||g_u|, and adding T^2 of them by gamma_{T^2} of their sum of magnitudes, which is at
-most S^2 (1 + 1e-6). Together at most 2 (d_in + d_out + T^2 + 4) u S^2 < 1e-6 S^2 = FLOOR S^2. The
-bound adds at most twice FLOOR S^2 = 2e-6 S^2 <= 4e-3 |c|^2 of which half is expected; without
-rounding, FLOOR S^2 <= 2e-3 |c|^2. QED
+most S^2 (1 + 1e-6). Together at most 2 (d_in + d_out + T^2 + 4) u S^2 < 0.9 FLOOR S^2, and S itself
+is known to a relative (d_in + d_out + T + 4) u. While S <= 31 |c|, q + FLOOR S^2 exceeds |c|^2 by
+at most 2 FLOOR S^2 <= 2e-3 |c|^2, and S^2 / RATIO^2 is the smaller. QED
 
-T tokens of independent directions have S about sqrt(T) |c|. Where S is more than 44 |c|, tokens
+T tokens of independent directions have S about sqrt(T) |c|. Where S is more than 31 |c|, tokens
 cancel; the factor is then smaller than it need be, never larger.
 
-**Theorem (sums).** Every example adds a vector of norm at most C (1 - SLACK), exactly computed
-from its factor and its arrays, and all sums are accumulated in float64 with products of at most
-K = max(ROWS, T) terms. Then the computed sums of two batches that differ in one of N examples
-differ by at most C, if N K <= 2e7 and the other examples' arrays are the same.
-*Proof.* Example i's terms have magnitudes f_i S_i <= C S_i / sqrt(FLOOR S_i^2) = 1e3 C in way 2
-and at most C in way 1, so a computed sum errs by at most gamma_{K + N} N 1e3 C < 1.01 N K 1e3 u C
-+ (additions to the running sum, gamma_N N C) in norm; twice that, for two batches, is below
-5e-6 C <= SLACK C. QED
+**Theorem (sums).** Example i adds a vector of norm at most C (1 - SLACK) before rounding. If a
+step has N <= EXAMPLES examples and N max(ROWS, T) <= TERMS, then the computed sums of two batches
+that differ in one example differ by at most C, the other examples' arrays being the same.
+*Proof.* Each rounded sum is compared to its exact one. Let K = max(ROWS, T). Way 2 adds products of
+matrices of at most K terms (sums for a bias: 2 K), whose magnitudes for example i have norm at most
+f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATIO N C in norm, by
+the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
+of norm at most C, err by u N each times N C. Way 1 has magnitudes of norm at most C and at most N
+terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different coordinates, at
+most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for two. Norms and
+factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
+QED
+
+Float32 products of matrices would be twice as fast and err by up to K^2 2^-24 C: 0.4 % of C for 256
+examples, which the noise would have to pay for; and torch may be told to make them in TF32 or
+bfloat16. So sums are float64 on every device.
 
 The analysis assumes that an example's own arrays do not depend on who else is in the batch. In
 floating point the kernels of some processors round a row differently in another batch size; as
@@ -43,9 +51,15 @@ from collections.abc import Iterator
 
 import torch
 
+from rootnoise._check import RootnoiseError
+
 SLACK = 1e-5  # of the clip norm, for the rounding of sums and of float64 norms
-FLOOR = 1e-6  # of S^2, for the rounding of Gram norms; bounds S by 1e3 norms
-ROWS = 4096  # terms of one product of matrices
+FLOOR = 1e-6  # of S^2, for the rounding of Gram norms
+RATIO = 100  # the most that S can be in norms
+GRAM = 4_000_000_000  # additions behind a Gram norm
+ROWS = 1024  # terms of one product of matrices, unless one example has more
+EXAMPLES = 100_000  # of a step
+TERMS = 110_000_000  # examples of a step times terms of a product
 BLOCK = 1 << 21  # float64 numbers made at a time for one product, 16 MB
 CACHED = 1 << 18  # numbers made at a time that are read once, 1 to 2 MB
 
@@ -73,6 +87,18 @@ class Sum:
         if self.weight() == 0:
             self.vector.zero_()
         return self.vector
+
+
+def check_size(examples: int, tokens: int) -> None:
+    """Refuse a step whose sums the theorem does not cover.
+
+    Raises:
+        RootnoiseError: more than `EXAMPLES`, or than `TERMS` over the tokens of an example.
+    """
+    most = min(EXAMPLES, TERMS // max(ROWS, tokens))
+    if examples > most:
+        rule = f"must have at most {most} examples ({tokens} tokens each), got {examples}"
+        raise RootnoiseError(f"step {rule}: more than rounding within the clip norm allows")
 
 
 def example_blocks(n: int, tokens: int, width: int, most: int = BLOCK) -> Iterator[slice]:
@@ -103,7 +129,9 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
     if bias:
         inputs = inputs + 1
     lengths = (inputs.diagonal(dim1=2, dim2=3) * outputs.diagonal(dim1=2, dim2=3)).sqrt().sum(2)
-    return ((inputs * outputs).sum((2, 3)) + FLOOR * lengths.square()).sum(1)
+    lengths = lengths.square()
+    squares = (inputs * outputs).sum((2, 3)) + FLOOR * lengths
+    return squares.maximum(lengths / RATIO**2).sum(1)
 
 
 def row_squares(rows: torch.Tensor) -> torch.Tensor:
@@ -114,9 +142,7 @@ def row_squares(rows: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def add_outer_(
-    total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor
-) -> None:
+def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> None:
     """Add sum_i scale_i sum_t g_it a_it^T, (groups, d_out, d_in) when flat."""
     left = (g.double() * scale[:, None, None, None]).permute(1, 3, 0, 2).flatten(2)
     right = a.double().permute(1, 0, 2, 3).flatten(1, 2)

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from rootnoise.clip.bounds import (
     CACHED,
+    GRAM,
     Sum,
     add_outer_,
     add_rows_,
@@ -51,14 +52,18 @@ class Row(Protocol):
 
 
 class Kept(Protocol):
-    """The calls of one layer in a micro-batch, its gradient being their sum."""
+    """The calls of one layer in a micro-batch, its gradient being their sum.
+
+    Attributes:
+        tokens: of an example, whose products are added up.
+    """
+
+    tokens: int
 
     def squares(self) -> torch.Tensor:
         """Return an upper bound of each example's squared norm, float64."""
 
-    def add_(
-        self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None
-    ) -> None:
+    def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
         """Add the scaled sums, by parameter name; `bad` examples count zero."""
 
 
@@ -117,7 +122,8 @@ class Products:
             return True
         d_in, d_out = self._widths()
         tokens = sum(self.shape(g)[0] for _, g in taps)
-        return d_in * d_out <= tokens * (d_in + d_out)
+        uncertified = d_in + d_out + tokens**2 > GRAM
+        return uncertified or d_in * d_out <= tokens * (d_in + d_out)
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`."""
@@ -151,12 +157,12 @@ class KeptProducts:
 
     def __init__(self, row: Products, taps: Sequence[Taps]) -> None:
         self.row, self.taps = row, taps
+        self.tokens = sum(row.shape(g)[0] for _, g in taps)
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         n = len(self.taps[0][1])
-        shapes = [self.row.shape(g) for _, g in self.taps]
-        tokens, (_, d_in, d_out) = sum(t for t, _, _ in shapes), shapes[0]
-        for part in example_blocks(n, tokens, self.row.groups * (d_in + d_out)):
+        _, d_in, d_out = self.row.shape(self.taps[0][1])
+        for part in example_blocks(n, self.tokens, self.row.groups * (d_in + d_out)):
             made = [
                 self.row.tokens(({k: x[part] for k, x in inputs.items()}, g[part]))
                 for inputs, g in self.taps
@@ -171,9 +177,7 @@ class KeptProducts:
         row = self.row
         return torch.cat([gram_squares(a, g, row.weight, row.bias) for _, a, g in self._blocks()])
 
-    def add_(
-        self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None
-    ) -> None:
+    def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
         """See `Kept`."""
         row = self.row
         for part, inputs, outputs in self._blocks():
@@ -262,6 +266,8 @@ class Lookups:
 class KeptLookups:
     """Gradients of the rows looked up: the example, the row of the table, the gradient."""
 
+    tokens = 1
+
     def __init__(self, n: int, owners: torch.Tensor, ids: torch.Tensor, rows: torch.Tensor) -> None:
         self.n, self.owners, self.ids, self.rows = n, owners, ids, rows
 
@@ -270,9 +276,7 @@ class KeptLookups:
         total = self.rows.new_zeros(self.n, dtype=torch.float64)
         return total.index_add_(0, self.owners, row_squares(self.rows))
 
-    def add_(
-        self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None
-    ) -> None:
+    def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
         """See `Kept`."""
         rows = self.rows
         if bad is not None:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.clip.bounds import Sum, add_rows_, row_squares
+from rootnoise.clip.attention import divide, divides
+from rootnoise.clip.bounds import Sum, add_rows_, check_size, row_squares
 from rootnoise.clip.fallback import WHOLE, Fallback, opacus_sampler
-from rootnoise.clip.layers import Row, Taps, row_of
+from rootnoise.clip.layers import Kept, Row, Taps, row_of
 from rootnoise.clip.rules import ClipRule
 from rootnoise.clip.taps import Book, Call, Tapped, guard_parameter
 
@@ -77,8 +78,9 @@ class PrivateModule(nn.Module):
         self._squares: torch.Tensor | None = None
         self._sums: dict[nn.Parameter, Sum] = {}
         self._flat: dict[torch.device, torch.Tensor] = {}
-        self._bad = 0
-        self._probed = self._probing = False
+        self._bad = self._examples = self._tokens = 0
+        self._kept: dict[Tapped, Kept] = {}
+        self._probed = self._probing = self._adding = False
         for name, p in self._trainable.items():
             guard_parameter(name, p)
 
@@ -182,10 +184,16 @@ class PrivateModule(nn.Module):
         """Add the clipped sum of the micro-batch that `norms` measured, and forget its taps.
 
         Raises:
-            RootnoiseError: `norms` was not called since the last `add`.
+            RootnoiseError: `norms` was not called since the last `add`, or the step has more
+                examples than its sum can have within rounding (`bounds`).
         """
+        self._check_whole()
         if self._norms is None or self._squares is None:
             raise RootnoiseError("norms must be asked for before their clipped sum is added")
+        self._examples += len(self._norms)
+        self._tokens = max([self._tokens, *(kept.tokens for kept in self._kept.values())])
+        check_size(self._examples, self._tokens)
+        self._adding = True
         with torch.no_grad():
             finite = self._norms.isfinite()
             n_bad = len(finite) - int(finite.sum())
@@ -196,14 +204,16 @@ class PrivateModule(nn.Module):
                 scales = scales.masked_fill(bad, 0.0)
             self._add(scales, bad)
         self._bad += n_bad
+        self._adding = False
         self.discard()
 
     def finish(self) -> tuple[torch.Tensor, int]:
         """Return the flattened float64 sum of all micro-batches and how many examples were bad.
 
         Raises:
-            RootnoiseError: a micro-batch was forwarded and not added.
+            RootnoiseError: a micro-batch was forwarded and not added, or an `add` was broken off.
         """
+        self._check_whole()
         if self._book.open:
             raise RootnoiseError("micro-batch must be added before the step is finished")
         parts = [self._sum_of(p).whole() for p in self._trainable.values()]
@@ -212,13 +222,18 @@ class PrivateModule(nn.Module):
         if self._flat:  # parameters on several devices
             flat = torch.cat([x.to(where) for x in parts])
         self._sums, self._flat, self._bad = {}, {}, 0
+        self._examples = self._tokens = 0
         return flat, bad
+
+    def _check_whole(self) -> None:
+        if self._adding:
+            raise RootnoiseError("sum must be whole, got one whose add was broken off: start anew")
 
     def discard(self) -> None:
         """Forget the forward and backward that were not added."""
         book = self._book
         book.open = book.inside = book.gradients = False
-        self._taps, self._grads = {}, {}
+        self._taps, self._grads, self._kept = {}, {}, {}
         self._norms = self._squares = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -238,6 +253,11 @@ class PrivateModule(nn.Module):
             if p is not None and p.requires_grad and p not in below
         }
         if not own and not below:
+            return
+        if divides(module):
+            parts = {"in_proj": divide(prefix or "model", module), "out_proj": module.out_proj}
+            for name, part in parts.items():
+                self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
             return
         row = row_of(module, sorted(own)) if not below else None
         if row is not None or own or isinstance(module, WHOLE):
@@ -358,7 +378,7 @@ class PrivateModule(nn.Module):
             sizes = [q.numel() for q in alike]
             flat = torch.empty(sum(sizes), dtype=torch.float64, device=p.device)
             self._flat[p.device] = flat
-            self._sums |= {q: Sum(x) for q, x in zip(alike, flat.split(sizes), strict=True)}
+            self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
         return self._sums[p]
 
 

@@ -1,0 +1,122 @@
+"""torch's multi-head attention as two layers of the table, its projections, and what is between.
+
+`nn.MultiheadAttention` never calls its projections, so nothing could be tapped. Here it calls one
+Linear that holds its input projection, and its own `out_proj`; dropout in between stays autograd's.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from rootnoise._check import RootnoiseError
+
+
+def divides(module: nn.Module) -> bool:
+    """Return whether a layer is torch's attention, without parameters but two projections."""
+    return (
+        type(module) is nn.MultiheadAttention
+        and module._qkv_same_embed_dim
+        and module.bias_k is None
+        and not module.add_zero_attn
+    )
+
+
+def divide(name: str, module: Any) -> nn.Linear:
+    """Make a layer call its projections, and return that of the input; its weights stay its own."""
+    width, bias = module.embed_dim, module.in_proj_bias is not None
+    project = nn.Linear(width, 3 * width, bias, device="meta")
+    project.weight = module.in_proj_weight
+    if bias:
+        project.bias = module.in_proj_bias
+    module.forward = functools.partial(attend, name, module, project)
+    return project
+
+
+def attend(
+    name: str,
+    module: Any,
+    project: nn.Linear,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return what `nn.MultiheadAttention.forward` does, to float rounding.
+
+    Dropout here draws the same numbers; later dropout draws them in another order of memory, since
+    torch's layer returns a transposed array.
+
+    Raises:
+        RootnoiseError: input without a batch, or `is_causal` without the mask that it is a hint of.
+    """
+    if not torch.is_grad_enabled():  # torch's fast path
+        options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
+        return nn.MultiheadAttention.forward(module, query, key, value, *options)
+    if query.dim() != 3:
+        got = f"{query.dim()} dimensions"
+        raise RootnoiseError(f"layer {name} must take a batch of sequences, got {got}")
+    if is_causal and attn_mask is None:
+        raise RootnoiseError(f"layer {name} must get attn_mask with is_causal, got none")
+    # (examples, heads, places, width of a head)
+    q, k, v = (
+        x.reshape(*x.shape[:2], module.num_heads, -1).transpose(1, 2)
+        for x in _projected(module, project, query, key, value)
+    )
+    mask = _mask(attn_mask, key_padding_mask, q)
+    dropout = module.dropout if module.training else 0.0
+    if need_weights:
+        scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = functional.dropout(weights, dropout)
+        out = weights @ v
+    else:
+        out = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+    out = module.out_proj(out.transpose(1, 2).flatten(2))
+    out = out if module.batch_first else out.transpose(0, 1)
+    if not need_weights:
+        return out, None
+    return out, weights.mean(1) if average_attn_weights else weights
+
+
+def _projected(
+    module: Any, project: nn.Linear, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Return queries, keys and values, (examples, places, width).
+
+    Of other inputs than one, every part is made and the unused ones dropped: calls of one layer,
+    whose output gradient is zero there, so that their sum is the gradient of the packed weight.
+    """
+    made: dict[int, tuple[torch.Tensor, ...]] = {}
+    for x in (query, key, value):
+        if id(x) not in made:
+            made[id(x)] = project(x if module.batch_first else x.transpose(0, 1)).chunk(3, -1)
+    return made[id(query)][0], made[id(key)][1], made[id(value)][2]
+
+
+def _mask(
+    attention: torch.Tensor | None, padding: torch.Tensor | None, q: torch.Tensor
+) -> torch.Tensor | None:
+    """Return what is added to the scores, (examples or 1, heads or 1, places or 1, places)."""
+    parts = []
+    if attention is not None:
+        size = (1 if attention.dim() == 2 else len(q), -1, *attention.shape[-2:])
+        parts.append(attention.reshape(size))
+    if padding is not None:
+        parts.append(padding[:, None, None])
+    added = [
+        torch.zeros_like(x, dtype=q.dtype).masked_fill_(x, -math.inf)
+        if x.dtype == torch.bool
+        else x.to(q.dtype)
+        for x in parts
+    ]
+    return sum(added[1:], added[0]) if added else None

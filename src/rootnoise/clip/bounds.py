@@ -1,0 +1,172 @@
+"""Norms that are never too small, and sums that one example moves by at most the clip norm.
+
+An example's gradient of a layer that multiplies (Linear, convolutions) is c = sum_t g_t a_t^T over
+its T tokens, with inputs a_t and output gradients g_t. Two ways lead to its norm:
+
+1. Make c in float32, measure *that* array in float64, and add *that* array times its factor. What
+   is added is what was measured, so no error of c matters: it is a function of one example, and
+   the clip norm bounds it.
+2. Do not make c. Its squared norm is sum_{t,u} (a_t . a_u)(g_t . g_u), from two T x T Gram
+   matrices, and the sum over all examples and tokens is one product of matrices.
+
+**Theorem (Gram norms).** Let u = 2^-53, S = sum_t |a_t| |g_t|, and q the sum above in float64,
+in any order. If d_in + d_out + T^2 <= GRAM, then max(q + FLOOR S^2, S^2 / RATIO^2) (1 + 1e-9)
+>= |c|^2, and its root exceeds |c| by at most 0.1 % while S <= 31 |c|.
+*Proof.* A float64 inner product of length d errs by at most gamma_d sum_k |x_k y_k|
+<= gamma_d |x| |y|, gamma_d = d u / (1 - d u) (Higham 2002, section 3.1; any order). So each
+product of two Gram entries errs by at most ((1 + gamma_din)(1 + gamma_dout)(1 + u) - 1)
+|a_t||a_u||g_t||g_u|, and adding T^2 of them by gamma_{T^2} of their sum of magnitudes, which is at
+most S^2 (1 + 1e-6). Together at most 2 (d_in + d_out + T^2 + 4) u S^2 < 0.9 FLOOR S^2, and S itself
+is known to a relative (d_in + d_out + T + 4) u. While S <= 31 |c|, q + FLOOR S^2 exceeds |c|^2 by
+at most 2 FLOOR S^2 <= 2e-3 |c|^2, and S^2 / RATIO^2 is the smaller. QED
+
+T tokens of independent directions have S about sqrt(T) |c|. Where S is more than 31 |c|, tokens
+cancel; the factor is then smaller than it need be, never larger.
+
+**Theorem (sums).** Example i adds a vector of norm at most C (1 - SLACK) before rounding. If a
+step has N <= EXAMPLES examples and N max(ROWS, T) <= TERMS, then the computed sums of two batches
+that differ in one example differ by at most C, the other examples' arrays being the same.
+*Proof.* Each rounded sum is compared to its exact one. Let K = max(ROWS, T). Way 2 adds products of
+matrices of at most K terms (sums for a bias: 2 K), whose magnitudes for example i have norm at most
+f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATIO N C in norm, by
+the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
+of norm at most C, err by u N each times N C. Way 1 has magnitudes of norm at most C and at most N
+terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different coordinates, at
+most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for two. Norms and
+factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
+QED
+
+Float32 products of matrices would be twice as fast and err by up to K^2 2^-24 C: 0.4 % of C for 256
+examples, which the noise would have to pay for; and torch may be told to make them in TF32 or
+bfloat16. So sums are float64 on every device.
+
+The analysis assumes that an example's own arrays do not depend on who else is in the batch. In
+floating point the kernels of some processors round a row differently in another batch size; as
+elsewhere (docs/privacy.md, *Floating point*), that is not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from rootnoise._check import RootnoiseError
+
+SLACK = 1e-5  # of the clip norm, for the rounding of sums and of float64 norms
+FLOOR = 1e-6  # of S^2, for the rounding of Gram norms
+RATIO = 100  # the most that S can be in norms
+GRAM = 4_000_000_000  # additions behind a Gram norm
+ROWS = 1024  # terms of one product of matrices, unless one example has more
+EXAMPLES = 100_000  # of a step
+TERMS = 110_000_000  # examples of a step times terms of a product
+BLOCK = 1 << 21  # float64 numbers made at a time for one product, 16 MB
+CACHED = 1 << 18  # numbers made at a time that are read once, 1 to 2 MB
+
+
+class Sum:
+    """A float64 vector that its first summand overwrites: zeros cost a pass over memory.
+
+    >>> total = Sum(torch.full((2,), torch.nan, dtype=torch.float64))
+    >>> add_rows_(total, torch.eye(2), torch.tensor([1.0, 2.0], dtype=torch.float64))
+    >>> total.vector
+    tensor([1., 2.], dtype=torch.float64)
+    """
+
+    def __init__(self, vector: torch.Tensor) -> None:
+        self.vector = vector
+        self.empty = True
+
+    def weight(self) -> int:
+        """Return what the next summand finds multiplied by: 0 once, then 1."""
+        beta, self.empty = int(not self.empty), False
+        return beta
+
+    def whole(self) -> torch.Tensor:
+        """Return the vector, zero where nothing was added."""
+        if self.weight() == 0:
+            self.vector.zero_()
+        return self.vector
+
+
+def check_size(examples: int, tokens: int) -> None:
+    """Refuse a step whose sums the theorem does not cover.
+
+    Raises:
+        RootnoiseError: more than `EXAMPLES`, or than `TERMS` over the tokens of an example.
+    """
+    most = min(EXAMPLES, TERMS // max(ROWS, tokens))
+    if examples > most:
+        rule = f"must have at most {most} examples ({tokens} tokens each), got {examples}"
+        raise RootnoiseError(f"step {rule}: more than rounding within the clip norm allows")
+
+
+def example_blocks(n: int, tokens: int, width: int, most: int = BLOCK) -> Iterator[slice]:
+    """Yield slices of n examples whose products have at most `ROWS` terms and fit a block."""
+    size = max(1, min(ROWS // max(1, tokens), most // max(1, tokens * width)))
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> torch.Tensor:
+    """Return an upper bound of each example's squared gradient norm, by Gram matrices.
+
+    Args:
+        a: inputs, (examples, groups, tokens, d_in).
+        g: output gradients, (examples, groups, tokens, d_out).
+        weight: whether sum_t g_t a_t^T counts.
+        bias: whether sum_t g_t counts.
+
+    Returns:
+        (examples,), float64, up to a relative 1e-9.
+    """
+    if a.shape[2] == 1:  # one token: a product of norms, nothing to cancel
+        inputs = _squares(a) if weight else torch.zeros_like(a[..., 0], dtype=torch.float64)
+        return ((inputs + int(bias)) * _squares(g)).sum((1, 2))
+    a, g = a.double(), g.double()
+    outputs = g @ g.mT
+    inputs = a @ a.mT if weight else torch.zeros_like(outputs)
+    if bias:
+        inputs = inputs + 1
+    lengths = (inputs.diagonal(dim1=2, dim2=3) * outputs.diagonal(dim1=2, dim2=3)).sqrt().sum(2)
+    lengths = lengths.square()
+    squares = (inputs * outputs).sum((2, 3)) + FLOOR * lengths
+    return squares.maximum(lengths / RATIO**2).sum(1)
+
+
+def row_squares(rows: torch.Tensor) -> torch.Tensor:
+    """Return the squared norm of each row of an (examples, size) matrix, float64."""
+    total = rows.new_zeros(len(rows), dtype=torch.float64)
+    for columns in _column_blocks(rows):
+        total += _squares(rows[:, columns])
+    return total
+
+
+def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> None:
+    """Add sum_i scale_i sum_t g_it a_it^T, (groups, d_out, d_in) when flat."""
+    left = (g.double() * scale[:, None, None, None]).permute(1, 3, 0, 2).flatten(2)
+    right = a.double().permute(1, 0, 2, 3).flatten(1, 2)
+    out = total.vector.view(len(left), left.shape[1], right.shape[2])
+    beta = total.weight()
+    if len(out) == 1:
+        out[0].addmm_(left[0], right[0], beta=beta)
+    else:
+        out.baddbmm_(left, right, beta=beta)
+
+
+def add_rows_(total: Sum, rows: torch.Tensor, scale: torch.Tensor) -> None:
+    """Add the rows of an (examples, size) matrix, each times its factor."""
+    beta = total.weight()
+    for columns in _column_blocks(rows):
+        total.vector[columns].addmv_(rows[:, columns].double().mT, scale, beta=beta)
+
+
+def _column_blocks(rows: torch.Tensor) -> Iterator[slice]:
+    size = max(1, CACHED // max(1, len(rows)))
+    for start in range(0, rows.shape[1], size):
+        yield slice(start, start + size)
+
+
+def _squares(x: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    return norms.square()

@@ -1,0 +1,394 @@
+"""The module that a private training loop holds: one forward, one backward, no raw gradient."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.clip.attention import divide, divides
+from rootnoise.clip.bounds import Sum, add_rows_, check_size, row_squares
+from rootnoise.clip.fallback import WHOLE, Fallback, opacus_sampler
+from rootnoise.clip.layers import Kept, Row, Taps, row_of
+from rootnoise.clip.rules import ClipRule
+from rootnoise.clip.taps import Book, Call, Tapped, guard_parameter
+
+
+class PrivateModule(nn.Module):
+    """A model whose backward leaves taps instead of gradients; clipped sums are made of them.
+
+    Parameters keep `requires_grad`, but no backward writes their `.grad`: a gradient that reaches
+    one other than through its layer is refused by name. Guarantees, for any loss that is a sum or
+    mean over the examples:
+
+    1. `norms` are never below the true ones (theorems of `bounds`).
+    2. One example moves the sum of `finish` by at most the rule's `sensitivity`.
+    3. A gradient that is not finite counts as zero and is counted; others are not touched by it.
+    4. One forward and one backward a micro-batch: another of either is refused before it counts.
+
+    Args:
+        module: each output row a function of its own input row alone; the batch is every layer's
+            first dimension.
+        loss_reduction: what the loss does over a micro-batch, "mean" or "sum".
+
+    Attributes:
+        module: the model.
+        guard: a context manager of the module, entered around each training forward.
+
+    Raises:
+        RootnoiseError: another reduction, a compiled model, no trainable parameter, or an embedding
+            that rescales its rows or gradients by the batch.
+
+    >>> model = PrivateModule(nn.Linear(2, 1, bias=False))
+    >>> x = torch.tensor([[3.0, 4.0], [0.0, 0.5]])
+    >>> model(x).mean().backward()
+    >>> model.norms(rows=2)
+    tensor([5.0000, 0.5000], dtype=torch.float64)
+    >>> from rootnoise.clip import Flat
+    >>> model.add(Flat(1.0))
+    >>> model.finish()
+    (tensor([0.6000, 1.3000], dtype=torch.float64), 0)
+    """
+
+    def __init__(self, module: nn.Module, loss_reduction: str = "mean") -> None:
+        super().__init__()
+        if loss_reduction not in ("mean", "sum"):
+            raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
+        _check(module)
+        self.module = module
+        self.loss_reduction = loss_reduction
+        self.guard: Callable[[nn.Module], AbstractContextManager[Any]] = lambda _: nullcontext()
+        self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        if not self._trainable:
+            raise RootnoiseError("model must have a trainable parameter, got none")
+        self._book = Book()
+        self._rows: dict[Tapped, Row | None] = {}
+        self._falls: dict[Tapped, Fallback] = {}
+        self._fill(module)
+        self._tied = self._find_tied()
+        self._taps: dict[Tapped, list[Taps]] = {}
+        self._grads: dict[nn.Parameter, torch.Tensor] = {}
+        self._norms: torch.Tensor | None = None
+        self._squares: torch.Tensor | None = None
+        self._sums: dict[nn.Parameter, Sum] = {}
+        self._flat: dict[torch.device, torch.Tensor] = {}
+        self._bad = self._examples = self._tokens = 0
+        self._kept: dict[Tapped, Kept] = {}
+        self._probed = self._probing = self._adding = False
+        for name, p in self._trainable.items():
+            guard_parameter(name, p)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; in training mode with gradients, tap its layers.
+
+        Raises:
+            RootnoiseError: a forward whose backward and `add` have not come (`zero_grad` drops
+                it), or no tensor among the arguments.
+        """
+        if not (self.training and torch.is_grad_enabled()):
+            return self.module(*args, **kwargs)
+        book = self._book
+        if book.open:
+            raise RootnoiseError(
+                "forward must run once a micro-batch, got a second before the first was used "
+                "(evaluate under no_grad, or drop it by zero_grad)"
+            )
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        if not tensors or not tensors[0].dim():
+            raise RootnoiseError("model must get a tensor with one row an example, got none")
+        rows = len(tensors[0])
+        if not self._probed and rows > 1:
+            self._probe(rows, args, kwargs)
+            self._probed = True
+        return self._run(rows, args, kwargs)
+
+    def _run(self, rows: int, args: Any, kwargs: Any) -> Any:
+        book = self._book
+        book.batch += 1
+        book.rows, book.open, book.inside = rows, True, True
+        try:
+            with self.guard(self.module):
+                return self.module(*args, **kwargs)
+        except BaseException:
+            self.discard()
+            raise
+        finally:
+            book.inside = False
+
+    def _probe(self, rows: int, args: Any, kwargs: Any) -> None:
+        """Refuse a model in which the gradient of one example's output is in another's row.
+
+        Such are layers over (T, N, d) or a table of T positions, where T happens to be N; where it
+        is not, the number of rows tells. Nothing is kept, and no random number is used up.
+        """
+        with torch.random.fork_rng():
+            outputs = tree_leaves(self._run(rows, args, kwargs))
+            own = [
+                x[-1].flatten()
+                for x in outputs
+                if isinstance(x, torch.Tensor) and x.requires_grad and x.dim() and len(x) == rows
+            ]
+            try:
+                self._probing = True
+                weighted = [(x * torch.linspace(1, 2, len(x), device=x.device)).sum() for x in own]
+                if weighted:
+                    torch.autograd.backward(weighted)
+            finally:
+                self._probing = False
+                self.discard()
+
+    def _check_probe(self, tapped: Tapped, g: torch.Tensor) -> None:
+        if self._probing and bool((g[:-1] != 0).any()):
+            raise RootnoiseError(
+                f"layer {tapped.name} must keep the examples apart, each in its row of the first "
+                "dimension, got one example's gradient in another's row"
+            )
+
+    def norms(self, rows: int) -> torch.Tensor:
+        """Return an upper bound of each example's gradient norm, float64, or NaN and infinity.
+
+        Args:
+            rows: examples of the micro-batch, to be checked; 0 needs no forward.
+
+        Raises:
+            RootnoiseError: no forward and backward since the last `add`, or of other rows.
+        """
+        integer("rows", rows, 0)
+        book = self._book
+        if not book.open:
+            if rows:
+                raise RootnoiseError(
+                    "gradients are missing: run forward and backward once, in training mode, on "
+                    "the private module (evaluate under no_grad)"
+                )
+            self._squares = torch.zeros(len(self._rows), 0, dtype=torch.float64)
+            self._norms = self._squares.sum(0)
+            return self._norms
+        if not book.gradients:
+            raise RootnoiseError("backward must run once a micro-batch, got none since forward")
+        if rows != book.rows:
+            raise RootnoiseError(f"indices must be one a gradient row ({book.rows}), got {rows}")
+        if self._norms is None:
+            with torch.no_grad():
+                self._squares = self._group_squares()
+                self._norms = self._squares.sum(0).sqrt()
+        return self._norms
+
+    def add(self, rule: ClipRule) -> None:
+        """Add the clipped sum of the micro-batch that `norms` measured, and forget its taps.
+
+        Raises:
+            RootnoiseError: `norms` was not called since the last `add`, or the step has more
+                examples than its sum can have within rounding (`bounds`).
+        """
+        self._check_whole()
+        if self._norms is None or self._squares is None:
+            raise RootnoiseError("norms must be asked for before their clipped sum is added")
+        self._examples += len(self._norms)
+        self._tokens = max([self._tokens, *(kept.tokens for kept in self._kept.values())])
+        check_size(self._examples, self._tokens)
+        self._adding = True
+        with torch.no_grad():
+            finite = self._norms.isfinite()
+            n_bad = len(finite) - int(finite.sum())
+            bad = ~finite if n_bad else None
+            squares = self._squares if bad is None else self._squares.masked_fill(bad, 1.0)
+            scales = rule.factors(squares) * self._factor()
+            if bad is not None:
+                scales = scales.masked_fill(bad, 0.0)
+            self._add(scales, bad)
+        self._bad += n_bad
+        self._adding = False
+        self.discard()
+
+    def finish(self) -> tuple[torch.Tensor, int]:
+        """Return the flattened float64 sum of all micro-batches and how many examples were bad.
+
+        Raises:
+            RootnoiseError: a micro-batch was forwarded and not added, or an `add` was broken off.
+        """
+        self._check_whole()
+        if self._book.open:
+            raise RootnoiseError("micro-batch must be added before the step is finished")
+        parts = [self._sum_of(p).whole() for p in self._trainable.values()]
+        where, bad = parts[0].device, self._bad
+        flat = self._flat.pop(where)
+        if self._flat:  # parameters on several devices
+            flat = torch.cat([x.to(where) for x in parts])
+        self._sums, self._flat, self._bad = {}, {}, 0
+        self._examples = self._tokens = 0
+        return flat, bad
+
+    def _check_whole(self) -> None:
+        if self._adding:
+            raise RootnoiseError("sum must be whole, got one whose add was broken off: start anew")
+
+    def discard(self) -> None:
+        """Forget the forward and backward that were not added."""
+        book = self._book
+        book.open = book.inside = book.gradients = False
+        self._taps, self._grads, self._kept = {}, {}, {}
+        self._norms = self._squares = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, and the forward and backward that were not added."""
+        self.discard()
+        super().zero_grad(set_to_none)
+
+    # ------------------------------------------------------------------------------ construction
+
+    def _fill(self, module: nn.Module, prefix: str = "") -> None:
+        """Tap the layers of a module, each trainable parameter in one of them."""
+        below = {p for child in module.children() for p in child.parameters() if p.requires_grad}
+        # A recurrent layer of Opacus also holds those of its cells, under torch's names.
+        own = {
+            n
+            for n, p in module._parameters.items()
+            if p is not None and p.requires_grad and p not in below
+        }
+        if not own and not below:
+            return
+        if divides(module):
+            parts = {"in_proj": divide(prefix or "model", module), "out_proj": module.out_proj}
+            for name, part in parts.items():
+                self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
+            return
+        row = row_of(module, sorted(own)) if not below else None
+        if row is not None or own or isinstance(module, WHOLE):
+            self._tap(prefix or "model", module, row)
+            return
+        for name, child in module.named_children():
+            self._fill(child, f"{prefix}.{name}" if prefix else name)
+
+    def _tap(self, name: str, module: nn.Module, row: Row | None) -> None:
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        names = None if row is None else row.names
+        if row is None and opacus_sampler(module) is not None:
+            names = ["input"]
+        tapped = Tapped(name, module, parameters, names, self._book, self._keep)
+        if names is None:
+            self._falls[tapped] = Fallback()
+            warnings.warn(
+                f"layer {name} ({type(module).__name__}) is not in the table of layers: its "
+                "gradients are made one by one for each example, exactly but slowly",
+                stacklevel=4,
+            )
+        self._rows[tapped] = row
+        tapped.hook()
+
+    def _find_tied(self) -> set[nn.Parameter]:
+        """Return the parameters that several layers, or one layer under two names, hold."""
+        seen: set[nn.Parameter] = set()
+        tied = set()
+        for tapped in self._rows:
+            for _, p in tapped.module.named_parameters(remove_duplicate=False):
+                if p in seen:
+                    tied.add(p)
+                seen.add(p)
+        self._groups: dict[nn.Parameter, int] = {}
+        for group, tapped in enumerate(self._rows):
+            for p in tapped.parameters.values():
+                self._groups.setdefault(p, group)
+        return tied
+
+    # ----------------------------------------------------------------------------- what is kept
+
+    def _keep(
+        self, call: Call, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> None:
+        """Keep one call, as taps or, where they are no larger, as per-sample gradients."""
+        tapped, row = call.layer, self._rows[call.layer]
+        if tapped.names is None:
+            made = self._falls[tapped].per_sample(tapped, call, inputs, gradients)
+            self._keep_gradients(tapped, made)
+            return
+        (g,) = gradients
+        if g is None:
+            return
+        self._check_probe(tapped, g)
+        taps = dict(zip(call.context, inputs, strict=True)), g
+        if row is None:
+            sampler = opacus_sampler(tapped.module)
+            assert sampler is not None  # noqa: S101 - it was there at construction
+            made = sampler(tapped.module, list(inputs), g)
+            names = {p: n for n, p in tapped.parameters.items()}
+            self._keep_gradients(tapped, {names[p]: x for p, x in made.items()})
+        elif row.small([taps]) or not self._tied.isdisjoint(tapped.parameters.values()):
+            self._keep_gradients(tapped, row.per_sample(taps))
+        else:
+            self._taps.setdefault(tapped, []).append(taps)
+
+    def _keep_gradients(self, tapped: Tapped, made: dict[str, torch.Tensor]) -> None:
+        for name, x in made.items():
+            p = tapped.parameters[name]
+            rows = x.reshape(len(x), -1)
+            if rows.shape != (self._book.rows, p.numel()):
+                rule = f"must have {self._book.rows} gradients of {p.numel()} numbers"
+                raise RootnoiseError(f"layer {tapped.name} {rule}, got {tuple(rows.shape)}")
+            self._check_probe(tapped, rows)
+            self._grads[p] = self._grads[p] + rows if p in self._grads else rows
+
+    def _group_squares(self) -> torch.Tensor:
+        """Return squared norms by layer, (layers, examples), of the loss as a sum."""
+        where = next(iter(self._trainable.values())).device
+        squares = torch.zeros(len(self._rows), self._book.rows, dtype=torch.float64, device=where)
+        self._kept = {}
+        for group, (tapped, row) in enumerate(self._rows.items()):
+            taps = self._taps.pop(tapped, [])
+            if not taps or row is None:
+                continue
+            made = any(p in self._grads for p in tapped.parameters.values())
+            if made or row.small(taps):  # so are its other calls, or all of them together
+                for one in taps:
+                    self._keep_gradients(tapped, row.per_sample(one))
+            else:
+                self._kept[tapped] = row.kept(taps)
+                squares[group] += self._kept[tapped].squares().to(where)
+        for p, rows in self._grads.items():
+            squares[self._groups[p]] += row_squares(rows).to(where)
+        return squares * self._factor() ** 2
+
+    def _factor(self) -> int:
+        """Return what a mean over the micro-batch has divided gradients by."""
+        return self._book.rows if self.loss_reduction == "mean" else 1
+
+    def _add(self, scales: torch.Tensor, bad: torch.Tensor | None) -> None:
+        if not self._book.open:  # an empty micro-batch
+            return
+        for group, tapped in enumerate(self._rows):
+            kept = self._kept.pop(tapped, None)
+            if kept is not None:
+                sums = {n: self._sum_of(p) for n, p in tapped.parameters.items()}
+                kept.add_(sums, scales[group], bad)
+        while self._grads:
+            p, rows = self._grads.popitem()
+            if bad is not None:
+                rows = rows.masked_fill(bad[:, None], 0)
+            add_rows_(self._sum_of(p), rows, scales[self._groups[p]])
+
+    def _sum_of(self, p: nn.Parameter) -> Sum:
+        if p not in self._sums:  # then none of its device is there
+            alike = [q for q in self._trainable.values() if q.device == p.device]
+            sizes = [q.numel() for q in alike]
+            flat = torch.empty(sum(sizes), dtype=torch.float64, device=p.device)
+            self._flat[p.device] = flat
+            self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
+        return self._sums[p]
+
+
+def _check(model: nn.Module) -> None:
+    """Refuse what taps cannot see into, or what spreads one example over others."""
+    for name, layer in model.named_modules():
+        where = f"layer {name}" if name else "model"
+        compiled = getattr(layer, "_compiled_call_impl", None) is not None
+        if compiled or type(layer).__name__ == "OptimizedModule":
+            raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
+        for option in ("max_norm", "scale_grad_by_freq"):
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
+                raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

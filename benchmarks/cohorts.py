@@ -3,9 +3,9 @@
 A client has a time zone, sleeps with its device plugged in, and is there only in those hours, more
 or less; some are there often and some hardly ever. A round takes what it finds. `--full` runs a
 million clients over ten thousand rounds; the default compares the policies on fewer, with as many
-participations as the rounds hold, and with a quarter more than full rounds use. Load is b m / n: the
-part of all clients that must rest at any time; at 1 all rounds are full only if everybody is always
-there.
+participations as the rounds hold, and with a quarter more than full rounds use. Load is b m / n,
+the part of all clients that must rest at any time; at 1 all rounds are full only if everybody is
+always there.
 """
 
 from __future__ import annotations

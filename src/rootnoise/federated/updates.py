@@ -54,9 +54,8 @@ class Layout:
         places = [weights[name].untyped_storage().data_ptr() for name in self.shapes]
         shared = [n for n, p in zip(self.shapes, places, strict=True) if p and places.count(p) > 1]
         if shared:
-            raise RootnoiseError(
-                f"weights must not share memory, got {shared}: leave tied ones out"
-            )
+            rule = "weights must not share memory (leave out all but one of tied ones)"
+            raise RootnoiseError(f"{rule}, got {shared}")
         self.size = sum(shape.numel() for shape in self.shapes.values())
         if not self.size:
             raise RootnoiseError(f"weights must hold floating ones, got {list(weights)[:5]}")

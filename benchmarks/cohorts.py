@@ -67,11 +67,53 @@ def simulate(
     return filled, joined, spent, clients
 
 
+def picture(path: str) -> None:
+    """Draw who was there and who took part, and how full rounds were by policy."""
+    import matplotlib.pyplot as plt
+
+    n, m, b, k, n_rounds, shown = 20_000, 500, 12, 42, 1_500, 144
+    clients, rng = Clients(MinSeparation(b, k)), np.random.default_rng(1)
+    everyone, some = clients.join(range(n)), np.arange(0, n, n // 60)
+    seen = np.zeros((some.size, shown))
+    for t, available in enumerate(there(n, shown, 0)):
+        cohort = pick(clients, everyone[available], m, rng)
+        stayed = cohort[rng.random(cohort.size) >= DROPOUT]
+        clients.admit(stayed)
+        groups = (available, cohort, stayed)
+        seen[:, t] = sum(np.isin(some, who).astype(int) for who in groups)
+    order = np.argsort((seen > 0).sum(1))
+    figure, (top, bottom) = plt.subplots(2, figsize=(8, 6.4), height_ratios=(2, 1))
+    y, x = np.nonzero(seen[order])
+    kind = seen[order][y, x]
+    for value, colour, size, label in (
+        (1, "0.85", 4, "there"),
+        (2, "tab:orange", 10, "invited, dropped out: keeps its turn"),
+        (3, "tab:blue", 10, "took part"),
+    ):
+        top.scatter(x[kind == value], y[kind == value], size, colour, marker="s", label=label)
+    top.set(ylabel="60 of 20,000 clients", yticks=[], xlim=(0, shown))
+    top.legend(loc="lower right", fontsize=8)
+    top.set_title(f"Rounds of {m}, at least {b} apart, at most {k} each", fontsize=10)
+    for policy in POLICIES:
+        filled, *_ = simulate(n, m, b, k, n_rounds, policy)
+        smooth = np.convolve(filled, np.ones(ROUNDS_A_DAY) / ROUNDS_A_DAY, "valid")
+        bottom.plot(np.arange(smooth.size) + ROUNDS_A_DAY, smooth, label=policy)
+    bottom.set(xlabel="round", ylabel="filled, mean of a day", ylim=(0, 1.05), xlim=(0, n_rounds))
+    bottom.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    """Print one line a setting and policy."""
+    """Print one line a setting and policy, or draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="a million clients, 10,000 rounds")
-    full = parser.parse_args().full
+    parser.add_argument("--picture", metavar="PATH", help="draw participation instead")
+    arguments = parser.parse_args()
+    if arguments.picture:
+        picture(arguments.picture)
+        return
+    full = arguments.full
     n, n_rounds, m = (1_000_000, 10_000, 1_000) if full else (20_000, 1_500, 500)
     print("policy    load    b    k   mean   5 %   full   seconds  join s  MB")
     for load in (0.3,) if full else (0.3, 0.5, 0.7):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from processes import kill_at_line, kill_at_state, kill_inside_write
-from rootnoise import SGD, Key, Mechanism, MinSeparation, factorize
+from rootnoise.factorization import factorize
 from rootnoise.federated import PrivateAggregator
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import MinSeparation
+from rootnoise.randomness import Key
+from rootnoise.workload import SGD
 
 ROUNDS, COHORT = 8, 3
 WEIGHTS = {"a": torch.zeros(4, 3), "b": torch.zeros(5), "steps": torch.tensor(7)}
@@ -26,7 +31,7 @@ def mechanism(
     return Mechanism.calibrate(bsr, who, epsilon=4.0, delta=1e-5, clip_norm=0.5)
 
 
-def server(folder: Path, **settings: object) -> PrivateAggregator:
+def server(folder: Path, **settings: Any) -> PrivateAggregator:
     return PrivateAggregator(
         folder, mechanism(), WEIGHTS, cohort_size=COHORT, key=Key.from_seed(5), **settings
     )

@@ -1,15 +1,22 @@
 """Clients by id: the picker and the ledger never break the participation, whoever is there."""
 
 import os
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootnoise import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise._check import RootnoiseError
 from rootnoise.federated import Clients, pick
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    MinSeparation,
+    SingleParticipation,
+)
 
 WHO = MinSeparation(min_sep=2, max_participations=2)
 
@@ -27,7 +34,8 @@ WHO = MinSeparation(min_sep=2, max_participations=2)
 )
 def test_separation_and_participations_hold_for_any_availability(b, k, size, policy, days):
     """Brute force: everybody's rounds are listed, and the cohort is as full as it can be."""
-    clients, rounds = Clients(MinSeparation(b, k)), {i: [] for i in range(12)}
+    clients = Clients(MinSeparation(b, k))
+    rounds: dict[int, list[int]] = {i: [] for i in range(12)}
     for t, (there, stays) in enumerate(days):
         cohort = pick(clients, clients.join(there), size, np.random.default_rng(t), policy)
         chosen = [list(clients._index)[i] for i in cohort]
@@ -134,7 +142,8 @@ def test_ids_that_could_make_two_of_one_are_refused(ids, reason):
 
 def test_integers_of_any_kind_are_one_id():
     clients = Clients(WHO)
-    assert clients.join([np.int64(7), 7, np.uint8(7), 8]).tolist() == [0, 0, 0, 1]
+    ids: list[Any] = [np.int64(7), 7, np.uint8(7), 8]
+    assert clients.join(ids).tolist() == [0, 0, 0, 1]
 
 
 def filled(folder):

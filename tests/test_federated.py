@@ -70,9 +70,10 @@ def big_server(folder, n=40, **settings):
     )
 
 
-def noise_of(folder, n=40):
-    """Run with recorded updates; return released sums less the clipped ones, shape (n, 5000)."""
-    server = big_server(folder, n)
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """Released sums less the clipped ones of recorded updates, shape (40, 5000); mechanism."""
+    n, server = 40, big_server(tmp_path_factory.mktemp("recorded"))
     rng, before, rows = np.random.default_rng(4), torch.zeros(5000, dtype=torch.float64), []
     for t in range(n):
         opened = server.open(range(40))
@@ -101,9 +102,9 @@ def z_scores(noise, mechanism, scale=1.0):
     return np.abs(scores)
 
 
-def test_c_times_the_noise_is_white_at_the_right_scale(tmp_path):
+def test_c_times_the_noise_is_white_at_the_right_scale(recorded):
     """Eight scores below 5.5 (false alarm 3e-7 over seeds); 2 % off is 12 standard deviations."""
-    noise, mechanism = noise_of(tmp_path)
+    noise, mechanism = recorded
     assert z_scores(noise, mechanism).max() < 5.5
     for wrong in (0.98, 1.02):
         assert z_scores(noise, mechanism, wrong)[0] > 5.5
@@ -111,11 +112,11 @@ def test_c_times_the_noise_is_white_at_the_right_scale(tmp_path):
     assert independent > 0.01  # the noise itself is not white
 
 
-def test_what_is_released_is_the_clipped_sum_and_the_noise_of_the_key(tmp_path):
+def test_what_is_released_is_the_clipped_sum_and_the_noise_of_the_key(recorded):
     """To the clipping's slack: sign, divisor and sum are right, and no noise is used twice."""
-    noise, mechanism = noise_of(tmp_path, n=12)
+    noise, mechanism = recorded
     stream = NoiseStream(mechanism, 5000, Key.from_seed(9))
-    expected = np.stack([stream.next().numpy() for _ in range(12)])
+    expected = np.stack([stream.next().numpy() for _ in range(40)])
     assert np.allclose(noise, expected, rtol=0, atol=1e-6)
 
 

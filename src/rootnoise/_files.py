@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 
@@ -31,3 +32,22 @@ def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
 def partial(path: Path) -> Path:
     """Return where `write_whole` writes first; a crash can leave that file behind."""
     return path.with_name(f".{path.name}.partial")
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file against all other processes; False if one of them holds it.
+
+    The lock dies with its holder, or when the descriptor is closed.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

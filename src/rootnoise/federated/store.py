@@ -1,0 +1,160 @@
+"""The folder of one federated run: whole files, one process at a time, commit before release.
+
+    mechanism.json   the calibrated mechanism; claim.txt, what it guarantees to a user
+    noise.key        SECRET, until `finish`: all noise is a function of it
+    state.pt         SECRET, until `finish`: the last round that counts, with recent noise
+    clients.jsonl, cohorts.bin   who took part when (`clients`): never published
+    model.pt         the released weights, and the only file that is for the public
+    .lock            held while a process runs in the folder
+
+A round is released when it is in model.pt or handed to the caller, and both come after state.pt
+with the round is on disk. So a round that a crash undoes has released nothing, and may be made
+again with whoever answers then.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rootnoise._check import RootnoiseError, integer
+from rootnoise._files import lock, partial, write_whole
+from rootnoise.federated import clients
+from rootnoise.mechanism import Mechanism
+from rootnoise.randomness import Key
+
+DIGEST_SIZE = 32  # bytes of BLAKE2b at the end of state.pt
+STATE, MODEL, KEY = "state.pt", "model.pt", "noise.key"
+# In the order in which they are made: where state.pt is, the others are.
+FILES = (".lock", "mechanism.json", "claim.txt", KEY, *clients.FILES, MODEL, STATE)
+
+
+class Store:
+    """Opens the folder, makes it if it is not there, and keeps other processes out.
+
+    Raises:
+        RootnoiseError: it is in use, holds other files, or is of a run that has ended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        known = {*FILES, *(partial(path / name).name for name in FILES)}
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+            found = {file.name for file in path.iterdir()}
+        except OSError as reason:
+            raise RootnoiseError(
+                f"folder must be writable, got {path}: {reason.strerror}"
+            ) from None
+        try:
+            if not lock(self._lock):
+                rule = "folder must not be in use by another process"
+                raise RootnoiseError(f"{rule}, got {path}")
+            if found - known:
+                raise RootnoiseError(
+                    f"folder must be new or of a federated run, got {min(found - known)} in {path}"
+                )
+            self.begun = STATE in found
+            if not self.begun and self.released():
+                raise RootnoiseError(f"folder must be of a run that has not ended, got {path}")
+        except RootnoiseError:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let other processes in."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def create(self, mechanism: Mechanism, claim: str, key: Key) -> None:
+        """Write what does not change; what a run left that was killed in doing so is replaced."""
+        for name in FILES[1:]:
+            (self.path / name).unlink(missing_ok=True)
+        mechanism.save(self.path / "mechanism.json")
+        write_whole(self.path / "claim.txt", claim.encode() + b"\n")
+        key.save(self.path / KEY)
+
+    def mechanism(self) -> Mechanism:
+        """Read the mechanism, recomputed and compared."""
+        return Mechanism.load(self.path / "mechanism.json")
+
+    def key(self) -> Key:
+        """Read the key.
+
+        Raises:
+            RootnoiseError: it is missing or damaged: the run cannot go on.
+        """
+        try:
+            return Key.load(self.path / KEY)
+        except OSError as reason:
+            rule = f"{KEY} must be readable to go on"
+            raise RootnoiseError(f"{rule}, got {self.path}: {reason.strerror}") from None
+
+    def commit(self, state: Mapping[str, Any]) -> None:
+        """Replace state.pt: from now on its rounds count, and may be released."""
+        data = _serialised(state)
+        self._write(STATE, data + _digest(data), 0o600)
+
+    def state(self) -> dict[str, Any]:
+        """Read state.pt.
+
+        Raises:
+            RootnoiseError: it is damaged, or older than what was released.
+        """
+        data = (self.path / STATE).read_bytes()
+        data, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
+        if digest != _digest(data):  # torch.load itself would not see a changed weight
+            raise RootnoiseError(f"{STATE} must be as a run wrote it, got other bytes")
+        state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+        if state["t"] < self.released():
+            raise RootnoiseError(
+                f"{STATE} must be the newest, got one at round {state['t']} though "
+                f"{self.released()} were released: their noise would be used again"
+            )
+        return state
+
+    def release(self, t: int, weights: Mapping[str, torch.Tensor]) -> None:
+        """Replace model.pt by the weights after t rounds."""
+        self._write(MODEL, _serialised({"t": t, "weights": dict(weights)}), 0o644)
+
+    def released(self) -> int:
+        """Return the rounds in model.pt, 0 where there is none."""
+        if not (self.path / MODEL).exists():
+            return 0
+        try:
+            return integer("t", torch.load(self.path / MODEL, weights_only=True)["t"], 0)
+        except (RuntimeError, LookupError, EOFError, ValueError, pickle.UnpicklingError):
+            raise RootnoiseError(f"{MODEL} must be as a run wrote it, got other bytes") from None
+
+    def finish(self) -> None:
+        """Delete the secrets: the run cannot go on."""
+        for name in (partial(self.path / STATE).name, KEY, STATE):
+            (self.path / name).unlink(missing_ok=True)
+        self.close()
+
+    def _write(self, name: str, data: bytes, mode: int) -> None:
+        try:
+            write_whole(self.path / name, data, mode)
+        except OSError as reason:
+            raise RootnoiseError(
+                f"{name} must be writable, got {self.path}: {reason.strerror}"
+            ) from None
+
+
+def _serialised(content: Mapping[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getvalue()
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=DIGEST_SIZE).digest()

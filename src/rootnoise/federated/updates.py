@@ -1,0 +1,122 @@
+"""One client's whole update: checked, clipped in float64, and put on a grid of integers.
+
+Integers add up to the same bits in every order, so that a round does not depend on who answered
+first. They are cut towards zero, which never makes a norm larger: what one client adds to the sum
+has l2 norm at most `clip_norm`, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from rootnoise._check import RootnoiseError
+
+# Grid points in one clip norm, and the clients of one round: their product fits an int64.
+POINTS, MOST_CLIENTS = 2**40, 2**22
+# A float64 norm of d numbers is off by less than d 2**-53: this is enough for d = 9e8.
+SLACK = 1e-7
+
+
+class Malformed(Exception):  # noqa: N818
+    """An update that is not one float tensor of the right shape for each weight."""
+
+
+class Layout:
+    """Where each weight lies in the flat vector; integer and boolean buffers have no place there.
+
+    Args:
+        weights: a state_dict; floating ones must be float32 or float64.
+
+    Raises:
+        RootnoiseError: no floating weights, half precision or complex ones.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self.shapes: dict[str, torch.Size] = {}
+        self.left_alone: list[str] = []
+        for name, weight in weights.items():
+            if not isinstance(weight, torch.Tensor):
+                kind = type(weight).__name__
+                raise RootnoiseError(f"weight {name} must be a tensor, got {kind}")
+            if weight.dtype in (torch.float32, torch.float64):
+                self.shapes[name] = weight.shape
+            elif weight.is_floating_point() or weight.is_complex():
+                raise RootnoiseError(
+                    f"weight {name} must be float32 or float64 on the server (clients may send "
+                    f"any float), got {weight.dtype}"
+                )
+            else:
+                self.left_alone.append(name)
+        places = [weights[name].untyped_storage().data_ptr() for name in self.shapes]
+        shared = [n for n, p in zip(self.shapes, places, strict=True) if p and places.count(p) > 1]
+        if shared:
+            rule = "weights must not share memory (leave out all but one of tied ones)"
+            raise RootnoiseError(f"{rule}, got {shared}")
+        self.size = sum(shape.numel() for shape in self.shapes.values())
+        if not self.size:
+            raise RootnoiseError(f"weights must hold floating ones, got {list(weights)[:5]}")
+
+    def flat(self, update: Any) -> torch.Tensor:
+        """Return an update as one float64 vector, shape (size,).
+
+        Raises:
+            Malformed: names, types or shapes are not those of the weights.
+        """
+        if not isinstance(update, Mapping) or not self.shapes.keys() <= update.keys():
+            raise Malformed
+        if update.keys() - self.shapes.keys() - set(self.left_alone):
+            raise Malformed
+        return torch.cat([_part(update[name], shape) for name, shape in self.shapes.items()])
+
+    def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the parts of a flat vector, each in its weight's shape."""
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), torch.split(vector, sizes), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    def describe(self) -> list[list[Any]]:
+        """Return [name, shape] of each weight, for comparison."""
+        return [[name, list(shape)] for name, shape in self.shapes.items()]
+
+
+def _part(tensor: Any, shape: torch.Size) -> torch.Tensor:
+    if isinstance(tensor, np.ndarray):
+        tensor = tensor.copy()  # torch warns of arrays that are read-only
+    elif not isinstance(tensor, torch.Tensor):
+        raise Malformed
+    try:
+        part = torch.as_tensor(tensor)
+        if not part.is_floating_point() or part.layout != torch.strided or part.is_meta:
+            raise Malformed
+        part = part.detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise Malformed from None
+    if part.shape != shape:
+        raise Malformed
+    return part.reshape(-1)
+
+
+def on_grid(vector: torch.Tensor, clip_norm: float) -> torch.Tensor | None:
+    """Return a float64 vector clipped to `clip_norm`, in int64 units of clip_norm / POINTS.
+
+    None if it is not finite.
+    """
+    largest = float(vector.abs().max())  # NaN if any is
+    if not largest < float("inf"):
+        return None
+    if largest == 0:
+        return torch.zeros_like(vector, dtype=torch.int64)
+    # Divided by the largest, no square overflows, and none that matters vanishes.
+    unit = vector / largest
+    norm = float(torch.linalg.vector_norm(unit))
+    scale = min(largest / clip_norm, 1 / (norm * (1 + SLACK)))
+    return (unit * (scale * POINTS)).trunc().to(torch.int64)
+
+
+def from_grid(total: torch.Tensor, clip_norm: float) -> torch.Tensor:
+    """Return a sum of grid vectors as float64, rounded once."""
+    return total.double() * (clip_norm / POINTS)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ast
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 
 COMPARE: dict[type[ast.cmpop], type[ast.cmpop]] = {
@@ -48,7 +49,7 @@ class Mutant:
     function: str  # qualified name; "" for the module
     kind: str
     line: str  # text of the line that the change begins on
-    change: str  # "old -> new"
+    change: str  # "old -> new", and which one where the function has the same line twice
     source: str = field(repr=False, compare=False)
     # A test that runs one of these lines may see it.
     lines: range = field(compare=False, default=range(0))
@@ -68,8 +69,13 @@ class Mutant:
 def mutants(file: str, text: str) -> list[Mutant]:
     """List the bugs of a source, each once; each parses and differs from it."""
     found: dict[str, Mutant] = {}
+    alike: Counter[tuple[str, str, str, str]] = Counter()
     for mutant in _Planter(file, text).planted():
-        found.setdefault(mutant.source, mutant)
+        if mutant.source not in found:
+            alike[mutant.identity] += 1
+            number = alike[mutant.identity]
+            change = mutant.change if number == 1 else f"{mutant.change} [{number}]"
+            found[mutant.source] = replace(mutant, change=change)
     return list(found.values())
 
 

@@ -95,35 +95,49 @@ class Campaign:
     def runs(self, bugs: Sequence[Mutant | Mutation], progress: Progress) -> Iterator[Run]:
         task = progress.add_task("mutants", total=len(bugs))
         for bug in bugs:
-            tests = self._tests(bug)
+            stages = [stage for stage in self._tests(bug) if stage]
 
-            def done(outcome: Outcome, bug: Mutant | Mutation = bug) -> None:
+            def following(
+                outcome: Outcome,
+                bug: Mutant | Mutation = bug,
+                stages: list[list[str]] = stages,
+            ) -> Run | None:
+                if stages and not outcome.killed:
+                    tests = stages.pop(0)
+                    seconds = sum(self._coverage.seconds[test] for test in tests)
+                    return Run(tests, 10 + 5 * seconds, following, bug.file, _source(bug))
                 self._count(bug, outcome, progress)
                 progress.advance(task)
+                return None
 
-            if tests:
-                seconds = sum(self._coverage.seconds[test] for test in tests)
-                yield Run(tests, 10 + 5 * seconds, done, bug.file, _source(bug))
-            else:
-                done(Outcome(0, "no test runs it", 0.0))
+            if first := following(Outcome(0, "" if stages else "no test runs it", 0.0)):
+                yield first
 
-    def _tests(self, bug: Mutant | Mutation) -> list[str]:
-        """Return the tests that may see it, fastest first; within the budget, its own file's."""
+    def _tests(self, bug: Mutant | Mutation) -> tuple[list[str], list[str]]:
+        """Return the tests that may see it, fastest first: of one file, then the others.
+
+        The one is the file's own or, failing that, the one with the most of these tests: to import
+        all others takes longer than most bugs live.
+        """
         seconds = self._coverage.seconds
         if isinstance(bug, Mutation):
             named = self._coverage.of(bug.tests.split())
             text = (PACKAGE / bug.file).read_text()
-            first = text[: text.index(bug.old)].count("\n") + 1
-            near = self._coverage.tests(bug.file, range(first, first + bug.old.count("\n") + 1))
-            return sorted(named, key=lambda test: (test not in near, seconds[test]))
-        found = self._coverage.tests(bug.file, bug.lines)
-        own = f"tests/test_{Path(bug.file).stem}.py::"
-        chosen, left = [], BUDGET
-        for test in sorted(found, key=lambda t: seconds[t] * (0.1 if t.startswith(own) else 1)):
+            line = text[: text.index(bug.old)].count("\n") + 1
+            seeing = self._coverage.tests(bug.file, range(line, line + bug.old.count("\n") + 1))
+            return sorted(named, key=lambda test: (test not in seeing, seconds[test])), []
+        found = sorted(self._coverage.tests(bug.file, bug.lines), key=lambda test: seconds[test])
+        files = Counter(test.split("::")[0] for test in found)
+        own = f"tests/test_{Path(bug.file).stem}.py"
+        first = own if own in files else max(files, key=lambda file: files[file], default="")
+        near: list[str] = []
+        far: list[str] = []
+        left = BUDGET
+        for test in sorted(found, key=lambda test: not test.startswith(f"{first}::")):
             if left > 0:
-                chosen.append(test)
+                (near if test.startswith(f"{first}::") else far).append(test)
                 left -= seconds[test]
-        return sorted(chosen, key=lambda test: seconds[test])
+        return near, far
 
     def _count(self, bug: Mutant | Mutation, outcome: Outcome, progress: Progress) -> None:
         listed = isinstance(bug, Mutation)

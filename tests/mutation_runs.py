@@ -56,6 +56,7 @@ HEAVY = (  # what takes long to import and is not of this project
 # A processor that others use too, or a run that sleeps, may take this many times its limit.
 PATIENCE = 10
 CRASH = 99  # exit code of a child in which pytest itself failed
+NO_VERDICT = (0, CRASH, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 MEMORY = 8 << 30  # bytes: a bug may ask for all there are
 _OPTIONS = [
     *("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"),
@@ -66,11 +67,14 @@ _OPTIONS = [
 
 @dataclass(frozen=True)
 class Run:
-    """Tests to run on the package with one file changed; `done` hears how it ended."""
+    """Tests to run on the package with one file changed.
+
+    `done` hears how it ended, and may answer with another run.
+    """
 
     tests: Sequence[str]
     limit: float  # seconds of a processor
-    done: Callable[[Outcome], None]
+    done: Callable[[Outcome], Run | None]
     file: str = ""
     source: str = ""
     record: bool = False
@@ -88,7 +92,7 @@ class Outcome:
     @property
     def killed(self) -> bool:
         """Whether a test failed, hung or crashed, or could not be imported."""
-        return bool(self.failed) and self.code not in (0, CRASH)
+        return bool(self.failed) and self.code not in NO_VERDICT
 
 
 def run_all(runs: Iterable[Run], folder: Path, workers: int) -> None:
@@ -147,8 +151,12 @@ class _Slot:
         except (OSError, ValueError):
             late = late or code == -signal.SIGXCPU
             answer = {"failed": "time limit" if late else "crash"}
-        self._run.done(Outcome(code, answer["failed"], seconds, answer.get("record", {})))
-        return True
+        if not answer["failed"] and code not in (0, pytest.ExitCode.NO_TESTS_COLLECTED):
+            answer["failed"] = f"pytest ended with {code}"
+        outcome = Outcome(code, answer["failed"], seconds, answer.get("record", {}))
+        if following := self._run.done(outcome):
+            self.start(following)
+        return following is None
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -178,8 +186,9 @@ def _child(run: Run, sources: Path, folder: Path) -> None:
     if run.file:  # a later run must not read what is compiled of this one
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         sys.dont_write_bytecode = True
-    watcher = _Watcher(sources / "rootnoise", run.record)
-    code = pytest.main([*_OPTIONS, *([] if run.record else ["-x"]), *run.tests], plugins=[watcher])
+    watcher = _Watcher(sources / "rootnoise", run)
+    files = dict.fromkeys(test.split("::")[0] for test in run.tests)
+    code = pytest.main([*_OPTIONS, *([] if run.record else ["-x"]), *files], plugins=[watcher])
     (folder / "answer.json").write_text(json.dumps(watcher.answer()))
     sys.stdout.flush()
     os._exit(int(code))
@@ -188,11 +197,12 @@ def _child(run: Run, sources: Path, folder: Path) -> None:
 class _Watcher:
     """A plugin: which test failed first and, when it records, what each runs and how long."""
 
-    def __init__(self, package: Path, record: bool) -> None:
+    def __init__(self, package: Path, run: Run) -> None:
+        self._order = {test: place for place, test in enumerate(run.tests)}
         self._failed: list[str] = []
         self._seconds: dict[str, float] = {}
         self._package, self._coverage = package, None
-        if record:
+        if run.record:
             import coverage
 
             self._coverage = coverage.Coverage(
@@ -222,6 +232,12 @@ class _Watcher:
             return (yield)
         finally:
             self._context(self._now)
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Keep the tests chosen, in order. A bug may rename some, which then are not run."""
+        if self._coverage is None:
+            items[:] = [item for item in items if item.nodeid in self._order]
+            items.sort(key=lambda item: self._order[item.nodeid])
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:

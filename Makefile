@@ -24,8 +24,8 @@ demo: $(VENV)/.lab ## calibrate, train with correlated noise, compare with DP-SG
 test: $(VENV)/.test ## run every test and every docstring example
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
-mutations: $(VENV)/.test ## plant privacy bugs one at a time: the tests must catch each (20 minutes)
-	$(BIN)/python tests/mutations.py
+mutations: $(VENV)/.mutations ## plant privacy bugs one at a time: the tests must catch each (30 minutes)
+	$(BIN)/python tests/mutate.py
 
 lint: $(VENV)/.lint ## style, formatting, the import rule of ARCHITECTURE.md, and types
 	$(BIN)/ruff check
@@ -40,7 +40,7 @@ benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean: ## remove .venv, caches and everything the targets above wrote
-	rm -rf $(VENV) demo site build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
 	find src tests -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra of pyproject.toml; an edit of either file below renews the install.

@@ -51,11 +51,20 @@ def test_good_values_pass():
     assert _check.integer("p", np.int64(3), 1, 9) == 3
     assert type(_check.integer("p", np.int64(3))) is int
     assert _check.real("s", np.float32(0.5), above=0, below=1) == 0.5
+    assert [_check.integer("p", value, 1, 9) for value in (1, 9)] == [1, 9]
+    assert [_check.real("s", value, at_least=0, at_most=1) for value in (0, 1)] == [0, 1]
+    assert _check.real("s", -2) == -2
+
+
+def test_matrices_need_not_be_square_where_that_is_said():
+    assert _check.matrix("a", [[1, 2]], square=False).shape == (1, 2)
+    assert _check.matrix("a", [[1, 2], [3, 4]]).shape == (2, 2)
 
 
 def test_arrays_are_private_and_read_only():
     given = np.ones(3)
     kept = _check.vector("a", given)
+    assert _check.vector("a", [1, 2]).dtype == np.float64
     given[0] = 7
     assert kept[0] == 1
     with pytest.raises(ValueError, match="read-only"):

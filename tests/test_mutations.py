@@ -1,10 +1,12 @@
-"""The planted bugs still apply: each text occurs exactly once, and the bug is valid Python."""
+"""The planted bugs still apply, and the tool that plants them plants what it says."""
 
 import ast
 
 import pytest
 
+import mutate
 import mutations
+from mutants import mutants
 from mutations import MUTATIONS, PACKAGE, Mutation
 
 
@@ -25,3 +27,58 @@ def test_there_are_many_and_each_has_a_name_of_its_own():
 def test_a_source_that_has_moved_on_is_refused(text):
     with pytest.raises(ValueError, match=r"^bug: file.py holds [02] of 'a'$"):
         Mutation("bug", "file.py", "a", "b", "").apply(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "changes"),
+    [
+        ("a < b", {"a < b -> (a <= b)"}),
+        ("0 < a == b", {"0 < a == b -> (0 <= a == b)", "0 < a == b -> (0 < a != b)", "0 -> (1)"}),
+        ("-a + b", {"-a + b -> (-a - b)", "-a -> (a)"}),
+        ("a[i:, 2]", {"i -> i + 1", "2 -> (3)"}),
+        ("a * 0.5", {"a * 0.5 -> (a / 0.5)", "0.5 -> (0.515)"}),
+        ("a and not b", {"a and not b -> (a or not b)", "not b -> (b)"}),
+        ("a if b else c", {"b -> (not b)"}),
+        ("min(a, key=b)", {"min(a, key=b) -> (max(a, key=b))", "min(a, key=b) -> (min(a))"}),
+        ("[a for a in b if c]", {"c -> (not c)"}),
+        ("f'{a + 1}' + 'x'", set()),
+    ],
+)
+def test_an_expression_is_changed_at_each_place(code, changes):
+    found = mutants("file.py", f"x: list[3] = {code}\n")
+    assert {mutant.change for mutant in found} == changes
+    assert all(mutant.identity[:3] == ("file.py", "", f"x: list[3] = {code}") for mutant in found)
+
+
+def test_statements_are_changed_and_errors_keep_their_words():
+    text = "@d(1)\ndef f(a=2):\n    if a:\n        raise E(a + 1)\n    check(a)\n    a += 3\n"
+    found = mutants("file.py", text)
+    assert {(mutant.kind, mutant.change, mutant.lines) for mutant in found} == {
+        ("constant", "2 -> (3)", range(3, 7)),  # a default shows wherever the function runs
+        ("condition", "a -> (not a)", range(3, 4)),
+        ("raise", "raise E(a + 1) -> pass", range(4, 5)),
+        ("statement", "check(a) -> pass", range(5, 6)),
+        ("sign", "a += 3 -> a -= 3", range(6, 7)),
+        ("constant", "3 -> (4)", range(6, 7)),
+    }
+    assert {mutant.function for mutant in found} == {"f"}
+
+
+def test_what_a_mutant_is_called_survives_moves():
+    before = mutants("a/file.py", "def f():\n    return 1 < 2\n")
+    after = mutants("b/file.py", "import x\n\ndef f():\n    return 1 < 2\n")
+    assert [m.identity for m in before] == [m.identity for m in after]
+    assert [m.order(0) for m in before] == [m.order(0) for m in after]
+    assert [m.order(0) for m in before] != [m.order(1) for m in before]
+
+
+def test_every_mutant_that_may_live_still_exists():
+    names = mutate.privacy_files()
+    found = {m.identity for name in names for m in mutants(name, (PACKAGE / name).read_text())}
+    assert set(mutate.allowed()) <= found
+
+
+def test_a_pattern_that_fits_no_file_is_refused(monkeypatch):
+    monkeypatch.setattr(mutate, "PRIVACY", ["gone.py"])
+    with pytest.raises(ValueError, match=r"^PRIVACY: no file fits gone.py$"):
+        mutate.privacy_files()

@@ -62,6 +62,17 @@ def test_a_row_has_the_same_bits_however_it_is_drawn(t, steps):
             np.testing.assert_array_equal(together[i, j], draw(t=t + j, chunks=[chunk])[0, 0])
 
 
+def test_draws_do_not_depend_on_torchs_defaults():
+    expected = draw(t=3, steps=2)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            np.testing.assert_array_equal(draw(t=3, steps=2), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_source_writes_nowhere_else():
     space = np.full((3, 30, CHUNK), 7, dtype=np.float32)
     AesSource(KEY).fill(4, [1, 2], space[1:, 5:25])

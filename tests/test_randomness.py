@@ -1,3 +1,4 @@
+import os
 import stat
 
 import numpy as np
@@ -49,6 +50,13 @@ def test_a_saved_key_is_private_complete_and_never_overwritten(tmp_path):
     with pytest.raises(RootnoiseError, match=r"^key file must not exist yet, got .*run.key$"):
         Key.fresh().save(path)
     assert Key.load(path) == KEY
+
+
+def test_a_saved_key_is_on_the_disk_before_its_first_use(tmp_path, monkeypatch):
+    path, seen = tmp_path / "run.key", []
+    monkeypatch.setattr(os, "fsync", lambda number: seen.append(Key.load(path)))
+    KEY.save(path)
+    assert seen == [KEY]
 
 
 @pytest.mark.parametrize("text", [b"", b"ab" * 31, b"xy" * 32, b"\xff" * 64])

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 import oracle
 from rootnoise import RootnoiseError, patterns, series
+from rootnoise import sensitivity as module
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
-from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.dyadic import Tree
+from rootnoise.participation import (
+    CyclicPoisson,
+    FixedCycle,
+    MinSeparation,
+    MinSepPoisson,
+    SingleParticipation,
+)
 from rootnoise.sensitivity import sensitivity
 from rootnoise.workload.descent import Descent
 
@@ -51,11 +59,21 @@ def test_square_roots_are_exact(shape, fixed, momentum, decay, bands):
     compare(root, n, b, k, fixed, exact=True)
 
 
-@given(SHAPES, st.floats(0, 0.99))
-def test_non_decreasing_coefficients_are_exact(shape, momentum):
+@given(SHAPES, st.booleans(), st.floats(0, 0.99), st.integers(1, 12))
+def test_non_decreasing_coefficients_are_exact(shape, fixed, momentum, bands):
     n, b, k = shape
-    rising = Toeplitz(series.sgd_power(1, momentum, 1.0, n), n)
-    compare(rising, n, b, k, False, exact=True)
+    if fixed and n // b > 6:
+        return
+    rising = Toeplitz(series.sgd_power(1, momentum, 1.0, min(bands, n)), n)
+    compare(rising, n, b, k, fixed, exact=True)
+
+
+def test_non_decreasing_coefficients_are_exact_at_any_length(monkeypatch):
+    monkeypatch.setattr(patterns, "MEMORY", 0)
+    monkeypatch.setattr(module, "PAIRWISE_WORK", 0)
+    for bands in (3, 4, 12):
+        rising = Toeplitz(series.sgd_power(1, 0.9, 1.0, bands), 12)
+        compare(rising, 12, 2, 4, False, exact=True)
 
 
 @given(SHAPES, st.booleans(), st.integers(0, 999), st.booleans())
@@ -90,6 +108,49 @@ def test_scaled_columns_are_exact_up_to_the_separation(shape, fixed, seed):
     compare(Product(c, Diagonal(rng.uniform(0.1, 1, n))), n, b, k, fixed, exact=True)
 
 
+@pytest.mark.parametrize("gains", [[2, 3, 2.9, 0.1, 2], [2, 3, 2.9, 0.1, 9], [3, 1, 2, 1, 9]])
+def test_two_large_columns_that_are_too_near_are_not_both_counted(gains):
+    compare(Diagonal(np.sqrt(gains)), 5, 2, 2, False, exact=True)
+
+
+@pytest.mark.parametrize(
+    ("n", "b", "k", "p"), [(7, 1, 4, 7), (7, 1, 4, 3), (9, 2, 3, 7), (9, 2, 5, 9)]
+)
+def test_each_pair_of_ranks_is_bounded_by_its_own_worst_distance(n, b, k, p):
+    c = np.random.default_rng(n + p).uniform(0, 1, p)
+    total = 0.0
+    for r in range(k):
+        held = np.pad(c, (0, n))[: n - r * b]
+        total += held @ held
+        for g in range(1, k - r):
+            total += 2 * max(held[d:] @ held[: held.size - d] for d in range(g * b, held.size))
+    assert module._pairwise(c, n, b, k) == pytest.approx(total**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (MinSeparation(5, 3), "max_participations must be in .*=2., got 3"),
+        (FixedCycle(5, 3), "n_steps must be in .* got 10"),
+        (CyclicPoisson(11, 0.1), "groups must be in .* got 11"),
+        (MinSepPoisson(11, 0.1), "min_sep must be in .* got 11"),
+    ],
+)
+def test_a_participation_that_does_not_fit_is_refused(value, message):
+    with pytest.raises(RootnoiseError, match=f"^{message}"):
+        sensitivity(Toeplitz(np.ones(1), 10), value)
+
+
+def test_a_tree_takes_the_bound_of_its_blocks_where_dynamic_programming_takes_too_long(monkeypatch):
+    tree, value = Tree(12), MinSeparation(3, 4)
+    exact = sensitivity(tree, value)
+    assert exact.method == "dynamic programming over the Gram matrix"
+    monkeypatch.setattr(patterns, "MEMORY", 0)
+    blocks = sensitivity(tree, value)
+    assert blocks.method == "blocks of the tree"
+    assert blocks.value >= exact.value * (1 - 1e-12)
+
+
 def test_vector_contributions_stay_below_the_bound():
     """Signed strategies: contributions in several dimensions reach further than any signs."""
     rng = np.random.default_rng(1)
@@ -115,12 +176,12 @@ def test_the_pairwise_route_proves_momentum_with_decay_exact():
 
 
 def test_the_envelope_is_used_when_pairs_are_too_many(monkeypatch):
-    from rootnoise import sensitivity as module
-
     monkeypatch.setattr(patterns, "MEMORY", 0)  # no dynamic programming, which is exact here
     c = Toeplitz(np.array([1, 0.1, 0.1, 0.9]), 12)
     pairwise = sensitivity(c, MinSeparation(2, 4))
-    monkeypatch.setattr(module, "PAIRWISE_WORK", 0)
+    monkeypatch.setattr(module, "PAIRWISE_WORK", 4 * 12)
+    assert sensitivity(c, MinSeparation(2, 4)) == pairwise
+    monkeypatch.setattr(module, "PAIRWISE_WORK", 4 * 12 - 1)
     envelope = sensitivity(c, MinSeparation(2, 4))
     assert (pairwise.method, envelope.method) == ("worst pair of steps", "non-increasing envelope")
     assert not envelope.exact

@@ -137,8 +137,9 @@ def _toeplitz(
     if c.min() >= 0:
         if np.all(c[1:] <= c[:-1]):
             return Sensitivity(first, True, "non-increasing coefficients (Theorem 2)")
-        if c.size == n and np.all(c[1:] >= c[:-1]):
-            # X_st = sum_u c_{u-s} c_{u-t} grows when s or t moves to an earlier step.
+        if np.all(c[1:] >= c[:-1]):
+            # X_st is the sum of c_j c_{j-(t-s)} over t - s <= j < min(p, n - s): its terms, and
+            # their number, shrink as t - s or s grows.
             return Sensitivity(first, True, "non-decreasing coefficients")
         if isinstance(participation, FixedCycle):
             # A later start only cuts the same sum off earlier.
@@ -147,7 +148,7 @@ def _toeplitz(
     pairwise = np.inf
     if isinstance(participation, MinSeparation) and k * n <= PAIRWISE_WORK:
         pairwise = _pairwise(magnitudes, n, b, k)
-        if c.min() >= 0 and pairwise <= first * (1 + ROUNDING):
+        if pairwise <= first * (1 + ROUNDING):  # the first pattern reaches what no other exceeds
             return Sensitivity(first, True, "every pair of steps is worst when earliest")
     found = _worst(strategy, participation)
     if found is not None:

@@ -1,0 +1,255 @@
+"""`make mutations`: plants privacy bugs, one at a time; a test must kill each.
+
+All that were thought of (`mutations.py`), and a seeded sample of those that the grammar gives
+(`mutants.py`) in every file on which privacy depends. A bug that lives must be killed by a new
+test, or be listed in `equivalent.toml` with the reason why it may live; else the command fails.
+
+    python tests/mutate.py                            # the sample: 30 minutes on two idle cores
+    python tests/mutate.py --all --file noise.py      # all of one file
+    python tests/mutate.py --planted --bug "the noise"    # of the list, by words of the description
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import tomllib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mutants import Mutant, mutants
+from mutation_runs import ROOT, Coverage, Outcome, Run, run_all
+from mutations import MUTATIONS, PACKAGE, Mutation
+
+# The files on which privacy depends: patterns below the package.
+PRIVACY = [
+    "_check.py",
+    "accounting/*.py",
+    "auditing/recompute.py",
+    "blockplan.py",
+    "causal.py",
+    "clipping.py",
+    "copies.py",
+    "engine.py",
+    "journal.py",
+    "lab/checkpoint.py",
+    "lab/privacy.py",
+    "ledger.py",
+    "mechanism.py",
+    "noise.py",
+    "normals.py",
+    "participation.py",
+    "patterns.py",
+    "randomness.py",
+    "ranks.py",
+    "sampling.py",
+    "sensitivity.py",
+    "shards.py",
+    "training.py",
+]
+SAMPLE = 25  # mutants a file
+BUDGET = 20.0  # seconds of tests for one mutant: what takes longer to see is not seen
+EQUIVALENT = ROOT / "tests" / "equivalent.toml"
+
+Identity = tuple[str, str, str, str]
+
+
+def privacy_files() -> list[str]:
+    """Return the files of `PRIVACY`, each pattern fitting at least one."""
+    found = []
+    for pattern in PRIVACY:
+        fits = sorted(str(path.relative_to(PACKAGE)) for path in PACKAGE.glob(pattern))
+        if not fits:
+            raise ValueError(f"PRIVACY: no file fits {pattern}")
+        found += fits
+    return found
+
+
+def allowed() -> dict[Identity, str]:
+    """Return why each listed mutant may live, by its identity."""
+    reasons: dict[Identity, str] = {}
+    for entry in tomllib.loads(EQUIVALENT.read_text())["equivalent"]:
+        for place in entry["mutants"]:
+            identity = (entry["file"], entry["function"], place["line"], place["change"])
+            reasons[identity] = entry["reason"]
+    return reasons
+
+
+class Campaign:
+    """Chooses tests for each bug, runs them, and counts what was killed."""
+
+    def __init__(self, coverage: Coverage, log: TextIO | None) -> None:
+        self._coverage, self._log = coverage, log
+        self._allowed = allowed()
+        self.counts: dict[str, Counter[str]] = {}
+        self.survivors: list[str] = []
+
+    def runs(self, bugs: Sequence[Mutant | Mutation], progress: Progress) -> Iterator[Run]:
+        task = progress.add_task("mutants", total=len(bugs))
+        for bug in bugs:
+            stages = [stage for stage in self._tests(bug) if stage]
+
+            def following(
+                outcome: Outcome,
+                bug: Mutant | Mutation = bug,
+                stages: list[list[str]] = stages,
+            ) -> Run | None:
+                if stages and not outcome.killed:
+                    tests = stages.pop(0)
+                    seconds = sum(self._coverage.seconds[test] for test in tests)
+                    return Run(tests, 10 + 5 * seconds, following, bug.file, _source(bug))
+                self._count(bug, outcome, progress)
+                progress.advance(task)
+                return None
+
+            if first := following(Outcome(0, "" if stages else "no test runs it", 0.0)):
+                yield first
+
+    def _tests(self, bug: Mutant | Mutation) -> tuple[list[str], list[str]]:
+        """Return the tests that may see it, fastest first: of one file, then the others.
+
+        The one is the file's own or, failing that, the one with the most of these tests: to import
+        all others takes longer than most bugs live.
+        """
+        seconds = self._coverage.seconds
+        if isinstance(bug, Mutation):
+            named = self._coverage.of(bug.tests.split())
+            text = (PACKAGE / bug.file).read_text()
+            line = text[: text.index(bug.old)].count("\n") + 1
+            seeing = self._coverage.tests(bug.file, range(line, line + bug.old.count("\n") + 1))
+            return sorted(named, key=lambda test: (test not in seeing, seconds[test])), []
+        found = sorted(self._coverage.tests(bug.file, bug.lines), key=lambda test: seconds[test])
+        files = Counter(test.split("::")[0] for test in found)
+        own = f"tests/test_{Path(bug.file).stem}.py"
+        first = own if own in files else max(files, key=lambda file: files[file], default="")
+        near: list[str] = []
+        far: list[str] = []
+        left = BUDGET
+        for test in sorted(found, key=lambda test: not test.startswith(f"{first}::")):
+            if left > 0:
+                (near if test.startswith(f"{first}::") else far).append(test)
+                left -= seconds[test]
+        return near, far
+
+    def _count(self, bug: Mutant | Mutation, outcome: Outcome, progress: Progress) -> None:
+        listed = isinstance(bug, Mutation)
+        counts = self.counts.setdefault("the list" if listed else bug.file, Counter())
+        counts["planted"] += 1
+        if outcome.killed:
+            counts["killed"] += 1
+            how = outcome.failed
+        elif isinstance(bug, Mutant) and bug.identity in self._allowed:
+            counts["allowed"] += 1
+            how = "allowed"
+        else:
+            counts["survived"] += 1
+            self.survivors.append(str(bug))
+            how = "SURVIVED " + outcome.failed
+            progress.console.print(f"survived: {bug} {outcome.failed}", markup=False)
+        if self._log is not None:
+            self._log.write(f"{outcome.seconds:.1f}\t{bug}\t{how}\n")
+            self._log.flush()
+
+
+def _source(bug: Mutant | Mutation) -> str:
+    if isinstance(bug, Mutant):
+        return bug.source
+    return bug.apply((PACKAGE / bug.file).read_text())
+
+
+def choose(options: argparse.Namespace) -> list[Mutant | Mutation]:
+    """Return the bugs to plant, as the options say."""
+    bugs: list[Mutant | Mutation] = []
+    if options.planted or not options.file:
+        bugs += [m for m in MUTATIONS if options.bug in m.bug]
+    if options.planted:
+        return bugs
+    files = privacy_files()
+    for file in files:
+        if options.file and not any(
+            file == name or Path(file).name == name for name in options.file
+        ):
+            continue
+        found = mutants(file, (PACKAGE / file).read_text())
+        found.sort(key=lambda mutant: mutant.order(options.seed))
+        bugs += found if options.all else found[: options.sample]
+    return bugs
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command; return 1 if any bug lives that may not."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--all", action="store_true", help="every mutant, not a sample")
+    parser.add_argument(
+        "--file", action="append", help="only this file of the package (repeatable)"
+    )
+    parser.add_argument("--planted", action="store_true", help="only the list of mutations.py")
+    parser.add_argument("--bug", default="", help="only bugs of that list that hold these words")
+    parser.add_argument("--sample", type=int, default=SAMPLE, help="mutants a file")
+    parser.add_argument("--seed", type=int, default=0, help="which sample")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--log", type=argparse.FileType("w"), help="write each bug and its killer")
+    parser.add_argument("--tests", nargs="*", help="only these files of tests, like sensitivity")
+    options = parser.parse_args(words)
+    console = Console()
+    bars = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    bugs = choose(options)
+    tests = sorted((ROOT / "tests").glob("test_*.py"))
+    tests = [t for t in tests if t.stem != "test_mutations"]
+    if options.tests:
+        tests = [t for t in tests if t.stem[5:] in options.tests]
+    coverage = Coverage()
+    with Progress(*bars, console=console, auto_refresh=False) as progress:
+        old = coverage.out_of_date(tests)
+        task = progress.add_task("what each test runs", total=len(old))
+
+        def recorded(outcome: Outcome) -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        with tempfile.TemporaryDirectory() as folder:
+            run_all(
+                (coverage.renewal(file, recorded) for file in old), Path(folder), options.workers
+            )
+        for file in tests:
+            coverage.read(file)
+        for name in coverage.failed:
+            progress.console.print(f"fails without any bug, left out: {name}", markup=False)
+        campaign = Campaign(coverage, options.log)
+
+        def refreshed() -> Iterator[Run]:
+            for run in campaign.runs(bugs, progress):
+                progress.refresh()
+                yield run
+
+        with tempfile.TemporaryDirectory() as folder:
+            run_all(refreshed(), Path(folder), options.workers)
+    console.print(table(campaign.counts))
+    return 1 if campaign.survivors else 0
+
+
+def table(counts: dict[str, Counter[str]]) -> Table:
+    """Return what was planted, killed, allowed and survived, by file."""
+    columns = ("planted", "killed", "allowed", "survived")
+    result = Table(title="Planted bugs", show_footer=True)
+    result.add_column("file", footer="all")
+    for name in columns:
+        total = sum(count[name] for count in counts.values())
+        result.add_column(name, footer=str(total), justify="right")
+    for file, count in counts.items():
+        result.add_row(file, *(str(count[name]) for name in columns))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""The ledger's file on its own: whole records, torn ones, and what reaches the disk."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+
+from rootnoise._check import RootnoiseError
+from rootnoise.journal import Journal, first_line, pack, unpack
+
+HEADER = {"b": 1, "a": "x"}
+BATCHES = [[], [0], [2**32 - 1], [0, 1, 2], [5, 900, 2**20]]
+
+
+def written(path, batches=BATCHES):
+    journal = Journal.create(path, HEADER)
+    for batch in batches:
+        journal.append(pack(np.array(batch, dtype=np.int64)))
+    return journal
+
+
+def test_records_come_back_in_order(tmp_path):
+    journal = written(tmp_path / "ledger.bin")
+    assert [unpack(record).tolist() for record in journal.records()] == BATCHES
+    again = Journal.reopen(journal.path, dict(reversed(HEADER.items())))
+    assert list(again.records()) == list(journal.records())
+
+
+def test_a_record_torn_anywhere_is_cut_and_no_whole_one(tmp_path):
+    journal = written(tmp_path / "ledger.bin")
+    whole = journal.path.read_bytes()
+    before = len(whole) - len(pack(np.array(BATCHES[-1])))
+    for length in range(before, len(whole) + 1):
+        journal.path.write_bytes(whole[:length])
+        journal.cut()
+        assert journal.path.read_bytes() == (whole if length == len(whole) else whole[:before])
+    journal.path.write_bytes(first_line(HEADER) + b"\x00")
+    journal.cut()
+    assert journal.path.read_bytes() == first_line(HEADER)
+
+
+def test_a_file_that_exists_is_not_overwritten(tmp_path):
+    journal = written(tmp_path / "ledger.bin")
+    whole = journal.path.read_bytes()
+    with pytest.raises(
+        RootnoiseError, match=r"^ledger file must be new and writable, got .*ledger.bin: File exis"
+    ):
+        Journal.create(journal.path, HEADER)
+    assert journal.path.read_bytes() == whole
+    assert journal.path.stat().st_mode & 0o777 == 0o600
+
+
+def test_sync_waits_for_the_disk(tmp_path, monkeypatch):
+    journal, synced = written(tmp_path / "ledger.bin"), []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
+    journal.sync()
+    assert synced == [journal.path.stat().st_ino]

@@ -55,4 +55,7 @@ def audit(
         Console().print(table)
         failed = sum(not check.held for check in checks)
         print("all hold" if held else f"{failed} of {len(checks)} checks do not hold")
+        for check in checks:
+            if check.name == "finished":
+                print(check.found)
     raise typer.Exit(0 if held else 1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rootnoise._check import integer
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.journal import Journal, pack
 from rootnoise.lab import plots
 from rootnoise.lab.checkpoint import RunFolder
 from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import load
-from rootnoise.lab.privacy import Statement, statement
+from rootnoise.lab.privacy import Statement, begun, refuse_other, statement
 from rootnoise.lab.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
 
@@ -108,18 +109,45 @@ def _begin(
     sampler = make_sampler(config, data.n_train)
     private = config.mechanism != "none"
     mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
-    key = None
-    if private:
-        key = folder.key() if resume else make_key(config)
-    stated = folder.statement() if resume else statement(config, sampler, mechanism, key)
+    key = folder.key() if resume else make_key(config)
+    if resume:
+        stated = folder.statement()
+        refuse_other(stated, config, sampler, mechanism, key)
+    else:
+        stated = statement(config, sampler, mechanism, key)
     trainer = Trainer(config, data, sampler, mechanism, key)
     if resume:
         trainer.load_state_dict(folder.checkpoint())
+        if stated != begun(stated) and trainer.t < sampler.n_steps:
+            rule = "privacy.json must not be of a run that has ended"
+            raise RootnoiseError(f"{rule}, got step {trainer.t} of {sampler.n_steps}")
     else:
         folder.create(settings, stated, mechanism, key, trainer.state_dict())
     if isinstance(trainer.optimizer, PrivateOptimizer):
-        trainer.optimizer.ledger.keep(folder.path / "ledger.bin")
+        path = folder.path / "ledger.bin"
+        trainer.optimizer.ledger.keep(path)
+        if resume:
+            _refuse_other_future(path, trainer)
     return trainer, stated
+
+
+def _refuse_other_future(path: Path, trainer: Trainer) -> None:
+    """Refuse a ledger whose steps past the checkpoint are not the ones that will be made anew.
+
+    There are some where a crash came between two checkpoints. One is written at the end of each
+    epoch before a step of the next, so that a ledger that reaches further had a later one.
+    """
+    journal, sampler, t = Journal(path), trainer.sampler, trainer.t
+    for step, record in enumerate(journal.records()):
+        if step < t:
+            continue  # `keep` has compared them
+        if step >= trainer.epoch_end:
+            raise RootnoiseError(
+                f"checkpoint.pt must be the last one of the run, got step {t} where ledger.bin "
+                f"holds step {step} of a later epoch"
+            )
+        if record != pack(sampler.batch(step)):
+            raise RootnoiseError(f"ledger.bin must hold the run's own batches, got others {path}")
 
 
 def _result(config: RunConfig, trainer: Trainer, out: Path) -> Result:

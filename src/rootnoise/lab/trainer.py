@@ -79,14 +79,18 @@ class Trainer:
         """Steps made."""
         return self.optimizer.t
 
+    @property
+    def epoch_end(self) -> int:
+        """The steps made when the epoch of the next step ends."""
+        per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
+        return min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
+
     def epoch(self, on_step: OnStep | None = None, most: int | None = None) -> None:
         """Train to the end of the epoch, evaluate on the test set, and add to `history`.
 
         With `most`, stop after that many steps if the epoch does not end before.
         """
-        start = time.perf_counter()
-        per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
-        end = min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
+        start, end = time.perf_counter(), self.epoch_end
         stop = end if most is None else min(self.t + most, end)
         accuracy = self.history[-1]["test_accuracy"] if self.history else None
         with warnings.catch_warnings():

@@ -7,6 +7,7 @@ from the raw data, and epsilon does not cover them.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 from rootnoise._check import RootnoiseError, integer
@@ -138,9 +139,8 @@ def _refuse_other_future(path: Path, trainer: Trainer) -> None:
     epoch before a step of the next, so that a ledger that reaches further had a later one.
     """
     journal, sampler, t = Journal(path), trainer.sampler, trainer.t
-    for step, record in enumerate(journal.records()):
-        if step < t:
-            continue  # `keep` has compared them
+    later = islice(journal.records(), t, None)  # `keep` has compared those before
+    for step, record in enumerate(later, t):
         if step >= trainer.epoch_end:
             raise RootnoiseError(
                 f"checkpoint.pt must be the last one of the run, got step {t} where ledger.bin "

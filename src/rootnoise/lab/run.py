@@ -6,9 +6,11 @@ from the raw data, and epsilon does not cover them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.journal import Journal, pack
@@ -84,19 +86,57 @@ def run(
         integer("checkpoint_every", checkpoint_every, 1)
     with RunFolder(out) as folder:
         trainer, stated = _begin(config, folder, data_dir, resume)
+        try:
+            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+        except OSError as reason:
+            name = Path(reason.filename).name if reason.filename else str(folder.path)
+            rule, got = f"{name} must be writable", reason.strerror
+        except RootnoiseError as reason:
+            # Of the ledger, which cannot be written.
+            if not isinstance(reason.__context__, OSError) and "full disk" not in str(reason):
+                raise
+            rule, got = "ledger.bin must be writable", str(reason).rsplit(": ", 1)[-1]
+        raise RootnoiseError(
+            f"{rule}, got {got}; the last checkpoint is whole: make room and {folder.resume}"
+        )
+
+
+def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of the unfinished run in `out`.
+
+    Args:
+        out: its folder.
+        given: settings that must be those of the run, by name.
+
+    Raises:
+        RootnoiseError: no unfinished run, one of which a file was changed, or other settings.
+    """
+    with RunFolder(out) as folder:
+        folder.reopen(given)
+        return RunConfig(**folder.config())
+
+
+def _to_the_end(
+    config: RunConfig,
+    folder: RunFolder,
+    trainer: Trainer,
+    stated: Statement,
+    every: int | None,
+    on_step: OnStep | None,
+) -> Result:
+    folder.write_metrics(trainer.history)
+    while trainer.t < trainer.sampler.n_steps:
+        trainer.epoch(on_step, every)
+        folder.save_checkpoint(trainer.state_dict())
         folder.write_metrics(trainer.history)
-        while trainer.t < trainer.sampler.n_steps:
-            trainer.epoch(on_step, checkpoint_every)
-            folder.save_checkpoint(trainer.state_dict())
-            folder.write_metrics(trainer.history)
-        title = f"{config.mechanism} on {config.dataset}"
-        curve = [entry["test_accuracy"] for entry in trainer.history]
-        plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
-        optimizer = trainer.optimizer
-        ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-        result = _result(config, trainer, folder.path)
-        weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-        folder.finish(weights, asdict(result), stated, ledger)
+    title = f"{config.mechanism} on {config.dataset}"
+    curve = [entry["test_accuracy"] for entry in trainer.history]
+    plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
+    optimizer = trainer.optimizer
+    ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
+    result = _result(config, trainer, folder.path)
+    weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+    folder.finish(weights, asdict(result), stated, ledger)
     return result
 
 

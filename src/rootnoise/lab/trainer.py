@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.lab.config import RunConfig, rates
 from rootnoise.lab.data import Dataset
@@ -66,6 +67,7 @@ class Trainer:
             self.module = self.model
             self.optimizer = _PlainOptimizer(sgd, sampler, config.decay)
         else:
+            self._refuse_memory(config, mechanism)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
             self.optimizer = PrivateOptimizer(
@@ -73,6 +75,17 @@ class Trainer:
             )
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
+
+    def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
+        """Refuse a run whose noise and per-sample gradients do not fit; on a GPU it will say so."""
+        if self._device.type != "cpu":
+            return
+        size = sum(p.numel() for p in self.model.parameters())
+        rows = mechanism.noising.state_size
+        # float32; a checkpoint holds the rows once more, in the state and in its bytes.
+        needed = 4.0 * size * (3 * rows + config.batch_size)
+        what = f"{rows} rows of noise and {config.batch_size} gradients of {size} parameters"
+        _limits.memory(what, needed, "fewer bands or a smaller batch")
 
     @property
     def t(self) -> int:

@@ -146,7 +146,7 @@ def test_account_of_random_steps_takes_a_strategy_from_a_file(capsys, tmp_path):
 FACTORIZE, ACCOUNT = "factorize --steps 100 ", "account --delta 1e-5 "
 REFUSALS = {
     "factorize": "steps must be given unless a file says how many, got none",
-    "factorize --steps 0": "steps must be >= 1, got 0",
+    "factorize --steps 0": "steps must be in [1, 10000000], got 0",
     "factorize --steps x": "Invalid value for '--steps'",
     FACTORIZE + "--bands 0": "bands must be in [1, n_steps=100], got 0",
     FACTORIZE + "--bands many": "bands must be an integer or auto, got 'many'",

@@ -1,8 +1,11 @@
 """`rootnoise train` and `rootnoise demo` as a user types them."""
 
 import dataclasses
+import errno
 import inspect
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -125,19 +128,63 @@ def test_resume_refuses_an_edited_mechanism_and_other_settings(call, tmp_path, m
 
     with monkeypatch.context() as patch:
         patch.setattr("rootnoise.lab.trainer.Trainer.epoch", interrupt)
-        assert call(*arguments)[:2] == (130, "")
+        status, out, err = call(*arguments)
+        line = f"stopped: rootnoise train --resume --out {tmp_path} goes on\n"
+        assert (status, out, err) == (130, "", line)
     path = tmp_path / "mechanism.json"
     sound = path.read_text()
     edited = json.loads(sound)
     edited["definition"]["noise_multiplier"] /= 2
     path.write_text(json.dumps(edited))
     line = refused(call, *arguments, "--resume")
-    assert "must match what its definition gives" in line
+    assert line.startswith("error: mechanism.json must be as when the run began")
     path.write_text(sound)
     line = refused(call, *arguments, "--lr", "0.1", "--resume")
     assert "lr must be 0.5, as when the run began, got 0.1" in line
-    status, out, _ = call(*arguments, "--resume", "--json")
+    line = refused(call, "train", "--resume", "--out", tmp_path, "--model", "cnn")
+    assert "model must be 'logistic', as when the run began, got 'cnn'" in line
+    same = ("--epsilon", "4", "--sampling", "auto")
+    status, out, _ = call("train", "--resume", "--out", tmp_path, *same, "--json")
     assert (status, json.loads(out)["n_steps"]) == (0, 16)
+
+
+def test_an_interrupt_before_the_first_step_says_so(call, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rootnoise.lab.run.load", interrupt)
+    line = "stopped: before the first step, nothing is kept\n"
+    assert call("train", *PRIVATE, "--out", tmp_path / "run") == (130, "", line)
+
+
+@pytest.mark.parametrize("file", ["checkpoint.pt", "ledger.bin", "result.json"])
+def test_a_disk_that_fills_up_names_the_command_that_goes_on(call, tmp_path, monkeypatch, file):
+    """The last checkpoint is whole, and the resumed run ends as if nothing had been."""
+    out, left = tmp_path / "run", [2 if file == "checkpoint.pt" else 1]
+
+    def full(path):
+        left[0] -= path.name == file
+        if path.name == file and left[0] <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    def fsync(descriptor, real=os.fsync):
+        temporary = Path(f"/proc/self/fd/{descriptor}").readlink()
+        full(temporary.with_name(temporary.name.removeprefix(".").removesuffix(".partial")))
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        if file == "ledger.bin":
+            left[0] = 2  # the first is its header
+        patch.setattr("os.fsync", fsync)
+        line = refused(call, "train", *PRIVATE, "--out", out)
+    assert line == (
+        f"error: {file} must be writable, got No space left on device; the last checkpoint is "
+        f"whole: make room and rootnoise train --resume --out {out}\n"
+    )
+    assert not list(out.glob(".*.partial"))
+    status, text, _ = call("train", "--resume", "--out", out, "--json")
+    assert (status, json.loads(text)["n_steps"]) == (0, 16)
+    assert call("audit", out)[0] == 0
 
 
 def test_defaults_are_those_of_the_library():

@@ -64,7 +64,7 @@ def assert_sound_checkpoint(out):
 def test_thirty_kills_leave_no_trace(tmp_path, whole):
     """At any line of the run, from the making of the folder to the deletion of the secrets."""
     out, generator = tmp_path / "out", np.random.default_rng(4)
-    kills, made, reach = 0, 0, 500
+    kills, made, reach = 0, 0, 900
     while True:
         fuse = int(generator.integers(reach))
         status = outcome(training_runs.train_killed_at_line, out, 1, fuse)
@@ -78,6 +78,7 @@ def test_thirty_kills_leave_no_trace(tmp_path, whole):
             reach = reach * 6 // 7 if made > before else reach * 11 // 10  # 2 new steps in 5 lives
         else:  # killed in the making of the folder: no data was touched
             shutil.rmtree(out, ignore_errors=True)
+            reach = reach * 11 // 10
     assert kills >= 30, reach
     assert_same_run(out, whole)
 

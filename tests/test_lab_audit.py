@@ -60,10 +60,22 @@ def test_a_run_without_privacy_is_audited_too(tmp_path):
         assert failures(tmp_path / name) == []
 
 
-def test_an_unfinished_run_does_not_hold(tmp_path):
-    stopped(tmp_path)
+def test_an_unfinished_run_does_not_hold(tmp_path, capsys):
+    out = stopped(tmp_path)
     found = failures(tmp_path)
     assert {"steps made", "secrets are gone"} < set(found)
+    assert {"finished", "steps made", "secrets are gone"} == set(found)
+    assert main(["audit", str(out)]) == 1
+    last = capsys.readouterr().out.splitlines()[-1]
+    line = "unfinished, 8 steps are saved; go on by rootnoise train --resume --out"
+    assert last == f"{line} {out}"
+
+
+def test_an_edit_of_an_unfinished_run_is_found(tmp_path):
+    change(stopped(tmp_path), "config.json", "epsilon", 8.0)
+    assert "config.json" in failures(tmp_path)
+    (tmp_path / "checkpoint.pt").write_bytes(b"x")
+    assert {"finished", "checkpoint.pt"} < set(failures(tmp_path))
 
 
 # ---------------------------------------------------------------------------------- careless edits

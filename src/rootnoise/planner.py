@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rootnoise import accounting
+from rootnoise import _limits, accounting
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.certificate import Certificate, lower_bound
 from rootnoise.diagnostics import Finding, diagnose
@@ -35,6 +35,8 @@ AFFORDABLE = {
     "epoch-scaled": 20_000,
     "banded": 200_000,
 }
+# Most steps of a job: the candidates together take about half a minute there.
+MOST_STEPS = 100_000
 # Part of epsilon that calibration under sampling may waste, for an answer in seconds.
 TOLERANCE = 0.01
 # Fewer bands, and so less memory, than the separation.
@@ -88,7 +90,10 @@ class Job:
         integer("n_examples", self.n_examples, 1)
         integer("batch_size", self.batch_size, 1, self.n_examples, high_name="n_examples")
         integer("epochs", self.epochs, 1)
-        real("epsilon", self.epsilon, above=0)
+        if self.n_steps > MOST_STEPS:
+            rule = f"n_steps must be at most {MOST_STEPS} for a plan in seconds (a larger batch, or"
+            raise RootnoiseError(f"{rule} `factorize` for one mechanism), got {self.n_steps}")
+        _limits.epsilon(self.epsilon)
         real("delta", self.delta, above=0, below=1)
         if self.memory_rows is not None:
             integer("memory_rows", self.memory_rows, 0)

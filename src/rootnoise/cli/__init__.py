@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -41,13 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         status = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
     except RootnoiseError as refusal:
         return _refuse(str(refusal))
     except _UsageError as usage:
         return _refuse(usage.format_message())  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):  # some releases of typer return 130 themselves
         return 130
+    except MemoryError as reason:
+        return _refuse(f"memory must suffice (a shorter run needs less), got {reason}")
+    except OSError as reason:  # a full disk, a closed pipe
+        _drop_output()
+        return _refuse(f"output must be writable, got {reason.filename or ''} {reason.strerror}")
     return int(status or 0)
+
+
+def _drop_output() -> None:
+    """Let nothing be written at exit to an output that cannot be: Python would say so once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _refuse(message: str) -> int:

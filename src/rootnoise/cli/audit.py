@@ -44,7 +44,7 @@ def audit(
     held = all(check.held for check in checks)
     if json:
         rows = [dataclasses.asdict(check) for check in checks]
-        print(dumps({"held": held, "checks": rows}))
+        print(dumps({"held": held, "checks": rows}, allow_nan=False))
     else:
         table = Table(title=f"audit of {run_dir}", title_justify="left")
         for name in ("check", "held", "stated", "found"):
@@ -55,4 +55,7 @@ def audit(
         Console().print(table)
         failed = sum(not check.held for check in checks)
         print("all hold" if held else f"{failed} of {len(checks)} checks do not hold")
+        for check in checks:
+            if check.name == "finished":
+                print(check.found)
     raise typer.Exit(0 if held else 1)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rootnoise._check import RootnoiseError
+from rootnoise import _limits
+from rootnoise._check import RootnoiseError, integer
 from rootnoise.cli import _offline, _options, _plots, _progress, _workload
 from rootnoise.cli._report import show
 
@@ -79,6 +80,11 @@ def factorize(
         raise RootnoiseError(f"epsilon must come with --save, got {epsilon} and {save}")
     from rootnoise.factorization import factorize as splitter
 
+    if steps is not None:
+        integer("steps", steps, 1, _limits.MOST_STEPS)
+        _limits.memory(f"{steps} steps", 200.0 * steps, "a shorter run")
+    if epsilon is not None:
+        _limits.epsilon(epsilon)
     name, workload = mechanism or "bsr", work.value(steps)
     participation = who.value(workload.n_steps)
     with _progress.search(name, quiet=json) as progress:

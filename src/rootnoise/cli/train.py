@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,7 @@ from rootnoise.cli._report import show
 @_options.grouped
 def train(
     *,
+    context: typer.Context,
     out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
     dataset: Annotated[
         str,
@@ -91,7 +92,10 @@ def train(
         int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the unfinished run in OUT, same options.")
+        bool,
+        typer.Option(
+            "--resume", help="Continue the unfinished run in OUT; no other option is needed."
+        ),
     ] = False,
     json: _options.Json = False,
 ) -> None:
@@ -102,39 +106,60 @@ def train(
     them the noise can be subtracted. They are deleted when the run ends. Loss and accuracy on the
     training set are not reported: epsilon does not cover them.
     """
+    from rootnoise.lab.checkpoint import RunFolder
     from rootnoise.lab.config import RunConfig
-    from rootnoise.lab.run import run
+    from rootnoise.lab.run import run, stored
 
-    config = RunConfig(
-        dataset=dataset,
-        model=model,
-        mechanism=mechanism,
-        epsilon=epsilon,
-        delta=delta,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        momentum=momentum,
-        decay=decay,
-        clip_norm=clip_norm,
-        weight_decay=weight_decay,
-        schedule=schedule,
-        warmup=warmup,
-        final=final,
+    settings: dict[str, Any] = {
+        "dataset": dataset,
+        "model": model,
+        "mechanism": mechanism,
+        "epsilon": epsilon,
+        "delta": delta,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "momentum": momentum,
+        "decay": decay,
+        "clip_norm": clip_norm,
+        "weight_decay": weight_decay,
+        "schedule": schedule,
+        "warmup": warmup,
+        "final": final,
         **split.given(),
-        sampling=sampling,
-        groups=groups,
-        seed=seed,
-        insecure_noise_seed=insecure_noise_seed,
-        device=device,
-    )
-    with _progress.steps(f"{mechanism} on {dataset}", quiet=json) as on_step:
-        result = run(
-            config,
-            out,
-            data_dir=data_dir,
-            resume=resume,
-            checkpoint_every=checkpoint_every,
-            on_step=on_step,
-        )
-    show(f"{mechanism} on {dataset}", dataclasses.asdict(result), json)
+        "sampling": sampling,
+        "groups": groups,
+        "seed": seed,
+        "insecure_noise_seed": insecure_noise_seed,
+        "device": device,
+    }
+    if resume:
+        given = {name: value for name, value in settings.items() if _given(context, name)}
+        if given.get("sampling") == "auto":
+            del given["sampling"]
+        config = stored(out, given)
+    else:
+        config = RunConfig(**settings)
+    try:
+        with _progress.steps(f"{config.mechanism} on {config.dataset}", quiet=json) as on_step:
+            result = run(
+                config,
+                out,
+                data_dir=data_dir,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                on_step=on_step,
+            )
+    except KeyboardInterrupt:
+        folder = RunFolder(out)
+        begun = (out / "config.json").exists()
+        how = f"{folder.resume} goes on" if begun else "before the first step, nothing is kept"
+        typer.echo(f"stopped: {how}", err=True)
+        raise typer.Exit(130) from None
+    show(f"{config.mechanism} on {config.dataset}", dataclasses.asdict(result), json)
+
+
+def _given(context: typer.Context, name: str) -> bool:
+    """Whether an option was typed, and is not just at its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"

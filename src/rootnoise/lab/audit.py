@@ -111,6 +111,10 @@ class _Audit:
         self.folder, self.seal = RunFolder(path), seal
 
     def checks(self) -> Iterator[Check]:
+        here = self.folder.path
+        finished = (here / "result.json").exists() or not (here / "config.json").exists()
+        if not finished:
+            yield self._unfinished()
         try:
             stated = self.folder.statement()
         except RootnoiseError as reason:
@@ -119,7 +123,7 @@ class _Audit:
         found = "matches" if self.seal in (None, stated["seal"]) else f"not {self.seal}"
         yield Check("seal", found == "matches", stated["seal"], found)
         try:
-            yield from self._files(stated)
+            yield from self._files(stated) if finished else self._bound()
             config = RunConfig(**self._json("config.json"))
             yield from self._finished(stated)
             if config.mechanism == "none":
@@ -129,10 +133,29 @@ class _Audit:
             yield Check("mechanism.json", True, mechanism.fingerprint[:16], "recomputed")
             yield from self._statement(stated, config, mechanism)
             yield from _numbers(mechanism, stated)
-            yield from self._ledger(stated, mechanism)
+            if finished:
+                result = self._json("result.json")
+                yield _fields("result.json agrees", result, result | _result(mechanism, stated))
+                yield from self._ledger(stated, mechanism)
         except (RootnoiseError, KeyError, TypeError, OSError, AttributeError, ValueError) as reason:
             line = " ".join(str(reason).split())
             yield Check("readable", False, "every file is whole", f"{line:.200}")
+
+    def _unfinished(self) -> Check:
+        """Say that the run has not ended, and how it goes on."""
+        try:
+            found = f"unfinished, {self.folder.checkpoint()['optimizer']['t']} steps are saved"
+        except (RootnoiseError, KeyError, TypeError):
+            found = "unfinished"
+        return Check("finished", False, "result.json", f"{found}; go on by {self.folder.resume}")
+
+    def _bound(self) -> Iterator[Check]:
+        """An unfinished run's files are bound to its checkpoint."""
+        problems = list(self.folder.changed())
+        for problem in problems:
+            yield Check(problem.split()[0], False, "as the run wrote it", problem)
+        if not problems:
+            yield Check("files", True, "as the run wrote them", "bound to checkpoint.pt")
 
     def _files(self, stated: Statement) -> Iterator[Check]:
         """Every file is there, as it was, and no other."""
@@ -173,8 +196,6 @@ class _Audit:
             yield Check("sampling rate", abs(p.rate / rate - 1) < 1e-9, f"{rate:g}", f"{p.rate:g}")
         assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
         yield Check("budget", m.epsilon <= config.epsilon, f"{config.epsilon:g}", f"{m.epsilon:g}")
-        result = self._json("result.json")
-        yield _fields("result.json agrees", result, result | _result(m, stated))
 
     def _ledger(self, stated: Statement, m: Mechanism) -> Iterator[Check]:
         path = self.folder.path / "ledger.bin"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.factorization.base import refuse_foreign
@@ -27,6 +28,9 @@ from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 # lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise wants less: 0.1
 # was best for bsr on the digits at epsilon 1.
 DEFAULT_LR = 0.5
+
+# Learning rates and clip norms, and 1 / clip norm: within it weights and noise fit into float32.
+LARGEST = 1e6
 
 # Those that draw steps one by one need strategies whose columns do not overlap within a person.
 POISSON = ("poisson", "min-sep-poisson")
@@ -113,15 +117,16 @@ class RunConfig:
         elif self.epsilon is None:
             raise RootnoiseError(f"epsilon must be given for mechanism {self.mechanism}, got none")
         else:
-            real("epsilon", self.epsilon, above=0)
+            _limits.epsilon(self.epsilon)
             refuse_foreign("identity" if self.mechanism == "dpsgd" else self.mechanism, self.split)
         real("delta", self.delta, above=0, below=1)
         integer("epochs", self.epochs, 1)
         integer("batch_size", self.batch_size, 1)
-        real("lr", self.lr, above=0)
+        real("lr", real("lr", self.lr, above=0), at_most=LARGEST)
         real("momentum", self.momentum, at_least=0, below=1)
         real("decay", self.decay, above=0, at_most=1)
-        real("clip_norm", self.clip_norm, above=0)
+        clip = real("clip_norm", self.clip_norm, above=0)
+        real("clip_norm", clip, at_least=1 / LARGEST, at_most=LARGEST)
         if self.bands not in (None, "auto"):
             integer("bands", self.bands, 1)  # type: ignore[arg-type]
         self._check_schedule()
@@ -133,6 +138,11 @@ class RunConfig:
 
     def _check_schedule(self) -> None:
         w = real("weight_decay", self.weight_decay, at_least=0)
+        # Of x <- x - lr m, m <- beta m + w x both roots are within the unit circle (Polyak, 1964).
+        most = 2 * (1 + self.momentum) / self.lr
+        if w >= most:
+            rule = f"< 2 (1 + momentum) / lr = {most:g}, or the weights grow without bound"
+            raise RootnoiseError(f"weight_decay must be {rule}, got {w}")
         if w and self.decay != 1:
             raise RootnoiseError(f"decay must be 1 with weight_decay, got {self.decay}")
         if self.schedule is None:
@@ -172,6 +182,11 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
 def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     """Return the run's batches: `epochs` times ceil(n_examples / batch_size) of them."""
     size, batch, epochs = n_examples, config.batch_size, config.epochs
+    integer("batch_size", batch, 1, size, high_name="n_examples")
+    _limits.steps(epochs * -(-size // batch))
+    # Of the sampler that draws each participation at the start: person, step, and their order.
+    most = 32.0 * size * epochs if config.sampling == "min-sep-poisson" else 200.0 * epochs
+    _limits.memory("all batches", most, "fewer epochs")
     if config.sampling == "fixed-cycle":
         return FixedCycleSampler(size, batch, epochs, config.seed)
     # Who was drawn is a secret, so the seed comes from OS entropy.

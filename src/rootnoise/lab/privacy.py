@@ -39,11 +39,25 @@ Statement = dict[str, Any]
 
 
 def statement(
-    config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key | None
+    config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
 ) -> Statement:
     """Return what can be said before the first step."""
     stated: Statement = {
         "schema": SCHEMA,
+        **_facts(config, sampler, mechanism, key),
+        "steps_made": 0,
+        "versions": versions(),
+    }
+    if mechanism is not None:
+        stated["mechanism"] = described(mechanism)
+    return sealed(stated)
+
+
+def _facts(
+    config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
+) -> dict[str, Any]:
+    """Return what a statement says at once about the parts that train."""
+    facts = {
         "claim": claim(config, mechanism),
         "private": mechanism is not None and config.insecure_noise_seed is None,
         "sampler": {
@@ -52,12 +66,45 @@ def statement(
             "batch_size": sampler.batch_size,
             "n_steps": sampler.n_steps,
         },
-        "steps_made": 0,
-        "versions": versions(),
     }
-    if mechanism is not None and key is not None:
-        stated |= {"mechanism": described(mechanism), "key_id": key.id}
-    return sealed(stated)
+    return facts if mechanism is None else facts | {"key_id": key.id}
+
+
+def refuse_other(
+    stated: Statement, config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
+) -> None:
+    """Refuse a statement that does not speak of the parts that a resumed run trains with.
+
+    Raises:
+        RootnoiseError: another claim, sampler, key or mechanism, or one beyond the budget.
+    """
+    facts = _facts(config, sampler, mechanism, key)
+    for name, value in facts.items():
+        if stated.get(name) != value:
+            rule = f"privacy.json must state the {name} of the run, {value!r}"
+            raise RootnoiseError(f"{rule}, got {stated.get(name)!r}")
+    if mechanism is None:
+        return
+    described_as = stated.get("mechanism", {}).get("fingerprint")
+    if described_as != mechanism.fingerprint:
+        rule = f"privacy.json must describe mechanism.json, {mechanism.fingerprint:.16}"
+        raise RootnoiseError(f"{rule}, got {described_as!s:.16}")
+    assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
+    ours = (config.delta, config.clip_norm)
+    if mechanism.epsilon > config.epsilon or (mechanism.delta, mechanism.clip_norm) != ours:
+        rule = (
+            f"mechanism.json must keep epsilon <= {config.epsilon:g}, delta {config.delta:g} and "
+            f"clip norm {config.clip_norm:g} of config.json"
+        )
+        got = f"{mechanism.epsilon:g}, {mechanism.delta:g} and {mechanism.clip_norm:g}"
+        raise RootnoiseError(f"{rule}, got {got}")
+
+
+def begun(stated: Statement) -> Statement:
+    """Return the statement as it was before the first step: what `completed` adds is taken away."""
+    added = ("files", "ledger")
+    rest = {name: value for name, value in stated.items() if name not in added}
+    return sealed(rest | {"steps_made": 0})
 
 
 def completed(stated: Statement, ledger: Ledger | None, files: Mapping[str, bytes]) -> Statement:
@@ -114,7 +161,7 @@ def versions() -> dict[str, str]:
 def sealed(stated: Statement) -> Statement:
     """Return the statement with its seal: SHA-256 of all the rest as canonical JSON."""
     rest = {name: value for name, value in stated.items() if name != "seal"}
-    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return rest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
@@ -137,7 +184,7 @@ def read(path: Path) -> Statement:
 
 def as_json(stated: Statement) -> bytes:
     """Return the content of `privacy.json`."""
-    return json.dumps(stated, indent=1).encode() + b"\n"
+    return json.dumps(stated, indent=1, allow_nan=False).encode() + b"\n"
 
 
 def as_markdown(stated: Statement) -> bytes:

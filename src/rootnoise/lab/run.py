@@ -6,15 +6,19 @@ from the raw data, and epsilon does not cover them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from rootnoise._check import integer
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.journal import Journal, pack
 from rootnoise.lab import plots
 from rootnoise.lab.checkpoint import RunFolder
 from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import load
-from rootnoise.lab.privacy import Statement, statement
+from rootnoise.lab.privacy import Statement, begun, refuse_other, statement
 from rootnoise.lab.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
 
@@ -82,19 +86,57 @@ def run(
         integer("checkpoint_every", checkpoint_every, 1)
     with RunFolder(out) as folder:
         trainer, stated = _begin(config, folder, data_dir, resume)
+        try:
+            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+        except OSError as reason:
+            name = Path(reason.filename).name if reason.filename else str(folder.path)
+            rule, got = f"{name} must be writable", reason.strerror
+        except RootnoiseError as reason:
+            # Of the ledger, which cannot be written.
+            if not isinstance(reason.__context__, OSError) and "full disk" not in str(reason):
+                raise
+            rule, got = "ledger.bin must be writable", str(reason).rsplit(": ", 1)[-1]
+        raise RootnoiseError(
+            f"{rule}, got {got}; the last checkpoint is whole: make room and {folder.resume}"
+        )
+
+
+def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of the unfinished run in `out`.
+
+    Args:
+        out: its folder.
+        given: settings that must be those of the run, by name.
+
+    Raises:
+        RootnoiseError: no unfinished run, one of which a file was changed, or other settings.
+    """
+    with RunFolder(out) as folder:
+        folder.reopen(given)
+        return RunConfig(**folder.config())
+
+
+def _to_the_end(
+    config: RunConfig,
+    folder: RunFolder,
+    trainer: Trainer,
+    stated: Statement,
+    every: int | None,
+    on_step: OnStep | None,
+) -> Result:
+    folder.write_metrics(trainer.history)
+    while trainer.t < trainer.sampler.n_steps:
+        trainer.epoch(on_step, every)
+        folder.save_checkpoint(trainer.state_dict())
         folder.write_metrics(trainer.history)
-        while trainer.t < trainer.sampler.n_steps:
-            trainer.epoch(on_step, checkpoint_every)
-            folder.save_checkpoint(trainer.state_dict())
-            folder.write_metrics(trainer.history)
-        title = f"{config.mechanism} on {config.dataset}"
-        curve = [entry["test_accuracy"] for entry in trainer.history]
-        plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
-        optimizer = trainer.optimizer
-        ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-        result = _result(config, trainer, folder.path)
-        weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-        folder.finish(weights, asdict(result), stated, ledger)
+    title = f"{config.mechanism} on {config.dataset}"
+    curve = [entry["test_accuracy"] for entry in trainer.history]
+    plots.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
+    optimizer = trainer.optimizer
+    ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
+    result = _result(config, trainer, folder.path)
+    weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+    folder.finish(weights, asdict(result), stated, ledger)
     return result
 
 
@@ -108,18 +150,44 @@ def _begin(
     sampler = make_sampler(config, data.n_train)
     private = config.mechanism != "none"
     mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
-    key = None
-    if private:
-        key = folder.key() if resume else make_key(config)
-    stated = folder.statement() if resume else statement(config, sampler, mechanism, key)
+    key = folder.key() if resume else make_key(config)
+    if resume:
+        stated = folder.statement()
+        refuse_other(stated, config, sampler, mechanism, key)
+    else:
+        stated = statement(config, sampler, mechanism, key)
     trainer = Trainer(config, data, sampler, mechanism, key)
     if resume:
         trainer.load_state_dict(folder.checkpoint())
+        if stated != begun(stated) and trainer.t < sampler.n_steps:
+            rule = "privacy.json must not be of a run that has ended"
+            raise RootnoiseError(f"{rule}, got step {trainer.t} of {sampler.n_steps}")
     else:
         folder.create(settings, stated, mechanism, key, trainer.state_dict())
     if isinstance(trainer.optimizer, PrivateOptimizer):
-        trainer.optimizer.ledger.keep(folder.path / "ledger.bin")
+        path = folder.path / "ledger.bin"
+        trainer.optimizer.ledger.keep(path)
+        if resume:
+            _refuse_other_future(path, trainer)
     return trainer, stated
+
+
+def _refuse_other_future(path: Path, trainer: Trainer) -> None:
+    """Refuse a ledger whose steps past the checkpoint are not the ones that will be made anew.
+
+    There are some where a crash came between two checkpoints. One is written at the end of each
+    epoch before a step of the next, so that a ledger that reaches further had a later one.
+    """
+    journal, sampler, t = Journal(path), trainer.sampler, trainer.t
+    later = islice(journal.records(), t, None)  # `keep` has compared those before
+    for step, record in enumerate(later, t):
+        if step >= trainer.epoch_end:
+            raise RootnoiseError(
+                f"checkpoint.pt must be the last one of the run, got step {t} where ledger.bin "
+                f"holds step {step} of a later epoch"
+            )
+        if record != pack(sampler.batch(step)):
+            raise RootnoiseError(f"ledger.bin must hold the run's own batches, got others {path}")
 
 
 def _result(config: RunConfig, trainer: Trainer, out: Path) -> Result:

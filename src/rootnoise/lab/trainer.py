@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.lab.config import RunConfig, rates
 from rootnoise.lab.data import Dataset
@@ -66,6 +67,7 @@ class Trainer:
             self.module = self.model
             self.optimizer = _PlainOptimizer(sgd, sampler, config.decay)
         else:
+            self._refuse_memory(config, mechanism)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
             self.optimizer = PrivateOptimizer(
@@ -74,19 +76,34 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
 
+    def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
+        """Refuse a run whose noise and per-sample gradients do not fit; on a GPU it will say so."""
+        if self._device.type != "cpu":
+            return
+        size = sum(p.numel() for p in self.model.parameters())
+        rows = mechanism.noising.state_size
+        # float32; a checkpoint holds the rows once more, in the state and in its bytes.
+        needed = 4.0 * size * (3 * rows + config.batch_size)
+        what = f"{rows} rows of noise and {config.batch_size} gradients of {size} parameters"
+        _limits.memory(what, needed, "fewer bands or a smaller batch")
+
     @property
     def t(self) -> int:
         """Steps made."""
         return self.optimizer.t
+
+    @property
+    def epoch_end(self) -> int:
+        """The steps made when the epoch of the next step ends."""
+        per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
+        return min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
 
     def epoch(self, on_step: OnStep | None = None, most: int | None = None) -> None:
         """Train to the end of the epoch, evaluate on the test set, and add to `history`.
 
         With `most`, stop after that many steps if the epoch does not end before.
         """
-        start = time.perf_counter()
-        per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
-        end = min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
+        start, end = time.perf_counter(), self.epoch_end
         stop = end if most is None else min(self.t + most, end)
         accuracy = self.history[-1]["test_accuracy"] if self.history else None
         with warnings.catch_warnings():

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+Points = NDArray[np.float64]
 # Told apart by the colour-blind (Okabe & Ito 2008), and by their markers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
@@ -60,11 +64,6 @@ class Panels:
         return self.figure
 
 
-def grid(rows: int, columns: int, x: str, y: str) -> Panels:
-    """Return empty panels with the labels of their axes."""
-    return Panels(rows, columns, x, y)
-
-
 def style(label: str, index: int = 0) -> dict[str, Any]:
     """Return colour and marker of a method, or those of the index-th line."""
     number = STYLES.get(label, index)
@@ -75,7 +74,7 @@ def style(label: str, index: int = 0) -> dict[str, Any]:
     }
 
 
-def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int = 0) -> None:
+def line(axes: Axes, x: Points, y: Points, label: str, index: int = 0) -> None:
     """Draw one line, nothing where there are no points."""
     if len(x):
         axes.plot(x, y, markersize=4, linewidth=1.4, **style(label, index))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from parts import accuracy, bounds, errors, limits, runtime, tables
 from parts.page import load, write_page
@@ -112,15 +112,7 @@ def run(name: str, settings: Settings, report: Report) -> None:
 def progress() -> Iterator[Report]:
     """Show a bar on standard error and yield its update; silent unless at a terminal."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as bar:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)
 
         def update(piece: int, n_pieces: int, label: str) -> None:

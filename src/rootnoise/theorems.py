@@ -78,13 +78,13 @@ def any_lower(workload: SGD) -> float:
 
     It is max(1, (ln(n + 1) - 1) / pi) without decay, and 1 with it.
 
-    Proof: for A = B C, rmse >= |B|_F |C|_F / n >= |A|_* / n, the nuclear norm, which is at least the
-    trace, n. For prefix sums it is sum_j 1 / (2 sin((2j - 1) pi / (4n + 2))), j = 1, ..., n, hence
-    >= (2n + 1) / pi sum_j 1 / (2j - 1) >= n ln(2n + 1) / pi. Momentum only adds: with P the
-    prefix sums, A = sum_k beta^k S^k P, S the shift, and for the orthogonal U of P = |P^T| U,
-    |A|_* >= tr(A U^T) = sum_k beta^k tr(S^k |P^T|), whose term k = 0 is |P|_* and whose others are
-    non-negative, as |P^T| = (P P^T)^(1/2) is: (P P^T)^-1 is an M-matrix (second differences), and so
-    (P P^T)^(1/2) is a power series in a non-negative matrix with non-negative coefficients.
+    Proof: for A = B C, rmse >= |B|_F |C|_F / n >= |A|_* / n, and the nuclear norm |A|_* is at least
+    the trace, n. For prefix sums P it is sum_j 1 / (2 sin((2j - 1) pi / (4n + 2))), j = 1, ..., n,
+    hence >= (2n + 1) / pi sum_j 1 / (2j - 1) >= n ln(2n + 1) / pi. Momentum only adds: then
+    A = sum_k beta^k S^k P, S the shift, and with P = H U, H = (P P^T)^(1/2), U orthogonal,
+    |A|_* >= tr(A U^T) = sum_k beta^k tr(S^k H). The term k = 0 is |P|_*, and the others are not
+    negative, for no entry of H is: (P P^T)^-1 = a (I - N) is a second difference with N >= 0, and
+    (I - N)^(-1/2) is a power series in N with coefficients >= 0.
     """
     if workload.decay < 1:
         return 1.0

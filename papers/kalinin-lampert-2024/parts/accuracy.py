@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from parts import figures
 from parts.part import NOT, PARTLY, SMALLER, Claim, Report, Settings
 from parts.studies import AMPLIFIED, AOF, BSR, LABELS, OUTPUT, PLAIN
 from parts.tables import Row, Tables, column, where
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Accuracy of private training"
 INTRO = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from parts.figures import COLOURS, Panels, line, plain
 from parts.part import (
@@ -26,9 +27,6 @@ from rootnoise.theorems import (
     square_root_lower,
     square_root_upper,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "The theorems' bounds"
 INTRO = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from matplotlib.figure import Figure
 
 from parts.figures import Panels, line, plain
 from parts.part import (
@@ -20,9 +21,6 @@ from parts.part import (
 )
 from parts.tables import Row, Tables, cell, column, percent, where
 from rootnoise import SGD, factorize, lower_bound
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Expected approximation error"
 INTRO = (
@@ -59,11 +57,10 @@ def methods(kind: str, n: int, quick: bool) -> dict[str, tuple[str, dict[str, ob
         "square root": ("square-root", {}),
     }
     if kind == "repeated":
-        chosen["BSR (p = b)"] = ("bsr", {"bands": min(n, SEPARATION)})
-        chosen[OURS[0]] = ("bsr-gamma", {"bands": min(n, SEPARATION)})
+        chosen["BSR (p = b)"] = ("bsr", {"bands": SEPARATION})
+        chosen[OURS[0]] = ("bsr-gamma", {"bands": SEPARATION})
         if n <= SCALED:
-            options = {"base": "bsr-gamma", "bands": min(n, SEPARATION)}
-            chosen[OURS[1]] = ("epoch-scaled", options)
+            chosen[OURS[1]] = ("epoch-scaled", {"base": "bsr-gamma", "bands": SEPARATION})
     else:
         if n <= 10_000:
             chosen["BSR (best p)"] = ("bsr", {"bands": "auto"})

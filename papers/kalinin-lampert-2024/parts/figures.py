@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
 
 Points = NDArray[np.float64]
 # Told apart by the colour-blind (Okabe & Ito 2008), and by their markers in grey.
@@ -34,8 +33,6 @@ class Panels:
     """A figure of `rows` x `columns` axes; `done` adds one legend for all."""
 
     def __init__(self, rows: int, columns: int, x: str, y: str) -> None:
-        from matplotlib.figure import Figure
-
         size = (max(6.4, 3.3 * columns), 3.1 * rows + 0.9)
         self.figure = Figure(figsize=size, layout="constrained", dpi=130)
         axes = self.figure.subplots(rows, columns, squeeze=False)
@@ -82,8 +79,6 @@ def line(axes: Axes, x: Points, y: Points, label: str, index: int = 0) -> None:
 
 def plain(axis: Axis, ticks: Sequence[float]) -> None:
     """Label a logarithmic axis at these values, as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     low, high = axis.get_view_interval()
     axis.set_ticks([tick for tick in ticks if low <= tick <= high])
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from parts.part import Report
 from parts.studies import LABELS, METHODS, Study
 from rootnoise import Mechanism, RootnoiseError
 from rootnoise.lab.config import RunConfig, make_key, make_mechanism, make_sampler
@@ -26,18 +26,19 @@ from rootnoise.lab.trainer import Trainer
 TUNING_SEED = 1000
 # Most learning rates tried a cell.
 TRIES = 7
-# Called when a run has ended: runs done, runs in the study at least, and what was run.
-OnRun = Callable[[int, int, str], None]
 
 
 class Grid:
-    """Runs studies into a file of one JSON object a run, and skips what the file holds already."""
+    """Runs studies into a file of one JSON object a run, and skips what the file holds already.
+
+    `on_run` is called when a run has ended: runs done, those in the study at least, what was run.
+    """
 
     def __init__(
         self,
         path: Path,
         data_dir: Path | None = None,
-        on_run: OnRun | None = None,
+        on_run: Report | None = None,
         device: str = "cpu",
     ) -> None:
         self.path, self._data_dir, self._on_run, self._device = path, data_dir, on_run, device

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from parts.figures import Panels, line, plain
 from parts.part import Claim, Report, Settings, counted, gap, judged
@@ -24,9 +24,6 @@ from rootnoise import (
     lower_bound,
     noise_multiplier,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Limits"
 INTRO = (

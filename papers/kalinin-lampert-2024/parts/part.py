@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+from matplotlib.figure import Figure
 
 from parts.studies import Study, find
 from parts.tables import Row, Tables
 from rootnoise import FixedCycle, Participation, SingleParticipation, Workload, factorize
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Called before a piece of work with its number, how many there are, and what it is.
 Report = Callable[[int, int, str], None]

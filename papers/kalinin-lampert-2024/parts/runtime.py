@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.linalg import sqrtm
 from threadpoolctl import threadpool_limits
 
@@ -14,9 +14,6 @@ from parts.figures import Panels, line
 from parts.part import Claim, Report, Settings, counted, judged
 from parts.tables import Row, Tables, column, where
 from rootnoise import SGD, SingleParticipation, factorize
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 TITLE = "Runtime"
 INTRO = (

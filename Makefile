@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo test mutations lint docs benchmarks clean
+.PHONY: help venv demo paper test mutations lint docs benchmarks clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -20,6 +20,9 @@ venv: $(VENV)/.dev ## install everything for development into .venv
 
 demo: $(VENV)/.lab ## calibrate, train with correlated noise, compare with DP-SGD: writes demo/
 	$(BIN)/rootnoise demo --out demo
+
+paper: $(VENV)/.lab ## compute the paper's claims again in hours (QUICK=1: in minutes): writes paper/
+	$(BIN)/python papers/kalinin-lampert-2024/reproduce.py --out paper $(if $(QUICK),--quick)
 
 test: $(VENV)/.test ## run every test and every docstring example
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
@@ -40,8 +43,8 @@ benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean: ## remove .venv, caches and everything the targets above wrote
-	rm -rf $(VENV) demo site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
-	find src tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) demo paper site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
+	find src tests papers -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra of pyproject.toml; an edit of either file below renews the install.
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/created

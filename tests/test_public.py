@@ -26,7 +26,8 @@ def test_no_name_is_that_of_a_submodule():
 def test_type_checkers_and_users_see_the_same_names():
     source = Path(rootnoise.__file__).read_text()
     for name in rootnoise._HOMES:
-        assert source.count(name) >= 2, f"{name} is missing under TYPE_CHECKING"
+        assert source.count(name) >= 3, f"{name} is missing under TYPE_CHECKING"
+    assert set(rootnoise.__all__) == {*rootnoise._HOMES, "RootnoiseError", "__version__"}
 
 
 def test_unknown_names_are_refused():

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rootnoise._check import RootnoiseError
-from rootnoise.cli import main
-from rootnoise.factorization import factorize
-from rootnoise.lab import reproduce
+import reproduce
+from parts import accuracy, bounds, errors, grid, limits, runtime, tables
+from parts.grid import TUNING_SEED, Grid
+from parts.page import load
+from parts.part import (
+    BEYOND,
+    NOT,
+    PARTLY,
+    REPRODUCED,
+    SMALLER,
+    WORKLOADS,
+    Settings,
+    participation,
+)
+from parts.studies import HERE, METHODS, STUDIES, Study
+from parts.tables import where
+from reproduce import PARTS
+from rootnoise import SGD, FixedCycle, RootnoiseError, factorize
 from rootnoise.lab.config import RunConfig
-from rootnoise.lab.reproduce import accuracy, bounds, errors, grid, limits, part, runtime
-from rootnoise.lab.reproduce.grid import TUNING_SEED, Grid, Study
-from rootnoise.lab.reproduce.part import BEYOND, NOT, PARTLY, REPRODUCED, SMALLER, Settings, where
-from rootnoise.participation import FixedCycle
-from rootnoise.workload import SGD
 
 PAPER = Path(__file__).parents[1] / "papers" / "kalinin-lampert-2024"
 EXPECTED = json.loads((PAPER / "expected.json").read_text())
@@ -29,12 +41,19 @@ def silent(number, count, label):
     pass
 
 
+def main(arguments):
+    """Return the exit status of the program."""
+    with pytest.raises(SystemExit) as end:
+        reproduce.app(arguments)
+    return end.value.code
+
+
 # ---------------------------------------------------------------------------- the paper's numbers
 
 
 @pytest.mark.parametrize("table", ["errors", "bandwidth"])
 def test_committed_numbers_agree_with_independent_ones(table):
-    rows = part.read(PAPER / f"errors-{table}.csv")
+    rows = tables.read(PAPER / f"errors-{table}.csv")
     values = where(EXPECTED["values"], table=table)
     assert len(values) > 30
     for value in values:
@@ -45,8 +64,8 @@ def test_committed_numbers_agree_with_independent_ones(table):
 @pytest.mark.parametrize("kind", ["single", "repeated"])
 def test_numbers_computed_now_agree_with_independent_ones(kind):
     checked = 0
-    for alpha, beta in errors.WORKLOADS:
-        who = errors.participation(kind, 200)
+    for alpha, beta in WORKLOADS:
+        who = participation(kind, 200)
         for method, (name, options) in errors.methods(kind, 200, quick=True).items():
             key = {"alpha": alpha, "beta": beta, "participation": kind, "n": 200, "method": method}
             for value in EXPECTED["values"]:
@@ -57,25 +76,25 @@ def test_numbers_computed_now_agree_with_independent_ones(kind):
     assert checked >= 14
 
 
-@pytest.mark.parametrize("name", reproduce.PARTS)
+@pytest.mark.parametrize("name", PARTS)
 def test_committed_tables_make_the_committed_page(name):
     """Every claim and every table on the page is what the CSV files say."""
-    found = reproduce.find(name)
-    tables = reproduce.page.load(PAPER, name)
+    found = PARTS[name]
+    kept = load(PAPER, name)
     page = (PAPER / "README.md").read_text()
-    for claim in found.claims(tables):
+    for claim in found.claims(kept):
         assert f"| {claim.text} | {claim.verdict} | {name} |" in page
         assert claim.evidence in page
-    for rows in found.views(tables).values():
-        assert not rows or part.markdown(rows) in page
-    for file, caption in found.captions.items():
+    for rows in found.views(kept).values():
+        assert not rows or tables.markdown(rows) in page
+    for file, caption in found.CAPTIONS.items():
         assert f"![{caption}]({file})" in page
         assert (PAPER / file).read_bytes().startswith(b"\x89PNG")
 
 
 def test_committed_accuracies_are_those_of_the_committed_runs():
     rows = accuracy.summarise(grid.read(PAPER / "runs.jsonl"))
-    committed = part.read(PAPER / "accuracy-accuracy.csv")
+    committed = tables.read(PAPER / "accuracy-accuracy.csv")
     assert len(rows) == len(committed)
     for row, kept in zip(rows, committed, strict=True):
         assert row == pytest.approx(dict(kept))
@@ -110,19 +129,19 @@ def small(monkeypatch):
 
 
 def test_all_parts_leave_tables_figures_and_a_page(small, tmp_path, capsys):
-    assert main(["reproduce", "--quick", "--out", str(tmp_path), "--json"]) == 0
+    assert main(["--quick", "--out", str(tmp_path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     page = (tmp_path / "README.md").read_text()
     assert printed["page"] == str(tmp_path / "README.md")
-    assert {claim["part"] for claim in printed["claims"]} == set(reproduce.PARTS)
+    assert {claim["part"] for claim in printed["claims"]} == set(PARTS)
     for claim in printed["claims"]:
         assert claim["verdict"] in VERDICTS
         assert f"| {claim['claim']} | {claim['verdict']} | {claim['part']} |" in page
     verdicts = {claim["claim"]: claim["verdict"] for claim in printed["claims"]}
     assert verdicts["BSR is on par with AOF."] == SMALLER
     assert verdicts["BSR is far better than the baselines A·Id and Id·A."] == REPRODUCED
-    for name in reproduce.PARTS:
-        for file in reproduce.find(name).captions:
+    for name in PARTS:
+        for file in PARTS[name].CAPTIONS:
             assert (tmp_path / file).stat().st_size > 10_000
             assert f"]({file})" in page
     again = grid.read(tmp_path / "runs.jsonl")
@@ -130,7 +149,7 @@ def test_all_parts_leave_tables_figures_and_a_page(small, tmp_path, capsys):
 
 
 def test_one_part_alone_makes_a_page_of_its_own(small, tmp_path, capsys):
-    assert main(["reproduce", "runtime", "--quick", "--out", str(tmp_path)]) == 0
+    assert main(["runtime", "--quick", "--out", str(tmp_path)]) == 0
     assert "orders of magnitude" in " ".join(capsys.readouterr().out.split())
     page = (tmp_path / "README.md").read_text()
     assert "## Runtime" in page
@@ -146,24 +165,74 @@ def test_one_part_alone_makes_a_page_of_its_own(small, tmp_path, capsys):
     ],
 )
 def test_refusals_of_the_command(tmp_path, capsys, arguments, message):
-    assert main(["reproduce", *arguments, "--out", str(tmp_path)]) == 2
+    assert main([*arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--study", "x"], "study must be one of digits, "),
+        (
+            ["--study", "digits", "--study", "mnist"],
+            "dataset mnist: train-images-idx3-ubyte not found in ",
+        ),
+        (["--device", "tpu"], "device must be cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_any_part_runs(
+    tmp_path, capsys, monkeypatch, arguments, message
+):
+    started = []
+    monkeypatch.setattr(reproduce, "run", lambda name, *_: started.append(name))
+    folders = ["--out", str(tmp_path / "out"), "--data-dir", str(tmp_path)]
+    assert main([*arguments, *folders]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert started == list(tmp_path.iterdir()) == []
+
+
+def test_the_program_runs_from_anywhere_and_refuses_without_loading_torch(tmp_path):
+    """As a process: a wrong name costs no start-up of what trains."""
+    check = (
+        "import runpy, sys; sys.argv[1:] = ['--study', 'x', '--out', 'o']\n"
+        f"sys.path.insert(0, {str(PAPER)!r})\n"
+        f"try: runpy.run_path({str(PAPER / 'reproduce.py')!r}, run_name='__main__')\n"
+        "except SystemExit as end: sys.exit(end.code == 2 and 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("error: study must be one of digits, ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_program_uses_public_names_of_the_package_only():
+    sources = [PAPER / "reproduce.py", *(PAPER / "parts").glob("*.py")]
+    assert len(sources) > 10
+    for source in sources:
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("rootnoise"):
+                names = [*str(node.module).split("."), *(name.name for name in node.names)]
+                assert not [name for name in names if name.startswith("_")], source
 
 
 def test_an_out_that_cannot_be_a_folder_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     with pytest.raises(RootnoiseError, match=r"^out must be a folder, got the file .*file$"):
-        reproduce.reproduce("runtime", Settings(file), silent)
+        reproduce.run("runtime", Settings(file), silent)
     with pytest.raises(RootnoiseError, match=r"^out must be writable, got .*Not a directory$"):
-        reproduce.reproduce("runtime", Settings(file / "below"), silent)
+        reproduce.run("runtime", Settings(file / "below"), silent)
 
 
 def test_tables_survive_their_files(tmp_path):
     rows = [{"n": 10, "rmse": 0.1 + 0.2, "text": "A·Id", "none": None}, dict.fromkeys("n", 1)]
-    part.write(tmp_path / "t.csv", rows[:1])
-    assert part.read(tmp_path / "t.csv") == rows[:1]
-    assert part.markdown(rows[:1]).splitlines()[1] == "| ---: | ---: | :--- | ---: |"
+    tables.write(tmp_path / "t.csv", rows[:1])
+    assert tables.read(tmp_path / "t.csv") == rows[:1]
+    assert tables.markdown(rows[:1]).splitlines()[1] == "| ---: | ---: | :--- | ---: |"
 
 
 # ---------------------------------------------------------------------------- verdicts
@@ -258,7 +327,7 @@ def test_summary_takes_the_sample_deviation_and_leaves_out_the_tuning_seed():
 
 def test_limits_measure_a_foreign_strategy_on_the_true_workload():
     who = FixedCycle(limits.PERIOD, limits.N // limits.PERIOD)
-    row = limits._mismatch(0.9, who)
+    (row,) = limits._mismatch(0.9, who)
     a, c = SGD(limits.N, 0.9).matrix.dense(), factorize(SGD(limits.N), who, "bsr").strategy.dense()
     sens = max(np.linalg.norm(c[:, i :: limits.PERIOD].sum(1)) for i in range(limits.PERIOD))
     dense = sens * np.linalg.norm(a @ np.linalg.inv(c)) / limits.N**0.5
@@ -366,9 +435,9 @@ def test_a_file_of_something_else_is_refused(tmp_path):
 
 
 def test_every_study_names_known_methods_models_and_data():
-    for name, study in accuracy.studies().items():
+    for name, study in STUDIES.items():
         assert study.name == name
         cells = list(study.cells())
         assert len(cells) == len(set(cells)) > 0
-    assert set(accuracy.HERE) <= set(accuracy.studies())
-    assert set(accuracy.METHODS) == set(grid.METHODS)
+    assert set(HERE) <= set(STUDIES)
+    assert set(accuracy.METHODS) == set(METHODS)

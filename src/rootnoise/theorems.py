@@ -1,8 +1,11 @@
 """What the papers prove about the error, as functions to hold against measured errors.
 
 All are about SGD workloads A with decay alpha and momentum beta, 0 <= beta < alpha <= 1, and the
-rmse at noise multiplier 1. The constants of Kalinin & Lampert (2024) are given as recalled [R]:
-they hold on the grid of the tests. `certificate.lower_bound` is tighter than any bound here.
+rmse at noise multiplier 1. Those for one participation have the form of Kalinin & Lampert (2024,
+arXiv 2405.13763), and a proof here, so that no constant rests on a quotation. In the proofs A(x) =
+1 / ((1 - alpha x)(1 - beta x)) is the workload as a power series, c its square root, the strategy,
+and r_j <= 1 / sqrt(3 j + 1) the coefficients of (1 - x)^(-1/2).
+`certificate.lower_bound` is tighter than any lower bound here.
 """
 
 from __future__ import annotations
@@ -19,9 +22,9 @@ from rootnoise.workload import SGD
 
 
 def square_root_lower(workload: SGD) -> float:
-    """Return a lower bound on the rmse of the square root, one participation [R].
+    """Return a lower bound on the rmse of the square root, one participation.
 
-    It is max(1, (ln(n + 1) - 1) / 4) without decay, and 1 with it.
+    It is max(1, (ln(n + 1) - 1) / 4) without decay, and 1 with it: no more than `any_lower`.
     """
     if workload.decay < 1:
         return 1.0
@@ -29,9 +32,15 @@ def square_root_lower(workload: SGD) -> float:
 
 
 def square_root_upper(workload: SGD) -> float:
-    """Return an upper bound on the rmse of the square root, one participation [R].
+    """Return an upper bound on the rmse of the square root, one participation.
 
     It is (1 + ln n) / (1 - beta)^2 without decay, with it ln(1 / (1 - alpha^2)) / (alpha - beta)^2.
+
+    Proof: the sensitivity of C is |c|_2, and no row of B = C is longer, so that rmse <= |c|_2^2. As
+    a product of series, c is the convolution of r_j alpha^j and r_j beta^j, and by Young's
+    inequality |c|_2^2 <= S / (1 - beta) with S = sum_j r_j^2 alpha^(2 j), since the second sums to
+    (1 - beta)^(-1/2). From r_j^2 <= 1 / (j + 1) follows S <= 1 + ln n for alpha = 1, and
+    S <= ln(1 / (1 - alpha^2)) / alpha^2 below, where (alpha - beta)^2 <= alpha^2 (1 - beta).
 
     Raises:
         RootnoiseError: momentum >= decay.
@@ -65,9 +74,17 @@ def square_root_limit(workload: SGD) -> float:
 
 
 def any_lower(workload: SGD) -> float:
-    """Return a lower bound on the rmse of every factorization, one participation [R].
+    """Return a lower bound on the rmse of every factorization, one participation.
 
     It is max(1, (ln(n + 1) - 1) / pi) without decay, and 1 with it.
+
+    Proof: for A = B C, rmse >= |B|_F |C|_F / n >= |A|_* / n, and the nuclear norm |A|_* is at least
+    the trace, n. For prefix sums P it is sum_j 1 / (2 sin((2j - 1) pi / (4n + 2))), j = 1, ..., n,
+    hence >= (2n + 1) / pi sum_j 1 / (2j - 1) >= n ln(2n + 1) / pi. Momentum only adds: then
+    A = sum_k beta^k S^k P, S the shift, and with P = H U, H = (P P^T)^(1/2), U orthogonal,
+    |A|_* >= tr(A U^T) = sum_k beta^k tr(S^k H). The term k = 0 is |P|_*, and the others are not
+    negative, for no entry of H is: (P P^T)^-1 = a (I - N) is a second difference with N >= 0, and
+    (I - N)^(-1/2) is a power series in N with coefficients >= 0.
     """
     if workload.decay < 1:
         return 1.0

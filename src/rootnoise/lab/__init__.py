@@ -1,1 +1,1 @@
-"""Data, models and runs behind the commands `train`, `reproduce` and `audit`."""
+"""Data, models and runs behind the commands `train`, `demo` and `audit`."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+from numpy.typing import NDArray
 
+Points = NDArray[np.float64]
 # Told apart by the colour-blind (Okabe & Ito 2008), and by their markers in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
@@ -30,8 +33,6 @@ class Panels:
     """A figure of `rows` x `columns` axes; `done` adds one legend for all."""
 
     def __init__(self, rows: int, columns: int, x: str, y: str) -> None:
-        from matplotlib.figure import Figure
-
         size = (max(6.4, 3.3 * columns), 3.1 * rows + 0.9)
         self.figure = Figure(figsize=size, layout="constrained", dpi=130)
         axes = self.figure.subplots(rows, columns, squeeze=False)
@@ -60,11 +61,6 @@ class Panels:
         return self.figure
 
 
-def grid(rows: int, columns: int, x: str, y: str) -> Panels:
-    """Return empty panels with the labels of their axes."""
-    return Panels(rows, columns, x, y)
-
-
 def style(label: str, index: int = 0) -> dict[str, Any]:
     """Return colour and marker of a method, or those of the index-th line."""
     number = STYLES.get(label, index)
@@ -75,7 +71,7 @@ def style(label: str, index: int = 0) -> dict[str, Any]:
     }
 
 
-def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: int = 0) -> None:
+def line(axes: Axes, x: Points, y: Points, label: str, index: int = 0) -> None:
     """Draw one line, nothing where there are no points."""
     if len(x):
         axes.plot(x, y, markersize=4, linewidth=1.4, **style(label, index))
@@ -83,8 +79,6 @@ def line(axes: Axes, x: Sequence[float], y: Sequence[float], label: str, index: 
 
 def plain(axis: Axis, ticks: Sequence[float]) -> None:
     """Label a logarithmic axis at these values, as plain numbers."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     low, high = axis.get_view_interval()
     axis.set_ticks([tick for tick in ticks if low <= tick <= high])
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

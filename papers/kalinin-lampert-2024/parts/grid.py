@@ -11,88 +11,34 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rootnoise._check import RootnoiseError
+from parts.part import Report
+from parts.studies import LABELS, METHODS, Study
+from rootnoise import Mechanism, RootnoiseError
 from rootnoise.lab.config import RunConfig, make_key, make_mechanism, make_sampler
 from rootnoise.lab.data import Dataset, load
 from rootnoise.lab.trainer import Trainer
-from rootnoise.mechanism import Mechanism
 
 TUNING_SEED = 1000
 # Most learning rates tried a cell.
 TRIES = 7
-# Binary logarithm of the first learning rate of each method, as label: mechanism, exponent.
-METHODS = {
-    "BSR": ("bsr", -2),
-    "AOF": ("dense", -2),
-    "A·Id amplified": ("dpsgd", -2),
-    "A·Id": ("identity", -4),
-    "Id·A": ("workload", -5),
-}
-LABELS = {mechanism: label for label, (mechanism, _) in METHODS.items()}
-
-
-@dataclass(frozen=True)
-class Study:
-    """One table: every method at every budget, batch size and number of epochs.
-
-    Attributes:
-        name: stands in the tables.
-        dataset: of `lab.data`.
-        model: of `lab.models`.
-        epochs: passes over the data.
-        batch_sizes: examples a step.
-        epsilons: budgets, at delta 1e-5.
-        seeds: repetitions.
-        methods: labels of `METHODS`.
-        tuning: seeds on which a learning rate is judged.
-    """
-
-    name: str
-    dataset: str
-    model: str
-    epochs: Sequence[int]
-    batch_sizes: Sequence[int]
-    epsilons: Sequence[float] = (1.0, 2.0, 4.0, 8.0)
-    seeds: int = 3
-    methods: Sequence[str] = tuple(METHODS)
-    tuning: int = 1
-
-    def cells(self) -> Iterator[RunConfig]:
-        """Return the settings of each cell, without learning rate and seed."""
-        for epsilon in self.epsilons:
-            for epochs in self.epochs:
-                for batch_size in self.batch_sizes:
-                    for label in self.methods:
-                        yield RunConfig(
-                            dataset=self.dataset,
-                            model=self.model,
-                            mechanism=METHODS[label][0],
-                            epsilon=epsilon,
-                            epochs=epochs,
-                            batch_size=batch_size,
-                            momentum=0.9,
-                            decay=0.9999,
-                        )
-
-
-# Called when a run has ended: runs done, runs in the study at least, and what was run.
-OnRun = Callable[[int, int, str], None]
 
 
 class Grid:
-    """Runs studies into a file of one JSON object a run, and skips what the file holds already."""
+    """Runs studies into a file of one JSON object a run, and skips what the file holds already.
+
+    `on_run` is called when a run has ended: runs done, those in the study at least, what was run.
+    """
 
     def __init__(
         self,
         path: Path,
         data_dir: Path | None = None,
-        on_run: OnRun | None = None,
+        on_run: Report | None = None,
         device: str = "cpu",
     ) -> None:
         self.path, self._data_dir, self._on_run, self._device = path, data_dir, on_run, device
@@ -101,7 +47,7 @@ class Grid:
     def run(self, study: Study) -> None:
         """Tune and train every cell of a study that is not in the file yet."""
         exponents = dict(METHODS.values())
-        cells = [replace(cell, device=self._device) for cell in study.cells()]
+        cells = list(study.cells(self._device))
         self._least = len(cells) * (3 * study.tuning + study.seeds)
         self._count = 0
         for cell in cells:
@@ -141,7 +87,7 @@ class Grid:
 
     def _train(self, config: RunConfig) -> dict[str, Any]:
         start = time.process_time()
-        data = _data(config.dataset, self._data_dir)
+        data = find_data(config.dataset, self._data_dir)
         sampler = make_sampler(config, data.n_train)
         plain = replace(config, lr=1.0, seed=0, insecure_noise_seed=0, device="cpu")
         mechanism = _mechanism(plain, data.n_train)
@@ -160,8 +106,9 @@ class Grid:
 
 
 @lru_cache(maxsize=1)
-def _data(name: str, data_dir: Path | None) -> Dataset:
-    return load(name, data_dir)
+def find_data(name: str, data_dir: Path | None) -> Dataset:
+    """Return a data set, from `data_dir` if it comes in files."""
+    return load(name, None if name == "digits" else data_dir)
 
 
 @lru_cache(maxsize=16)

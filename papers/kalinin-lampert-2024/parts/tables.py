@@ -1,92 +1,28 @@
-"""What the parts have in common: tables as lists of rows, and claims with a verdict."""
+"""Tables as lists of rows: chosen from, in CSV files, and in Markdown."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+import numpy as np
+from numpy.typing import NDArray
 
 Row = Mapping[str, Any]
 Tables = dict[str, list[Row]]
-# Called before a piece of work with its number, how many there are, and what it is.
-Report = Callable[[int, int, str], None]
-
-REPRODUCED = "reproduced"
-SMALLER = "reproduced at smaller scale"
-PARTLY = "reproduced in part"
-NOT = "not reproduced"
-BEYOND = "ours, not in the paper"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run a part.
-
-    Attributes:
-        out: folder for what it leaves.
-        quick: fewer points, so that all parts take minutes.
-        studies: names of `accuracy.studies`; those of two CPU cores where empty.
-        data_dir: where data sets are.
-        device: of the runs that train, "cpu" or a GPU such as "cuda".
-    """
-
-    out: Path
-    quick: bool = False
-    studies: tuple[str, ...] = ()
-    data_dir: Path | None = None
-    device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One claim of the paper, whether it was found here, and by what numbers."""
-
-    text: str
-    verdict: str
-    evidence: str
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of the paper.
-
-    Attributes:
-        name: as `rootnoise reproduce` takes it.
-        title: heads the section of the page.
-        intro: what was computed and how, in Markdown.
-        compute: returns the tables.
-        claims: judges the tables.
-        views: what the page shows of them, by caption.
-        figures: draws them, by file name; the caption is in `captions`.
-        captions: what each figure shows.
-    """
-
-    name: str
-    title: str
-    intro: str
-    compute: Callable[[Settings, Report], Tables]
-    claims: Callable[[Tables], list[Claim]]
-    views: Callable[[Tables], dict[str, list[Row]]]
-    figures: Callable[[Tables], dict[str, Figure]]
-    captions: Mapping[str, str]
-
-
-def counted(work: Sequence[tuple[str, Any]], report: Report) -> Iterable[Any]:
-    """Yield each piece of labelled work, after it was reported."""
-    for number, (label, item) in enumerate(work, 1):
-        report(number, len(work), label)
-        yield item
 
 
 def where(rows: Iterable[Row], **fields: Any) -> list[Row]:
     """Return the rows with these values, in order."""
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
+
+
+def column(rows: Iterable[Row], name: str) -> NDArray[np.float64]:
+    """Return one column, shape (rows,)."""
+    return np.array([row[name] for row in rows], float)
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from rootnoise import accounting, error
-from rootnoise.certificate import lower_bound
-from rootnoise.factorization import Factorization, factorize
-from rootnoise.lab.reproduce import figures
-from rootnoise.lab.reproduce.part import (
-    NOT,
-    REPRODUCED,
-    Claim,
-    Part,
-    Report,
-    Row,
-    Settings,
-    Tables,
-    counted,
-    percent,
-    where,
+from parts.figures import Panels, line, plain
+from parts.part import Claim, Report, Settings, counted, gap, judged
+from parts.studies import AMPLIFIED
+from parts.tables import Row, Tables, column, percent, where
+from rootnoise import (
+    SGD,
+    CyclicPoisson,
+    Factorization,
+    FixedCycle,
+    MatrixWorkload,
+    ScheduledSGD,
+    Workload,
+    factorize,
+    lower_bound,
+    noise_multiplier,
 )
-from rootnoise.participation import CyclicPoisson, FixedCycle
-from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, Workload
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+TITLE = "Limits"
+INTRO = (
+    "What happens where the paper's assumptions end, and against the methods that came later. "
+    "Training at these limits is in the section on accuracy."
+)
+CAPTIONS = {
+    "narrow.png": "Bands of the strategy (BSR, BandMF) or of its inverse (BISR, BandInvMF).",
+    "budgets.png": "Error over that of BSR by budget: below 1 is better than BSR.",
+}
 
 # The workloads of `structure`: 5 epochs of 50 steps.
 N, PERIOD = 250, 50
@@ -37,7 +43,6 @@ EXAMPLES, BATCH = 60_000, 600
 EPSILONS, QUICK_EPSILONS = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 1.0, 8.0)
 EPOCHS, QUICK_EPOCHS = (1, 5, 10, 20, 50), (1, 10)
 DELTA = 1e-5
-AMPLIFIED = "A·Id amplified"
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "BSR": ("bsr", {}),
     "epoch-scaled bsr-gamma": ("epoch-scaled", {"base": "bsr-gamma"}),
@@ -70,24 +75,23 @@ def workloads() -> dict[str, Workload]:
 
 def compute(settings: Settings, report: Report) -> Tables:
     """Return "structure", "mismatch", "narrow" and "budgets"."""
-    tables: Tables = {"structure": [], "mismatch": [], "narrow": [], "budgets": []}
     who = FixedCycle(PERIOD, N // PERIOD)
-    cases: list[tuple[str, tuple[str, object]]] = []
-    cases += [(f"workload: {label}", ("structure", label)) for label in workloads()]
-    cases += [(f"momentum {beta:g} unknown", ("mismatch", beta)) for beta in (0.5, 0.9, 0.99)]
-    cases.append(("narrow bands", ("narrow", CYCLE)))
-    epochs = QUICK_EPOCHS if settings.quick else EPOCHS
-    cases += [(f"budgets, {k} epochs", ("budgets", k)) for k in epochs]
-    made = workloads()
-    for kind, value in counted(cases, report):
-        if kind == "structure":
-            tables[kind] += _structure(value, made[value], who)
-        elif kind == "mismatch":
-            tables[kind].append(_mismatch(value, who))
-        elif kind == "narrow":
-            tables[kind] += _narrow(value)
-        else:
-            tables[kind] += _budgets(value, QUICK_EPSILONS if settings.quick else EPSILONS)
+    epsilons, epochs = (QUICK_EPSILONS, QUICK_EPOCHS) if settings.quick else (EPSILONS, EPOCHS)
+    work: dict[str, dict[str, Callable[[], list[Row]]]] = {
+        "structure": {
+            f"workload: {label}": partial(_structure, label, workload, who)
+            for label, workload in workloads().items()
+        },
+        "mismatch": {
+            f"momentum {beta:g} unknown": partial(_mismatch, beta, who) for beta in (0.5, 0.9, 0.99)
+        },
+        "narrow": {"narrow bands": partial(_narrow, CYCLE)},
+        "budgets": {f"budgets, {k} epochs": partial(_budgets, k, epsilons) for k in epochs},
+    }
+    cases = [(label, (title, made)) for title in work for label, made in work[title].items()]
+    tables: Tables = {title: [] for title in work}
+    for title, made in counted(cases, report):
+        tables[title] += made()
     return tables
 
 
@@ -98,36 +102,29 @@ def _structure(label: str, workload: Workload, who: FixedCycle) -> list[Row]:
         name, options = METHODS[method]
         if name == "epoch-scaled" and isinstance(workload, MatrixWorkload):
             options = {"base": "bsr"}
-        gap = factorize(workload, who, name, **options).rmse(who) / bound - 1
-        rows.append({"workload": label, "method": method, "gap": gap})
-    dense = factorize(workload, who, "dense", tolerance=1e-3)
-    return [*rows, {"workload": label, "method": "AOF", "gap": dense.rmse(who) / bound - 1}]
+        above = gap(workload, who, bound, name, **options)
+        rows.append({"workload": label, "method": method, "gap": above})
+    dense = gap(workload, who, bound, "dense", tolerance=1e-3)
+    return [*rows, {"workload": label, "method": "AOF", "gap": dense}]
 
 
-def _mismatch(beta: float, who: FixedCycle) -> Row:
+def _mismatch(beta: float, who: FixedCycle) -> list[Row]:
     """Return what it costs to factorize prefix sums, and then to train with momentum."""
     truth = SGD(N, beta)
     matched = factorize(truth, who, "bsr").rmse(who)
-    strategy = factorize(SGD(N), who, "bsr").strategy
-    foreign = Factorization("bsr", truth, strategy)
-    rmse = error.rmse(foreign.decoder, foreign.sensitivity(who).value)
-    return {
-        "momentum": beta,
-        "matched": matched,
-        "for momentum 0": rmse,
-        "loss": rmse / matched - 1,
-    }
+    rmse = Factorization("bsr", truth, factorize(SGD(N), who, "bsr").strategy).rmse(who)
+    same = {"momentum": beta, "matched": matched}
+    return [same | {"for momentum 0": rmse, "loss": rmse / matched - 1}]
 
 
 def _narrow(who: FixedCycle) -> list[Row]:
     workload = SGD(who.period * who.epochs, 0.9)
     bound = lower_bound(workload, who).value
-    rows: list[Row] = []
-    for p in BANDS:
-        for label, name in NARROW.items():
-            gap = factorize(workload, who, name, bands=p).rmse(who) / bound - 1
-            rows.append({"method": label, "bands": p, "gap": gap})
-    return rows
+    return [
+        {"method": label, "bands": p, "gap": gap(workload, who, bound, name, bands=p)}
+        for p in BANDS
+        for label, name in NARROW.items()
+    ]
 
 
 def _budgets(epochs: int, epsilons: tuple[float, ...]) -> list[Row]:
@@ -143,9 +140,9 @@ def _budgets(epochs: int, epsilons: tuple[float, ...]) -> list[Row]:
     single = factorize(workload, poisson, "identity").rmse(poisson)
     rows: list[Row] = []
     for epsilon in epsilons:
-        sigma = accounting.noise_multiplier(cycle, n, epsilon, DELTA)
+        sigma = noise_multiplier(cycle, n, epsilon, DELTA)
         errors = {label: sigma * value for label, value in rmse.items()}
-        errors[AMPLIFIED] = accounting.noise_multiplier(poisson, n, epsilon, DELTA) * single
+        errors[AMPLIFIED] = noise_multiplier(poisson, n, epsilon, DELTA) * single
         same = {"epochs": epochs, "epsilon": epsilon}
         rows += [same | {"method": m, "error": value / BATCH} for m, value in errors.items()]
     return rows
@@ -153,9 +150,9 @@ def _budgets(epochs: int, epsilons: tuple[float, ...]) -> list[Row]:
 
 def claims(tables: Tables) -> list[Claim]:
     """Say what was found at each limit that the paper names."""
-    gap = {(r["workload"], r["method"]): r["gap"] for r in tables["structure"]}
+    gaps = {(r["workload"], r["method"]): r["gap"] for r in tables["structure"]}
     labels = list(workloads())
-    foreign = {label: gap[label, "BSR"] for label in labels}
+    foreign = {label: gaps[label, "BSR"] for label in labels}
     worse = all(foreign[label] > foreign[labels[0]] for label in labels[1:])
     narrow = where(tables["narrow"], method="BSR")
     first, last = narrow[0], narrow[-1]
@@ -175,29 +172,29 @@ def claims(tables: Tables) -> list[Claim]:
     total = len(where(budgets, method="BSR"))
     lost = "; ".join(f"{label} {value:.1%}" for label, value in foreign.items())
     return [
-        Claim(
+        judged(
             "BSR is less good where the workload is not of the assumed structure.",
-            REPRODUCED if worse else NOT,
+            worse,
             f"Above the bound: {lost}. Epoch-scaled, a cosine schedule costs "
-            f"{gap[labels[1], 'epoch-scaled bsr-gamma']:.1%}; AOF fits any workload.",
+            f"{gaps[labels[1], 'epoch-scaled bsr-gamma']:.1%}; AOF fits any workload.",
         ),
-        Claim(
+        judged(
             "Too narrow a band costs much.",
-            REPRODUCED if first["gap"] > 3 * last["gap"] else NOT,
+            first["gap"] > 3 * last["gap"],
             f"From {first['gap']:.0%} above the bound at p = 1 to {last['gap']:.1%} at p = b. At "
             f"p = 4 it is {four['BSR']:.0%}; bands in the inverse do better there, "
             f"{four['BandInvMF']:.0%} when optimised.",
         ),
-        Claim(
+        judged(
             "At a tight budget correlation is not enough: amplified DP-SGD wins.",
-            REPRODUCED if wins else NOT,
+            bool(wins),
             f"Amplified DP-SGD (batches drawn at random, in secret) has the smaller error in "
             f"{len(wins)} of {total} settings (epsilon, epochs): "
             f"{', '.join(f'({e:g}, {k})' for e, k in wins) or 'none'}.",
         ),
-        Claim(
+        judged(
             "Many epochs: against tree aggregation, BLT and BandMF.",
-            REPRODUCED if at["BSR"] < min(at["tree"], at["A·Id"]) else NOT,
+            at["BSR"] < min(at["tree"], at["A·Id"]),
             f"Error over that of BSR after {longest} epochs: {ladder}. BSR beats the tree and "
             "independent noise; what is optimised, or scaled, beats BSR.",
         ),
@@ -230,41 +227,21 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Return narrow.png and budgets.png."""
-    bands = figures.grid(1, 1, "bands p", "per cent above the bound")
+    bands = Panels(1, 1, "bands p", "per cent above the bound")
     axes = bands.panels[0]
     for label in NARROW:
         rows = where(tables["narrow"], method=label)
-        x, y = [r["bands"] for r in rows], [100 * r["gap"] for r in rows]
-        figures.line(axes, x, y, label)
+        line(axes, column(rows, "bands"), 100 * column(rows, "gap"), label)
     axes.set(xscale="log", yscale="log")
-    figures.plain(axes.yaxis, (5, 10, 20, 50, 100, 200, 500))
+    plain(axes.yaxis, (5, 10, 20, 50, 100, 200, 500))
     epochs = list(dict.fromkeys(r["epochs"] for r in tables["budgets"]))
-    panels = figures.grid(1, len(epochs), "epsilon", "error over that of BSR")
+    panels = Panels(1, len(epochs), "epsilon", "error over that of BSR")
     for axes, k in zip(panels.panels, epochs, strict=True):
-        base = [r["error"] for r in where(tables["budgets"], epochs=k, method="BSR")]
+        base = column(where(tables["budgets"], epochs=k, method="BSR"), "error")
         for label in [*METHODS, AMPLIFIED]:
             rows = where(tables["budgets"], epochs=k, method=label)
-            ratios = [r["error"] / e for r, e in zip(rows, base, strict=True)]
-            figures.line(axes, [r["epsilon"] for r in rows], ratios, label)
+            line(axes, column(rows, "epsilon"), column(rows, "error") / base, label)
         axes.set(xscale="log", yscale="log", title=f"{k} epoch" + "s" * (k > 1))
-        figures.plain(axes.xaxis, EPSILONS)
-        figures.plain(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10))
+        plain(axes.xaxis, EPSILONS)
+        plain(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10))
     return {"narrow.png": bands.done(), "budgets.png": panels.done()}
-
-
-PART = Part(
-    name="limits",
-    title="Limits",
-    intro=(
-        "What happens where the paper's assumptions end, and against the methods that came later. "
-        "Training at these limits is in the section on accuracy."
-    ),
-    compute=compute,
-    claims=claims,
-    views=views,
-    figures=draw,
-    captions={
-        "narrow.png": "Bands of the strategy (BSR, BandMF) or of its inverse (BISR, BandInvMF).",
-        "budgets.png": "Error over that of BSR by budget: below 1 is better than BSR.",
-    },
-)

@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.figure import Figure
 from scipy.linalg import sqrtm
 from threadpoolctl import threadpool_limits
 
-from rootnoise.factorization import factorize
-from rootnoise.lab.reproduce import figures
-from rootnoise.lab.reproduce.part import (
-    NOT,
-    REPRODUCED,
-    Claim,
-    Part,
-    Report,
-    Row,
-    Settings,
-    Tables,
-    counted,
-    where,
-)
-from rootnoise.participation import SingleParticipation
-from rootnoise.workload import SGD
+from parts.figures import Panels, line
+from parts.part import Claim, Report, Settings, counted, judged
+from parts.tables import Row, Tables, column, where
+from rootnoise import SGD, SingleParticipation, factorize
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+TITLE = "Runtime"
+INTRO = (
+    "Time to factorize the workload of SGD (alpha = 0.999, beta = 0.9), all methods in one run. "
+    "The workload is triangular and Toeplitz with a single eigenvalue, so that it has no "
+    "eigendecomposition of its own: what is timed is that of its Gram matrix, and a generic matrix "
+    "square root."
+)
+CAPTIONS = {"runtime.png": "Seconds over n, with the fitted exponents."}
 
 STEPS = (50, 100, 200, 500, 1000, 2000, 10_000, 100_000, 1_000_000)
 QUICK_STEPS = (100, 200, 500, 1000, 100_000)
@@ -39,24 +33,17 @@ GRAM, SQRTM = "eigendecomposition of AᵀA", "scipy.linalg.sqrtm(A)"
 WHO = SingleParticipation()
 
 
-def _bsr(workload: SGD) -> None:
-    factorize(workload, WHO, "bsr")
-
-
-def _aof(workload: SGD) -> None:
-    factorize(workload, WHO, "dense")
-
-
 def _gram(workload: SGD) -> None:
     a = workload.matrix.dense()
     np.linalg.eigh(a.T @ a)
 
 
-def _sqrtm(workload: SGD) -> None:
-    sqrtm(workload.matrix.dense())
-
-
-METHODS: dict[str, Callable[[SGD], None]] = {BSR: _bsr, AOF: _aof, GRAM: _gram, SQRTM: _sqrtm}
+METHODS: dict[str, Callable[[SGD], object]] = {
+    BSR: lambda workload: factorize(workload, WHO, "bsr"),
+    AOF: lambda workload: factorize(workload, WHO, "dense"),
+    GRAM: _gram,
+    SQRTM: lambda workload: sqrtm(workload.matrix.dense()),
+}
 
 
 def compute(settings: Settings, report: Report) -> Tables:
@@ -75,7 +62,7 @@ def compute(settings: Settings, report: Report) -> Tables:
     return {"runtime": rows}
 
 
-def _seconds(method: Callable[[SGD], None], n: int) -> float:
+def _seconds(method: Callable[[SGD], object], n: int) -> float:
     """Return the least CPU time of at most three calls, each on a fresh workload."""
     best = np.inf
     method(SGD(n, 0.8, 0.99))  # imports, plans, caches
@@ -91,8 +78,8 @@ def _seconds(method: Callable[[SGD], None], n: int) -> float:
 
 def slope(rows: list[Row]) -> float:
     """Return the exponent of n in a least-squares fit of the seconds from n = 200 on."""
-    points = [(row["n"], row["seconds"]) for row in rows if row["n"] >= 200]
-    x, y = np.log(np.array(points)).T
+    fitted = [row for row in rows if row["n"] >= 200]
+    x, y = np.log(column(fitted, "n")), np.log(column(fitted, "seconds"))
     return float(np.polyfit(x, y, 1)[0])
 
 
@@ -108,16 +95,19 @@ def ratios(tables: Tables) -> list[Row]:
 
 def claims(tables: Tables) -> list[Claim]:
     """Judge the orders of magnitude."""
-    text = "BSR's factorization is orders of magnitude faster than the optimal one (AOF)."
     largest = [where(ratios(tables), method=m)[-1] for m in METHODS if m != BSR]
     ratio = where(largest, method=AOF)[0]["ratio"]
     reached = ", ".join(f"{r['method']} {r['ratio']:,.0f} times (n = {r['n']:,})" for r in largest)
     slopes = {m: slope(where(tables["runtime"], method=m)) for m in METHODS}
     return [
-        Claim(text, REPRODUCED if ratio >= 100 else NOT, f"Over BSR in the same run: {reached}."),
-        Claim(
+        judged(
+            "BSR's factorization is orders of magnitude faster than the optimal one (AOF).",
+            ratio >= 100,
+            f"Over BSR in the same run: {reached}.",
+        ),
+        judged(
             "It scales to many steps, where the others are cubic.",
-            REPRODUCED if slopes[BSR] < 1.3 and slopes[AOF] > 2 else NOT,
+            slopes[BSR] < 1.3 and slopes[AOF] > 2,
             "Exponents of n: " + ", ".join(f"{m} {s:.2f}" for m, s in slopes.items()) + ".",
         ),
     ]
@@ -134,29 +124,11 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Return runtime.png."""
-    panels = figures.grid(1, 1, "steps n", "CPU seconds")
+    panels = Panels(1, 1, "steps n", "CPU seconds")
     axes = panels.panels[0]
-    for index, method in enumerate(METHODS):
+    for method, colour in zip(METHODS, (0, 2, 1, 3), strict=True):
         rows = where(tables["runtime"], method=method)
         label = f"{method}: n^{slope(rows):.1f}"
-        colour = {0: 0, 1: 2, 2: 1, 3: 3}[index]
-        figures.line(axes, [r["n"] for r in rows], [r["seconds"] for r in rows], label, colour)
+        line(axes, column(rows, "n"), column(rows, "seconds"), label, colour)
     axes.set(xscale="log", yscale="log")
     return {"runtime.png": panels.done()}
-
-
-PART = Part(
-    name="runtime",
-    title="Runtime",
-    intro=(
-        "Time to factorize the workload of SGD (alpha = 0.999, beta = 0.9), all methods in one "
-        "run. The workload is triangular and Toeplitz with a single eigenvalue, so that it has no "
-        "eigendecomposition of its own: what is timed is that of its Gram matrix, and a generic "
-        "matrix square root."
-    ),
-    compute=compute,
-    claims=claims,
-    views=views,
-    figures=draw,
-    captions={"runtime.png": "Seconds over n, with the fitted exponents."},
-)

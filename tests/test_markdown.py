@@ -1,9 +1,9 @@
 """The examples of the README and of every page of docs/ run.
 
-The Python blocks of a page run in order, in one namespace and in an empty folder. What a reader has at
-hand already stands before a block as a comment that no browser shows: `<!-- given` ... `-->`. In shell
-blocks each `rootnoise` command runs; what takes long or reads files that are not here is parsed, so
-that no option in it is made up. The targets of `make` and the extras of `pip` exist.
+The Python blocks of a page run in order, in one namespace and in an empty folder. What a reader has
+at hand already stands before a block as a comment that no browser shows: `<!-- given` ... `-->`.
+In shell blocks each `rootnoise` command runs; what takes long or reads files that are not here is
+parsed, so that no option in it is made up. The targets of `make` and the extras of `pip` exist.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def folder(tmp_path, monkeypatch):
     """An empty folder to run in; the process groups that a page makes end with it."""
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
-        torch.random.default_generator.manual_seed(0)
+        torch.random.manual_seed(0)
         yield tmp_path
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rootnoise._check import extra
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
@@ -30,10 +32,9 @@ class Panels:
     """A figure of `rows` x `columns` axes; `done` adds one legend for all."""
 
     def __init__(self, rows: int, columns: int, x: str, y: str) -> None:
-        from matplotlib.figure import Figure
-
         size = (max(6.4, 3.3 * columns), 3.1 * rows + 0.9)
-        self.figure = Figure(figsize=size, layout="constrained", dpi=130)
+        library = extra("matplotlib.figure", "plots", "a figure")
+        self.figure: Figure = library.Figure(figsize=size, layout="constrained", dpi=130)
         axes = self.figure.subplots(rows, columns, squeeze=False)
         self.panels: list[Axes] = list(axes.flat)
         for panel in self.panels:

@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo paper test mutations lint docs benchmarks clean
+.PHONY: help venv demo paper test mutations lint docs dist benchmarks clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -38,6 +38,9 @@ lint: $(VENV)/.lint ## style, formatting, the import rule of ARCHITECTURE.md, an
 
 docs: $(VENV)/.docs ## build the documentation into site/; an undocumented public name fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+dist: $(VENV)/.dist ## build the wheel and the source archive into dist/
+	$(BIN)/python -m build --no-isolation --outdir dist .
 
 benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from rootnoise import RootnoiseError, _check
+from rootnoise.cli import main
+from rootnoise.lab.config import RunConfig
+from rootnoise.lab.run import run
 
 
 @pytest.mark.parametrize(
@@ -69,3 +73,13 @@ def test_arrays_are_private_and_read_only():
     assert kept[0] == 1
     with pytest.raises(ValueError, match="read-only"):
         kept[0] = 2
+
+
+def test_a_picture_without_matplotlib_names_the_extra(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    need = "needs matplotlib: pip install 'rootnoise[plots]'"
+    assert main(["factorize", "--steps", "9", "--plot", str(tmp_path / "plot.png")]) == 2
+    assert capsys.readouterr().err == f"error: a plot {need}\n"
+    with pytest.raises(RootnoiseError, match=f"^a picture of the curves {re.escape(need)}$"):
+        run(RunConfig(dataset="digits", mechanism="none"), tmp_path / "run")
+    assert not any(tmp_path.iterdir())

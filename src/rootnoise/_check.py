@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any, SupportsFloat, SupportsIndex
 
 import numpy as np
@@ -16,6 +17,18 @@ class RootnoiseError(ValueError):
 
     It is raised before anything un-noised is released; the command line prints it and exits with 2.
     """
+
+
+def extra(module: str, name: str, what: str) -> Any:
+    """Import a module that the extra `name` installs, or say that `what` needs it.
+
+    Every module of the package loads without its extras; what uses one asks here first.
+    """
+    try:
+        return import_module(module)
+    except ImportError:
+        needed = module.split(".", maxsplit=1)[0]
+        raise RootnoiseError(f"{what} needs {needed}: pip install 'rootnoise[{name}]'") from None
 
 
 def integer(

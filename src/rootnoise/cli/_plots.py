@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError
+from rootnoise._check import RootnoiseError, extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,9 +99,10 @@ def plan(rows: Sequence[Row], path: Path | IO[str], kind: str = "png") -> None:
 
 
 def _figure(panels: int, width: float = 4.8, height: float = 3.6) -> tuple[Any, list[Axes]]:
-    from matplotlib.figure import Figure  # without pyplot: no global figures, no display needed
-
-    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    # Without pyplot: no global figures, no display needed.
+    figure = extra("matplotlib.figure", "plots", "a plot").Figure(
+        figsize=(width * panels, height), layout="constrained"
+    )
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 

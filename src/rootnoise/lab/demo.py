@@ -79,6 +79,7 @@ def demo(
     seed = integer("seed", seed, 0)
     if out.exists() and not out.is_dir():
         raise RootnoiseError(f"out must be a folder, got the file {out}")
+    plots.check()
     data = load("digits")
     period = -(-data.n_train // BATCH_SIZE)
     total, done = len(WAYS) * REPETITIONS * EPOCHS * period, 0

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
+from rootnoise._check import extra
+
 # Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#777777", "^"), ("#009E73", "D"))
+
+
+def check() -> None:
+    """Refuse to draw without matplotlib; a run asks before it trains."""
+    extra("matplotlib.figure", "plots", "a picture of the curves")
 
 
 def learning_curves(
@@ -26,6 +33,7 @@ def learning_curves(
         title: stands above the picture.
         legend: stands above the labels.
     """
+    check()
     from matplotlib.figure import Figure  # without pyplot: no global figures, no display needed
     from matplotlib.ticker import MaxNLocator
 

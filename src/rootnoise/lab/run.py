@@ -84,6 +84,7 @@ def run(
     """
     if checkpoint_every is not None:
         integer("checkpoint_every", checkpoint_every, 1)
+    plots.check()
     with RunFolder(out) as folder:
         trainer, stated = _begin(config, folder, data_dir, resume)
         try:

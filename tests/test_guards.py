@@ -338,7 +338,9 @@ def added(m, x):
 def test_forward_must_not_change_tensors(change, name, training):
     o = make(nn.Sequential(Changes(change)))
     layer = "0.inner" if name == "weight" else "0"
-    message = rf"^layer {layer} \(\w+\) must leave its {name} as it is in forward: .*; got a change$"
+    message = (
+        rf"^layer {layer} \(\w+\) must leave its {name} as it is in forward: .*; got a change$"
+    )
     with pytest.raises(RootnoiseError, match=message), torch.set_grad_enabled(training):
         o.module(X[:4])
     o._place.check = lambda rows: None
@@ -349,7 +351,9 @@ def test_forward_must_not_change_tensors(change, name, training):
 
 def test_hidden_writes_are_found_where_a_step_is_probed():
     o = make(nn.Sequential(Changes(lambda m, x: m.mean.data.add_(x.detach()[0]))), "probed")
-    with pytest.raises(RootnoiseError, match="^layer 0 .Changes. must leave its mean as it is in f"):
+    with pytest.raises(
+        RootnoiseError, match="^layer 0 .Changes. must leave its mean as it is in f"
+    ):
         o.module(X[:4])
 
 

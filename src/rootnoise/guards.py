@@ -23,7 +23,9 @@ from rootnoise._check import RootnoiseError
 class Observer(Protocol):
     """Who watches the passes that a guard counts."""
 
-    due: bool
+    @property
+    def due(self) -> bool:
+        """Whether the next forward is watched closely."""
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward begins."""
@@ -230,7 +232,7 @@ class ForwardGuard:
 
     def _watch(self, one: _Pass, t: torch.Tensor, whole: bool = True) -> None:
         if whole and t.requires_grad:
-            t.register_hook(partial(self._backward, one))
+            t.register_hook(partial(self._backward, one))  # type: ignore[no-untyped-call]
 
     def _backward(self, one: _Pass, gradient: torch.Tensor) -> None:
         if self.off:

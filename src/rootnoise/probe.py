@@ -116,7 +116,7 @@ class Probe:
         """Replay the step as it was and with either half replaced, and refuse what differs."""
         known = {id(t) for t in [*self._model.parameters(), *self._model.buffers()]}
         first = _Trace(self._model, rows, not self._sharded)
-        sources = [None, *_sources(rows, self._t)]
+        sources: list[torch.Tensor | None] = [None, *_sources(rows, self._t)]
         shown, refusal = 0, ""
         for source in sources:  # all of them, even when one has failed: other ranks wait in forward
             trace = first if source is None else _Trace(self._model, rows, not self._sharded)
@@ -174,7 +174,7 @@ class _Step:
         self.outputs = [t.detach().clone() for t in outputs]
         for i, t in enumerate(outputs):
             if t.requires_grad:
-                t.register_hook(partial(self.gradients.__setitem__, i))
+                t.register_hook(partial(self.gradients.__setitem__, i))  # type: ignore[no-untyped-call]
         self.tape.start(outputs)
 
     def play(self, trace: _Trace, source: torch.Tensor | None, known: set[int]) -> bool:
@@ -353,13 +353,13 @@ class _Attributes:
                 value.extend(saved) if isinstance(value, list | deque) else value.update(saved)
 
 
-def _sources(rows: int, t: int) -> list[torch.Tensor | None]:
+def _sources(rows: int, t: int) -> list[torch.Tensor]:
     """Return whose place each example takes, for a random half that stays and for the other one."""
     if rows < 2:
-        return [None, None]
+        return [torch.arange(rows)] * 2
     generator = np.random.default_rng([rows, t])  # halves need no secrecy
     order = generator.permutation(rows)
-    sources: list[torch.Tensor | None] = []
+    sources = []
     for stays in (order[: rows // 2], order[rows // 2 :]):
         source = generator.choice(stays, rows)
         source[stays] = stays

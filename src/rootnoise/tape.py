@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch import overrides
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from rootnoise._check import RootnoiseError
@@ -22,6 +23,10 @@ MOST_CALLS = 20_000  # of torch between one forward and its backward
 GATHERS = {"__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding"}
 BROADCASTS = {"add", "sub", "mul", "div", "true_divide", "pow", "where", "maximum", "minimum"}
 WRITES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
+
+_modes: Callable[[], list[Any]] = overrides._get_current_function_mode_stack
+_pop_mode: Callable[[], Any] = overrides._pop_mode
+_push_mode: Callable[[Any], None] = overrides._push_mode
 
 
 @dataclass
@@ -36,7 +41,7 @@ class Surroundings:
     @classmethod
     def now(cls) -> Surroundings:
         """Return those of the next call."""
-        used = torch.cuda.is_available() and torch.cuda.is_initialized()
+        used = torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         devices = ["cpu", "cuda"] if used else ["cpu"]
         return cls(
             torch.get_rng_state(),
@@ -115,17 +120,17 @@ class Tape(TorchFunctionMode):
         self._outputs = outputs
         self._made = {id(t) for t in outputs}
         self._open = True
-        self.__enter__()
+        _push_mode(self)
 
     def stop(self) -> None:
         """End. Modes that were entered later and are still on stay on."""
         self._open = False
         above: list[Any] = []
-        while any(mode is self for mode in _get_current_function_mode_stack()):
-            above.append(torch.overrides._pop_mode())
+        while any(mode is self for mode in _modes()):
+            above.append(_pop_mode())
         for mode in reversed(above):
             if mode is not self:
-                torch.overrides._push_mode(mode)
+                _push_mode(mode)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -378,6 +383,6 @@ def _equal(a: Any, b: Any) -> bool:
 def _memory(t: torch.Tensor) -> int:
     """Return a number that views of one memory share."""
     try:
-        return t.untyped_storage()._cdata
+        return int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
         return id(t)

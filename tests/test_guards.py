@@ -55,7 +55,7 @@ def plain_step(o, x=X):
 
 
 def refused(o, message, batch=None):
-    """Refuse the step, leave the weights alone, and go on after zero_grad as if nothing had been."""
+    """Refuse the step, leave the weights alone, and go on after zero_grad as if it had not been."""
     before = weights(o)
     with pytest.raises(RootnoiseError, match=message) as refusal:
         o.step(o.sampler.batch(o.t) if batch is None else batch)
@@ -81,7 +81,7 @@ def test_gradients_of_a_forward_that_zero_grad_dropped():
     loss_a = loss_of(o, a)
     loss_of(o, b).backward()
     o.zero_grad()
-    with pytest.raises(RootnoiseError, match="^backward must be of the last forward, got one that"):
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward, got one"):
         loss_a.backward()
     refused(o, "gradients of _module.0.weight are missing", a)
 
@@ -108,10 +108,10 @@ def test_two_forwards_and_one_backward():
     o = make()
     loss_of(o, b)
     loss_of(o, a).backward()
-    with pytest.raises(RootnoiseError, match="gradients of _module.0.weight are missing"):
+    with pytest.raises(RootnoiseError, match=r"gradients of _module.0.weight are missing"):
         o.step(a)
     o._place.check = lambda rows: None  # what counts must not rest on Opacus
-    with pytest.raises(RootnoiseError, match="^forward must run once a step .*, got 2 in training"):
+    with pytest.raises(RootnoiseError, match=r"^forward must run once a step .*, got 2 in"):
         o.step(a)
 
 
@@ -131,7 +131,7 @@ def test_passes_are_counted_without_opacus():
 
     counted("^forward must run once a step .*, got 0 in training mode", lambda o, b: None)
     counted("^forward must run once a step .*, got 0 in training mode", no_grad)
-    counted("^backward must run once a step, .* got none", lambda o, b: loss_of(o, b))
+    counted("^backward must run once a step, .* got none", loss_of)
 
 
 def test_backward_twice():
@@ -152,7 +152,7 @@ def test_backward_that_was_broken_off():
     def stop(_):
         raise KeyError("stop")
 
-    list(o.module.parameters())[0].register_hook(stop)
+    next(iter(o.module.parameters())).register_hook(stop)
     with pytest.raises(KeyError, match="stop"):
         cross_entropy(out, Y[batch]).backward()
     o._place.check = lambda rows: None
@@ -188,7 +188,7 @@ def test_gradients_by_hand():
     assert torch.equal(weights(o), weights(twin))
 
 
-def orders():
+def orders():  # noqa: C901 - a list of short loops
     def before(o, batch):
         o.zero_grad()
         loss_of(o, batch).backward()
@@ -266,7 +266,7 @@ def test_an_empty_batch_after_a_forward():
     o = make()
     loss = loss_of(o, o.sampler.batch(0))
     o.step([])
-    with pytest.raises(RootnoiseError, match="^backward must be of the last forward"):
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward"):
         loss.backward()
 
 
@@ -352,7 +352,7 @@ def test_forward_must_not_change_tensors(change, name, training):
 def test_hidden_writes_are_found_where_a_step_is_probed():
     o = make(nn.Sequential(Changes(lambda m, x: m.mean.data.add_(x.detach()[0]))), "probed")
     with pytest.raises(
-        RootnoiseError, match="^layer 0 .Changes. must leave its mean as it is in f"
+        RootnoiseError, match=r"^layer 0 .Changes. must leave its mean as it is in f"
     ):
         o.module(X[:4])
 

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
+import probe_runs
+from processes import launch
 from rootnoise._check import RootnoiseError
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
@@ -560,3 +562,15 @@ def test_a_step_that_cannot_be_replayed_is_refused():
 
 
 OUTSIDE = torch.ones(2, 1).split(1)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("what", ["layer", "loss"])
+def test_all_ranks_refuse_together(tmp_path, sharded, what):
+    launch(2, probe_runs.mix, tmp_path, sharded, what)
+    zero, one = ((tmp_path / f"{rank}.txt").read_text().split("\n") for rank in range(2))
+    assert zero[0] == "step 0 was refused by rank 1"
+    assert one[0].startswith("layer 1 (Mean) must" if what == "layer" else "loss (add) must")
+    for lines in (zero, one):
+        assert lines[1] == "step 1"  # and they can go on
+        assert lines[2].endswith("was probed at 1 of this process's steps, last at its step 0.")

@@ -49,7 +49,7 @@ class Probe:
         every: see above; 0 for powers of two alone.
 
     Attributes:
-        probed: steps at which a probe passed.
+        probed: steps made at which a probe passed.
     """
 
     def __init__(
@@ -63,6 +63,7 @@ class Probe:
         self._model, self._quiet, self._sharded, self._every = model, quiet, sharded, every
         self.probed: list[int] = []
         self._t = 0
+        self._passed = False
         self._step: _Step | None = None
 
     @property
@@ -74,11 +75,15 @@ class Probe:
 
     def next(self) -> None:
         """A step was made."""
+        if self._passed:
+            self.probed.append(self._t)
         self._t += 1
+        self._passed = False
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward begins: keep its inputs and the state of the generators."""
         self.drop()
+        self._passed = False
         if self.due:
             self._step = _Step(args, kwargs)
 
@@ -108,9 +113,7 @@ class Probe:
             return
         with self._unmoved(step.tape):
             step.tape.finish()
-            shown = self._compare(step, rows)
-        if shown:
-            self.probed.append(self._t)
+            self._passed = self._compare(step, rows)
 
     def _compare(self, step: _Step, rows: int) -> bool:
         """Replay the step as it was and with either half replaced, and refuse what differs."""
@@ -312,13 +315,12 @@ class _Trace:
                 got = "one example's values changed when others were replaced"
                 return f"{place} {rule}: {got} ({CURE})"
         got = "one example's gradient changed when others were replaced"
-        pairs = zip(first.output_gradients, self.output_gradients, strict=True)
-        if any(_differ(old, new, self.rows, kept) for old, new in pairs):
+        ends = zip(first.output_gradients, self.output_gradients, strict=True)
+        if any(_differ(a, b, self.rows, kept) for a, b in ends):
             return f"loss ({loss}) {rule}: {got} ({CURE})"
-        for (place, old), (_, new) in reversed(
-            list(zip(first.gradients, self.gradients, strict=True))
-        ):
-            if _differ(old, new, self.rows, kept):
+        pairs = list(zip(first.gradients, self.gradients, strict=True))
+        for (place, a), (_, b) in reversed(pairs):
+            if _differ(a, b, self.rows, kept):
                 return f"loss, or what follows {place}, {rule}: {got} ({CURE})"
         return ""
 

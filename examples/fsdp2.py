@@ -18,8 +18,9 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
-    x = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
-    y = (x[:, 0] + x[:, 1] > 0).long()
+    everything = torch.randn(768, 8, generator=torch.Generator().manual_seed(0))
+    x, test_x = everything[:512], everything[512:]
+    y, test_y = ((part[:, 0] + part[:, 1] > 0).long() for part in (x, test_x))
 
     sampler = rn.FixedCycleSampler(n_examples=len(x), batch_size=128, epochs=10)
     participation = sampler.participation
@@ -35,13 +36,14 @@ def main() -> None:
     for batch in sampler:
         part = batch[rank::size]
         optimizer.zero_grad()
+        # A sum over examples, each of its own row alone: what mixes a batch is refused.
         nn.functional.cross_entropy(module(x[part]), y[part], reduction="sum").backward()
         optimizer.step(part)
 
-    with torch.no_grad():
-        accuracy = (module(x).argmax(1) == y).double().mean()
+    with torch.no_grad():  # on other people's data: training accuracy is not covered
+        accuracy = (module(test_x).argmax(1) == test_y).double().mean()
     if rank == 0:
-        print(f"accuracy {accuracy:.2f} on {size} processes. {mechanism.claim()}")
+        print(f"accuracy {accuracy:.2f} on {size} processes. {optimizer.claim()}")
     dist.destroy_process_group()
 
 

@@ -72,7 +72,6 @@ def refused_and_unchanged(optimizer, module, message, **arguments):
     assert optimizer.t == t
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 def test_a_step_past_the_last():
     optimizer, module = parts()
     for _ in range(6):

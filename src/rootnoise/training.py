@@ -8,7 +8,9 @@ by the expected batch size. What the inner optimizer makes of that gradient is p
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -25,9 +27,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.copies import Copies
+from rootnoise.guards import ForwardGuard
 from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.probe import Probe
 from rootnoise.randomness import Key
 from rootnoise.ranks import Indices, Ranks
 from rootnoise.sampling import Sampler
@@ -40,15 +44,18 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
     A model that `fully_shard` (FSDP2) has cut up is wrapped after that; see `shards`.
 
     Args:
-        model: in training mode, each output row a function of its own input row alone.
+        model: in training mode, each output row a function of its own input row alone. The loss
+            must be a sum or mean of one term per example, each of its own output row alone: no
+            pairs within the batch, and no division by what the batch holds (its tokens that are
+            no padding, say). `PrivateOptimizer` probes both.
         loss_reduction: what the loss does over the batch, "mean" (torch's default) or "sum". A
             wrong one scales gradients by the batch size before they are clipped; privacy does not
             depend on it.
 
     Raises:
         RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
-            that mixes examples or remembers them (BatchNorm, running statistics); of a sharded
-            model also what `ShardedGradSampleModule` refuses.
+            that mixes examples or remembers them (BatchNorm, running statistics) or rewrites its
+            weights (`max_norm`); of a sharded model also what `ShardedGradSampleModule` refuses.
     """
     if loss_reduction not in ("mean", "sum"):
         raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
@@ -58,6 +65,8 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
         rule = "model must be a plain module (PrivateOptimizer takes the process group)"
         raise RootnoiseError(f"{rule}, got DistributedDataParallel")
     _check_layers(model)
+    # torch tells every loop that the first layer's input, the data, needs no gradient.
+    warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
     if isinstance(model, FSDPModule):
         return ShardedGradSampleModule(model, loss_reduction)
     return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
@@ -85,6 +94,10 @@ class PrivateOptimizer:
             Weights, key and sampler seed become rank 0's; each rank clips and sums its part of the
             batch, and the noise is added once, each rank making its own part of it. A sharded
             model brings its own group; its weights stay as they are.
+        independence: "probed": steps 0, 1, 2, 4, 8 and so on are played again, before anything is
+            released, with half of the batch replaced (see `probe`); layers and losses that mix
+            examples are refused. "assumed": you have seen to it, and the claim says so.
+        probe_every: probe every so many steps as well; 0 for none.
 
     Attributes:
         t: steps made.
@@ -123,7 +136,11 @@ class PrivateOptimizer:
         *,
         decay: float = 1.0,
         process_group: dist.ProcessGroup | None = None,
+        independence: str = "probed",
+        probe_every: int = 0,
     ) -> None:
+        if independence not in ("probed", "assumed"):
+            raise RootnoiseError(f"independence must be probed or assumed, got {independence!r}")
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
             optimizer, DPOptimizer | torch.optim.LBFGS
         ):
@@ -150,14 +167,74 @@ class PrivateOptimizer:
         else:
             self._place = Copies(module, Ranks(process_group))
         self._ranks = self._place.ranks
+        self._watch(independence, integer("probe_every", probe_every, 0))
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
         self.non_finite = 0
 
+    def _watch(self, independence: str, every: int) -> None:
+        """Put the guard of passes, and the probe if wanted, on the model."""
+        model, sharded = self.module._module, isinstance(self._place, Shards)
+        self._probe: Probe | None = None
+        if independence == "probed":
+            self._probe = Probe(model, self._quiet, sharded=sharded, every=every)
+        self._guard = ForwardGuard(
+            model,
+            self._discard,
+            observer=self._probe,
+            left=lambda: [getattr(p, "grad_sample", None) for p in self._parameters],
+            fixed=dict(self.module.named_parameters()) if sharded else None,
+        )
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let passes of the model leave nothing behind."""
+        hooks = getattr(self.module, "hooks_enabled", False)
+        self._guard.off, self.module.hooks_enabled = True, False
+        try:
+            yield
+        finally:
+            self._guard.off, self.module.hooks_enabled = False, hooks
+
+    def _discard(self) -> None:
+        """Drop what Opacus keeps of passes that are not used."""
+        if isinstance(self.module, ShardedGradSampleModule):
+            self.module.kept.clear()
+        for layer in self.module.modules():
+            for name in ("activations", "max_batch_len"):
+                vars(layer).pop(name, None)
+        for p in self._parameters:
+            p.grad_sample, p._forward_counter = None, 0  # type: ignore[attr-defined]
+            vars(p).pop("_current_grad_sample", None)
+
+    def claim(self) -> str:
+        """Return the mechanism's claim, and whether independence of examples was probed.
+
+        Only steps that this process has made count as probed.
+        """
+        if self._probe is None:
+            seen = "was assumed, not probed"
+        elif self._probe.probed:
+            n, last = len(self._probe.probed), self._probe.probed[-1]
+            seen = f"was probed at {n} of this process's steps, last at its step {last}"
+        else:
+            seen = "has not been probed yet"
+        return (
+            f"{self.mechanism.claim()} That each example's gradient depends on no other example of "
+            f"its batch {seen}."
+        )
+
     def zero_grad(self) -> None:
-        """Drop all gradients, per-sample ones included; call it before each backward."""
-        self.module.zero_grad(set_to_none=True)
+        """Drop all gradients, per-sample ones included, and the passes that made them.
+
+        Call it once a step, before backward: a forward without backward stays until the next one.
+        """
+        self._guard.clear()
+        for p in self._parameters:
+            p.grad_sample = None  # type: ignore[attr-defined]
+        for p in self.module.parameters():
+            p.grad = None
 
     def step(self, indices: ArrayLike) -> None:
         """Make step `t` with the per-sample gradients of the examples `indices`.
@@ -179,6 +256,8 @@ class PrivateOptimizer:
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
         batch = self._ranks.batch(self.t, part)
+        if self._probe is not None and isinstance(self._place, Shards):
+            self._probe_together(self._probe, part.size)
         try:
             self.ledger.admit(self.t, batch)
         except RootnoiseError as refusal:
@@ -192,8 +271,19 @@ class PrivateOptimizer:
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)
+        self._guard.reset()
+        if self._probe is not None:
+            self._probe.next()
         self.optimizer.step()
         self.t += 1
+
+    def _probe_together(self, probe: Probe, rows: int) -> None:
+        """Probe a sharded model, for whose forward every rank is needed."""
+        try:
+            probe.run(rows)
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        self._ranks.agree(self.t)
 
     def _checked(self, indices: ArrayLike) -> Indices:
         """Return this process's part of the batch, or refuse it, or what backward has left."""
@@ -209,8 +299,13 @@ class PrivateOptimizer:
             raise RootnoiseError("trainable parameters must stay those of the first step")
         if isinstance(indices, torch.Tensor):
             indices = indices.numpy(force=True)
-        self._place.check(np.size(indices))
-        return self.ledger.checked(indices)
+        rows = np.size(indices)
+        self._place.check(rows)
+        self._guard.check(rows)
+        part = self.ledger.checked(indices)
+        if self._probe is not None and not isinstance(self._place, Shards):
+            self._probe.run(rows)
+        return part
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
@@ -339,6 +434,10 @@ def _check_layers(model: nn.Module) -> None:
         if mixes or getattr(layer, "track_running_stats", False):
             rule = "must not mix examples or keep running statistics"
             raise RootnoiseError(f"layer {name or 'model'} {rule}, got {type(layer).__name__}")
+        if getattr(layer, "max_norm", None) is not None:
+            rule = "must not rewrite its weights in forward, by the batch and without noise"
+            got = f"{type(layer).__name__} with max_norm={layer.max_norm}"
+            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {got}")
     errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
     if errors:
         reason = " ".join(str(errors[0]).split())

@@ -1,0 +1,334 @@
+"""What every step relies on: one forward and one backward of its batch, which change nothing else.
+
+The ledger counts a record where `step` is told of it, and noise covers what gradients hold. So a
+gradient must come from the forward and backward of that step alone, and a weight or buffer must not
+take up data on another way. Nothing here knows how per-sample gradients are made.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.autograd import Variable
+
+from rootnoise._check import RootnoiseError
+
+
+class Observer(Protocol):
+    """Who watches the passes that a guard counts."""
+
+    @property
+    def due(self) -> bool:
+        """Whether the next forward is watched closely."""
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A training forward begins."""
+
+    def leave(self, output: Any) -> None:
+        """It has ended with this output."""
+
+    def drop(self) -> None:
+        """What it was is not used any more."""
+
+
+@dataclass
+class _Pass:
+    """One training forward: of which steps, and how far its backward has come.
+
+    Attributes:
+        dropped: its gradients are not wanted any more.
+        replaceable: `zero_grad` came after forward; another forward takes its place.
+        task: autograd's number of its backward.
+        finished: backward ran to its end, once.
+    """
+
+    dropped: bool = False
+    replaceable: bool = False
+    task: int | None = None
+    finished: bool = False
+
+
+class ForwardGuard:
+    """Counts passes through a model and compares its tensors; `check` refuses a step by that.
+
+    Counted are forwards in training mode with gradients. Compared, before and after every forward
+    and at the step, are parameters and buffers: which tensors they are, and their versions. Changes
+    between a step and the next forward are the optimizer's, or somebody's who loads weights.
+
+    Args:
+        model: the whole model; what calls it is a forward.
+        discard: drops what an unused forward or backward has left behind.
+        observer: is told of each counted forward.
+        left: the tensors that a backward has left for the step; nobody may replace them.
+        fixed: parameters to compare in place of the model's own, which FSDP2 swaps in forward.
+        checkpointing: whether layers may run a second time during backward.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        discard: Callable[[], None],
+        *,
+        observer: Observer | None = None,
+        left: Callable[[], list[Any]] = list,
+        fixed: Mapping[str, torch.Tensor] | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        self.off = False
+        self._model, self._discard, self._left = model, discard, left
+        self._observer, self._fixed, self._checkpointing = observer, fixed, checkpointing
+        self._passes: list[_Pass] = []
+        self._inside: _Pass | None = None
+        self._depth = 0
+        self._rows: dict[str, tuple[str, int]] = {}
+        self._fault = ""
+        self._changed = ""
+        self._before: dict[str, _Seen] = {}
+        self._made: list[tuple[Any, int]] = []
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        for name, layer in model.named_modules():
+            if any(p.requires_grad for p in layer.parameters(recurse=False)):
+                layer.register_forward_pre_hook(partial(self._call, name or "model"))
+                layer.register_forward_hook(self._watch_layer)
+        model.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model is nobody's to guard."""
+        return {"off": True}
+
+    def clear(self) -> None:
+        """Forget the passes so far, as `zero_grad` does.
+
+        A lone forward whose backward is still to come stays: `out = model(x); zero_grad();
+        loss.backward()` is a common order. The next forward takes its place.
+        """
+        self._depth, self._inside = 0, None  # an interrupt may have left a forward open
+        waiting = len(self._passes) == 1 and self._passes[0].task is None and not self._fault
+        if waiting and not self._passes[0].dropped:
+            self._passes[0].replaceable = True
+            self._made = []
+        else:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all passes: a backward of one of them is refused from now on."""
+        for one in self._passes:
+            one.dropped = True
+        self._passes, self._made, self._fault, self._before = [], [], "", {}
+        self._discard()
+        if self._observer is not None:
+            self._observer.drop()
+
+    def check(self, rows: int) -> None:
+        """Refuse a step of `rows` examples that has not had one forward and backward of them.
+
+        Raises:
+            RootnoiseError: another number of forwards or backwards, or a broken one; a layer called
+                by itself; a parameter or buffer that is not what it was when forward began;
+                per-sample gradients that were replaced after backward.
+        """
+        if not self._changed and self._before:
+            self._compare("between forward and step")
+        if self._changed:
+            raise RootnoiseError(self._changed)
+        if self._fault:
+            raise RootnoiseError(self._fault)
+        n = len(self._passes)
+        if n > 1 or (rows and n == 0):
+            rule = "forward must run once a step (evaluate under no_grad, drop one by zero_grad)"
+            raise RootnoiseError(f"{rule}, got {n} in training mode since the last step")
+        if rows and not self._passes[0].finished:
+            raise RootnoiseError(
+                "backward must run once a step, through what forward returned, and to its end; "
+                f"got {'none' if self._passes[0].task is None else 'one broken off'}"
+            )
+        if any(now is not then or _version(now) != v for now, (then, v) in self._pairs()):
+            raise RootnoiseError(
+                "per-sample gradients must be those that backward left, got others"
+            )
+
+    # ------------------------------------------------------------------------------------ passes
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.off:
+            return
+        self._depth += 1
+        if self._depth > 1:
+            return
+        counted = module.training and torch.is_grad_enabled()
+        if counted:
+            if self._passes and self._passes[-1].replaceable:
+                self.reset()
+            self._inside = _Pass()
+            self._passes.append(self._inside)
+            self._rows = {}
+        deep = counted and self._observer is not None and self._observer.due
+        if counted or not self._passes:
+            self._before = {n: _Seen.of(t, deep) for n, t in self._tensors()}
+        if counted and self._observer is not None:
+            self._observer.enter(args, kwargs)
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.off or not self._depth:
+            return
+        self._depth -= 1
+        if self._depth:
+            return
+        one, self._inside = self._inside, None
+        self._compare("in forward")
+        if self._changed:
+            self.reset()
+            raise RootnoiseError(self._changed)
+        if one is None:
+            if not self._passes:
+                self._before = {}
+            return
+        if output is None:  # an exception is on its way
+            self.reset()
+            return
+        self._check_rows()
+        for t in tensors_of(output):
+            self._watch(one, t)
+        if self._observer is not None:
+            self._observer.leave(output)
+
+    def _call(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.off or not (layer.training and torch.is_grad_enabled()):
+            return
+        if torch._C._current_graph_task_id() != -1:
+            if not self._checkpointing:
+                rule = "must run once a forward: switch activation checkpointing off"
+                raise RootnoiseError(f"layer {name} {rule}, got a second run during backward")
+            return
+        if not self._depth:
+            rule = "must be called by the model's forward alone in training mode"
+            self._fault = f"layer {name} {rule} (else under no_grad), got a call of its own"
+            return
+        shapes = [t.shape for t in args if isinstance(t, torch.Tensor) and t.dim()]
+        if shapes and type(layer).__name__ != "RNNLinear":  # Opacus pads packed sequences there
+            self._rows[name] = type(layer).__name__, shapes[-1][0]
+
+    def _check_rows(self) -> None:
+        """Refuse a layer whose input has another number of rows than that of most layers."""
+        counts = Counter(n for _, n in self._rows.values()).most_common(1)
+        for name, (kind, n) in self._rows.items():
+            if n != counts[0][0]:
+                self.reset()
+                raise RootnoiseError(
+                    f"layer {name} ({kind}) must get one row an example ({counts[0][0]}), got {n}: "
+                    "expand its input over the batch, or freeze the layer"
+                )
+
+    def _watch_layer(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if not self.off and self._inside is not None:
+            for t in tensors_of(output):
+                self._watch(self._inside, t, whole=not self._checkpointing)
+
+    def _watch(self, one: _Pass, t: torch.Tensor, whole: bool = True) -> None:
+        if whole and t.requires_grad:
+            t.register_hook(partial(self._backward, one))  # type: ignore[no-untyped-call]
+
+    def _backward(self, one: _Pass, gradient: torch.Tensor) -> None:
+        if self.off:
+            return
+        if one.dropped:
+            raise RootnoiseError(
+                "backward must be of the last forward, got one that zero_grad, a step or another "
+                "forward has dropped"
+            )
+        task = torch._C._current_graph_task_id()
+        if one.task is None:
+            one.task = task
+            Variable._execution_engine.queue_callback(partial(self._finish, one))
+        elif one.task != task:
+            one.finished = False
+            self._fault = "backward must run once a step, got a second one of the same forward"
+            raise RootnoiseError(self._fault)
+
+    def _finish(self, one: _Pass) -> None:
+        one.finished = not self._fault
+        self._made = [(t, _version(t)) for t in self._left()]
+
+    def _pairs(self) -> Iterator[tuple[Any, tuple[Any, int]]]:
+        return zip(self._left(), self._made, strict=True) if self._made else iter(())
+
+    # ----------------------------------------------------------------------------------- tensors
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._fixed is None:
+            yield from self._model.named_parameters(remove_duplicate=False)
+        else:
+            yield from self._fixed.items()
+        yield from self._model.named_buffers(remove_duplicate=False)
+
+    def _compare(self, when: str) -> None:
+        """Note the first parameter or buffer that is not as it was."""
+        now = dict(self._tensors())
+        for name in self._before | now:
+            then = self._before.get(name)
+            if then is not None and name in now and then.same(now[name], self._fixed is None):
+                continue
+            layer, _, leaf = name.rpartition(".")
+            kind = type(self._model.get_submodule(layer)).__name__ if self._fixed is None else ""
+            self._changed = (
+                f"layer {layer or 'model'} ({kind or 'sharded'}) must leave its {leaf} as it is "
+                f"{when}: data would reach it without noise; got a change"
+            )
+            return
+
+
+@dataclass
+class _Seen:
+    """A tensor at one moment."""
+
+    tensor: torch.Tensor
+    version: int
+    place: int
+    values: torch.Tensor | None
+
+    @classmethod
+    def of(cls, t: torch.Tensor, deep: bool) -> _Seen:
+        """Remember a tensor; its values too, which even `.data` cannot change unseen."""
+        t = getattr(t, "_local_tensor", t)
+        values = t.detach().clone() if deep else None
+        return cls(t, _version(t), t.data_ptr(), values)
+
+    def same(self, t: torch.Tensor, identical: bool) -> bool:
+        """Whether nothing has happened to it."""
+        now = getattr(t, "_local_tensor", t)
+        if (identical and now is not self.tensor) or now.shape != self.tensor.shape:
+            return False
+        if _version(now) != self.version or now.data_ptr() != self.place:
+            return False
+        then = self.values
+        return then is None or bool(((now == then) | ((now != now) & (then != then))).all())
+
+
+def tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
+    """Return the tensors in an output: containers, and the attributes of other objects.
+
+    >>> tensors_of({"a": torch.zeros(1), "b": [torch.ones(1), 2]})
+    [tensor([0.]), tensor([1.])]
+    """
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if not depth or value is None or isinstance(value, str | bytes | int | float):
+        return []
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, list | tuple):
+        parts = list(value)
+    else:
+        parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return [t for part in parts for t in tensors_of(part, depth - 1)]
+
+
+def _version(t: Any) -> int:
+    """Return how often a tensor was written to; an inference tensor does not count it."""
+    return -1 if not isinstance(t, torch.Tensor) or t.is_inference() else t._version

@@ -1,0 +1,431 @@
+"""One forward and one backward of the batch a step, which leave weights and buffers alone."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from rootnoise._check import RootnoiseError
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.randomness import Key
+from rootnoise.sampling import FixedCycleSampler
+from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.workload import SGD
+
+N, BATCH = 16, 4
+X = torch.randn(N, 3, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(N) % 2
+
+
+def make(model=None, independence="assumed", seed=0, **options):
+    sampler = FixedCycleSampler(N, BATCH, 3, seed=0)
+    participation = sampler.participation
+    split = factorize(SGD(sampler.n_steps, 0.9), participation, "bsr")
+    mechanism = Mechanism.calibrate(split, participation, noise_multiplier=0.3, delta=1e-5)
+    if model is None:
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5, generator=generator)
+    module = privatize(model)
+    sgd = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+    key = Key.from_seed(1)
+    return PrivateOptimizer(sgd, module, mechanism, sampler, key, independence=independence)
+
+
+def loss_of(o, batch, x=X):
+    return cross_entropy(o.module(x[batch]), Y[batch])
+
+
+def weights(o):
+    return torch.cat([p.detach().flatten() for p in o.module.parameters()])
+
+
+def plain_step(o, x=X):
+    batch = o.sampler.batch(o.t)
+    o.zero_grad()
+    loss_of(o, batch, x).backward()
+    o.step(batch)
+
+
+def refused(o, message, batch=None):
+    """Refuse the step, leave the weights alone, and go on after zero_grad as if it had not been."""
+    before = weights(o)
+    with pytest.raises(RootnoiseError, match=message) as refusal:
+        o.step(o.sampler.batch(o.t) if batch is None else batch)
+    assert "\n" not in str(refusal.value)
+    assert torch.equal(weights(o), before)
+    goes_on(o)
+
+
+def goes_on(o):
+    twin = make()
+    plain_step(o)
+    plain_step(twin)
+    assert torch.equal(weights(o), weights(twin))
+
+
+# ------------------------------------------------------------------------------------------ passes
+
+
+def test_gradients_of_a_forward_that_zero_grad_dropped():
+    # The attack: step(A) would hold B's gradients.
+    o = make()
+    a, b = o.sampler.batch(0), o.sampler.batch(1)
+    loss_a = loss_of(o, a)
+    loss_of(o, b).backward()
+    o.zero_grad()
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward, got one"):
+        loss_a.backward()
+    refused(o, "gradients of _module.0.weight are missing", a)
+
+
+def test_zero_grad_leaves_nothing_of_opacus():
+    o = make()
+    loss_of(o, o.sampler.batch(0))
+    loss_of(o, o.sampler.batch(1)).backward()
+    assert any(p._forward_counter for p in o.module.parameters())
+    o.zero_grad()
+    for p in o.module.parameters():
+        assert p.grad_sample is None
+        assert p._forward_counter == 0
+        assert not hasattr(p, "_current_grad_sample")
+    assert not any(hasattr(layer, "activations") for layer in o.module.modules())
+    goes_on(o)
+
+
+def test_two_forwards_and_one_backward():
+    o = make()
+    a, b = o.sampler.batch(0), o.sampler.batch(1)
+    (loss_of(o, a) + loss_of(o, b)).backward()
+    refused(o, "^backward must run once a step, got 2 for _module.0.weight|^forward must run once")
+    o = make()
+    loss_of(o, b)
+    loss_of(o, a).backward()
+    with pytest.raises(RootnoiseError, match=r"gradients of _module.0.weight are missing"):
+        o.step(a)
+    o._place.check = lambda rows: None  # what counts must not rest on Opacus
+    with pytest.raises(RootnoiseError, match=r"^forward must run once a step .*, got 2 in"):
+        o.step(a)
+
+
+def test_passes_are_counted_without_opacus():
+    def counted(message, passes):
+        o = make()
+        o._place.check = lambda rows: None
+        batch = o.sampler.batch(0)
+        passes(o, batch)
+        with pytest.raises(RootnoiseError, match=message):
+            o.step(batch)
+        assert o.t == 0
+
+    def no_grad(o, batch):
+        with torch.no_grad():
+            loss_of(o, batch)
+
+    counted("^forward must run once a step .*, got 0 in training mode", lambda o, b: None)
+    counted("^forward must run once a step .*, got 0 in training mode", no_grad)
+    counted("^backward must run once a step, .* got none", loss_of)
+
+
+def test_backward_twice():
+    o = make()
+    loss = loss_of(o, o.sampler.batch(0))
+    loss.backward(retain_graph=True)
+    message = "^backward must run once a step, got a second one of the same forward"
+    with pytest.raises(RootnoiseError, match=message):
+        loss.backward()
+    refused(o, message)
+
+
+def test_backward_that_was_broken_off():
+    o = make()
+    batch = o.sampler.batch(0)
+    out = o.module(X[batch])
+
+    def stop(_):
+        raise KeyError("stop")
+
+    next(iter(o.module.parameters())).register_hook(stop)
+    with pytest.raises(KeyError, match="stop"):
+        cross_entropy(out, Y[batch]).backward()
+    o._place.check = lambda rows: None
+    with pytest.raises(RootnoiseError, match="to its end; got one broken off"):
+        o.step(batch)
+
+
+def test_a_layer_called_by_itself():
+    o = make()
+    batch = o.sampler.batch(0)
+    loss_of(o, batch).backward()
+    o.module._module[2](torch.ones(4, 4))
+    refused(o, r"^layer 2 must be called by the model's forward alone .*, got a call of its own")
+
+
+def test_gradients_by_hand():
+    o = make()
+    batch = o.sampler.batch(0)
+    loss_of(o, batch).backward()
+    p = o._parameters[0]
+    p.grad_sample = p.grad_sample - p.grad_sample.mean(0)
+    refused(o, "^per-sample gradients must be those that backward left, got others")
+    o = make()
+    loss_of(o, batch).backward()
+    o._parameters[1].grad_sample.mul_(2)
+    refused(o, "^per-sample gradients must be those that backward left, got others")
+    o, twin = make(), make()
+    loss_of(o, batch).backward()
+    for p in o.module.parameters():  # the raw gradient is not used
+        p.grad = torch.ones_like(p)
+    o.step(batch)
+    plain_step(twin)
+    assert torch.equal(weights(o), weights(twin))
+
+
+def orders():  # noqa: C901 - a list of short loops
+    def before(o, batch):
+        o.zero_grad()
+        loss_of(o, batch).backward()
+
+    def between(o, batch):
+        loss = loss_of(o, batch)
+        o.zero_grad()
+        loss.backward()
+
+    def thrice(o, batch):
+        o.zero_grad()
+        loss = loss_of(o, batch)
+        o.zero_grad()
+        o.zero_grad()
+        loss.backward()
+
+    def dropped(o, batch):
+        loss_of(o, batch[::-1].copy())  # never used: the next takes its place
+        o.zero_grad()
+        loss_of(o, batch).backward()
+
+    def inner(o, batch):
+        o.optimizer.zero_grad()
+        loss_of(o, batch).backward()
+
+    def module(o, batch):
+        o.module.zero_grad()
+        loss_of(o, batch).backward()
+
+    def evaluated(o, batch):
+        o.zero_grad()
+        loss = loss_of(o, batch)
+        with torch.no_grad():
+            o.module(X)
+        loss.backward()
+        o.module.eval()
+        o.module(X)
+        o.module.train()
+
+    def broken(o, batch):
+        with pytest.raises(RuntimeError, match="mat1 and mat2"):
+            o.module(torch.ones(4, 5))
+        o.zero_grad()
+        loss_of(o, batch).backward()
+
+    def skipped(o, batch):
+        loss_of(o, batch[::-1].copy()).backward()
+        o.zero_grad()
+        loss_of(o, batch).backward()
+
+    def unwrapped(o, batch):
+        o.zero_grad()
+        cross_entropy(o.module._module(X[batch]), Y[batch]).backward()
+
+    def functional(o, batch):
+        o.zero_grad()
+        torch.autograd.backward(loss_of(o, batch))
+
+    return [v for v in locals().values() if callable(v)]
+
+
+@pytest.mark.parametrize("independence", ["assumed", "probed"])
+@pytest.mark.parametrize("order", orders())
+def test_legal_orders(order, independence):
+    o, twin = make(independence=independence), make()
+    for _ in range(3):
+        batch = o.sampler.batch(o.t)
+        order(o, batch)
+        o.step(batch)
+        plain_step(twin)
+    assert torch.equal(weights(o), weights(twin))
+
+
+def test_an_empty_batch_after_a_forward():
+    o = make()
+    loss = loss_of(o, o.sampler.batch(0))
+    o.step([])
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward"):
+        loss.backward()
+
+
+def test_copies_of_the_model_are_not_guarded():
+    o = make()
+    plain_step(o)
+    twin = copy.deepcopy(o.module._module)
+    with torch.no_grad():  # Opacus's own hooks refuse a copy with gradients
+        twin(X)
+    plain_step(o)
+    assert o.t == 2
+
+
+# ----------------------------------------------------------------------------------------- tensors
+
+
+class Changes(nn.Module):
+    def __init__(self, change, frozen=False):
+        super().__init__()
+        self.inner = nn.Linear(3, 2)
+        self.register_buffer("mean", torch.zeros(3), persistent=False)
+        self.other = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.change = change
+
+    def forward(self, x):
+        self.change(self, x)
+        return self.inner(x)
+
+
+def in_place(m, x):
+    with torch.no_grad():
+        m.mean += x.mean(0)
+
+
+def anew(m, x):
+    m.mean = 0.9 * m.mean + x.detach().mean(0)
+
+
+def frozen_weight(m, x):
+    with torch.no_grad():
+        m.other.copy_(x[0])
+
+
+def weight(m, x):
+    with torch.no_grad():
+        m.inner.weight.div_(m.inner.weight.norm())
+
+
+def data(m, x):
+    m.mean.data = x.detach()[0]
+
+
+def added(m, x):
+    m.register_buffer("extra", x.detach()[0])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (in_place, "mean"),
+        (anew, "mean"),
+        (frozen_weight, "other"),
+        (weight, "weight"),
+        (data, "mean"),
+        (added, "extra"),
+    ],
+)
+def test_forward_must_not_change_tensors(change, name, training):
+    o = make(nn.Sequential(Changes(change)))
+    layer = "0.inner" if name == "weight" else "0"
+    message = (
+        rf"^layer {layer} \(\w+\) must leave its {name} as it is in forward: .*; got a change$"
+    )
+    with pytest.raises(RootnoiseError, match=message), torch.set_grad_enabled(training):
+        o.module(X[:4])
+    o._place.check = lambda rows: None
+    o.zero_grad()
+    with pytest.raises(RootnoiseError, match=message):  # it stays refused: what is done is done
+        o.step(o.sampler.batch(0))
+
+
+def test_hidden_writes_are_found_where_a_step_is_probed():
+    o = make(nn.Sequential(Changes(lambda m, x: m.mean.data.add_(x.detach()[0]))), "probed")
+    with pytest.raises(
+        RootnoiseError, match=r"^layer 0 .Changes. must leave its mean as it is in f"
+    ):
+        o.module(X[:4])
+
+
+def test_nobody_changes_tensors_between_forward_and_step():
+    o = make(nn.Sequential(Changes(lambda m, x: None)))
+    batch = o.sampler.batch(0)
+    loss_of(o, batch).backward()
+    in_place(o.module._module[0], X)
+    with pytest.raises(RootnoiseError, match="leave its mean as it is between forward and step"):
+        o.step(batch)
+
+
+def test_weights_may_change_between_steps():
+    o = make()
+    plain_step(o)
+    o.module.load_state_dict({n: 2 * v for n, v in o.module.state_dict().items()})
+    plain_step(o)
+    assert o.t == 2
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_max_norm_is_refused_by_name(kind):
+    message = r"^layer 1 must not rewrite its weights in forward, .*, got \w+ with max_norm=1.0$"
+    with pytest.raises(RootnoiseError, match=message):
+        privatize(nn.Sequential(nn.Identity(), kind(5, 2, max_norm=1.0)))
+
+
+# --------------------------------------------------------------------------- what Opacus cannot do
+
+
+class Positions(nn.Module):
+    """As BERT, GPT-2 and T5 have them: positions without a batch dimension."""
+
+    def __init__(self, expand):
+        super().__init__()
+        self.words, self.places, self.expand = nn.Embedding(7, 4), nn.Embedding(5, 4), expand
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])[None]
+        if self.expand:
+            places = places.expand(len(x), -1)
+        return self.head((self.words(x) + self.places(places)).mean(1))
+
+
+def test_positions_without_a_batch_dimension():
+    o = make(Positions(expand=False))
+    message = r"^layer places \(Embedding\) must get one row an example \(4\), got 1: expand its"
+    with pytest.raises(RootnoiseError, match=message):
+        o.module(torch.ones(4, 5, dtype=torch.int64))
+    o = make(Positions(expand=True), "probed")
+    tokens = torch.arange(20).reshape(4, 5) % 7
+    cross_entropy(o.module(tokens), Y[:4]).backward()
+    o.step(o.sampler.batch(0))
+    assert o.t == 1
+
+
+class Checkpointed(nn.Sequential):
+    def forward(self, x):
+        return self[1](checkpoint(self[0], x, use_reentrant=False))
+
+
+def test_checkpointing_is_refused_by_the_layers_name():
+    o = make(Checkpointed(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Linear(4, 2)))
+    loss = loss_of(o, o.sampler.batch(0))
+    message = "^layer 0.0 must run once a forward: switch activation checkpointing off, got a sec"
+    with pytest.raises(RootnoiseError, match=message):
+        loss.backward()
+
+
+def test_no_warning_asks_nothing_of_the_user():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        o = make(independence="probed")
+        plain_step(o)

@@ -137,7 +137,8 @@ def test_no_clipped_gradient_exceeds_the_clip_norm():
 
 
 def test_divisor_is_the_expected_batch_size_and_an_empty_batch_is_noise():
-    sampler = CyclicPoissonSampler(N, BATCH, 6, seed=0)
+    made = (CyclicPoissonSampler(N, BATCH, 6, seed=seed) for seed in range(1000))
+    sampler = next(sampler for sampler in made if not sampler.batch(0).size)
     module = privatize(linear())
     mechanism = calibrated(sampler, momentum=0.0, bands=1)
     sgd = torch.optim.SGD(module.parameters(), lr=0.1)

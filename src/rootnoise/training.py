@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.clipping import Clip
 from rootnoise.copies import Copies
 from rootnoise.ledger import Ledger
 from rootnoise.mechanism import Mechanism
@@ -146,6 +147,7 @@ class PrivateOptimizer:
         else:
             self._place = Copies(module, Ranks(process_group))
         self._ranks = self._place.ranks
+        self._clip = Clip.of(mechanism, sampler.n_examples)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
@@ -165,10 +167,11 @@ class PrivateOptimizer:
 
         Raises:
             RootnoiseError: a closure; the mechanism's steps are used up; indices that, joined over
-                the ranks, are not the sampler's batch of this step, break the participation or do not match the per-sample gradients; not exactly one backward in
-                training mode since the last step; parameters that were added, removed, frozen or
-                reshaped; a step that was broken off before. Nothing has been released then. With a
-                process group, all ranks raise together.
+                the ranks, are not the sampler's batch of this step, break the participation or do
+                not match the per-sample gradients; not exactly one backward in training mode since
+                the last step; parameters that were added, removed, frozen or reshaped; a step that
+                was broken off before. Nothing has been released then. With a process group, all
+                ranks raise together.
         """
         try:
             part = self._checked(indices)
@@ -182,8 +185,7 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
-            clip = self.mechanism.clip_norm
-            total, bad = self._place.noised_sum(part.size, self.stream.next(), clip, self.t)
+            total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
             self.non_finite += bad
             self._place.write(total / self.sampler.batch_size)
             if self.decay != 1:

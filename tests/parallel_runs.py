@@ -23,7 +23,7 @@ from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.randomness import Key
 from rootnoise.ranks import Ranks
-from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, Sampler
+from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import SGD
 
@@ -65,10 +65,13 @@ def private(
     seed: int,
     group: dist.ProcessGroup | None = None,
     poisson: bool = False,
+    own: bool = False,
 ) -> PrivateOptimizer:
     sampler: Sampler = FixedCycleSampler(N, BATCH, EPOCHS, seed=seed)
     if poisson:
         sampler = CyclicPoissonSampler(N, BATCH, 12, seed=seed)
+    if own:
+        sampler = OwnBatches(sampler.participation, N, BATCH, sampler.n_steps)
     workload = SGD(sampler.n_steps, 0.0 if poisson else 0.9)
     mechanism = Mechanism.calibrate(
         factorize(workload, sampler.participation, "identity" if poisson else "bsr"),
@@ -153,6 +156,27 @@ def refuse(rank: int, size: int, out: Path) -> None:
     lines.append(refused(again))
     train(optimizer, rank, size, 3)
     torch.save(saved(optimizer) | {"lines": lines}, out / f"{rank}.pt")
+
+
+def same_ten(rank: int, size: int, out: Path) -> None:
+    """Poisson sampling, but for the ranks' joined batch: it lacks one drawn example, or has all."""
+    optimizer = make(join(rank, size, out), seed=1, poisson=True)
+    x, y = examples()
+    t = next(t for t in range(12) if optimizer.sampler.batch(t).size > 1)
+    train(optimizer, rank, size, t)
+    batch = optimizer.sampler.batch(t)
+    lines = []
+    for wrong in (batch[1:], np.arange(batch.size)):
+        part = wrong[rank::size]
+        backward(optimizer, x[part], y[part])
+        try:
+            optimizer.step(part)
+        except RootnoiseError as reason:
+            lines.append(str(reason))
+    part = batch[::-1][rank::size].copy()  # neither the order nor who holds what matters
+    backward(optimizer, x[part], y[part])
+    optimizer.step(part)
+    torch.save({"lines": lines, "t": optimizer.t - t}, out / f"{rank}.pt")
 
 
 def lose_file(rank: int, size: int, out: Path) -> None:

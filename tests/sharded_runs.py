@@ -34,8 +34,8 @@ def sharded(model: nn.Module, size: int) -> nn.Module:
     return model
 
 
-def make(size: int, seed: int = 1) -> PrivateOptimizer:
-    return private(privatize(sharded(network(1), size), "sum"), seed)
+def make(size: int, seed: int = 1, own: bool = False) -> PrivateOptimizer:
+    return private(privatize(sharded(network(1), size), "sum"), seed, own=own)
 
 
 def gathered(tensors: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -70,7 +70,7 @@ def report(optimizer: PrivateOptimizer, rank: int, out: Path) -> None:
 def noise(rank: int, size: int, out: Path) -> None:
     """Make steps without examples: the gradients are noise alone."""
     join(rank, size, out)
-    optimizer = make(size)
+    optimizer = make(size, own=True)
     steps = []
     for _ in range(optimizer.mechanism.n_steps):
         optimizer.step(np.empty(0, dtype=np.int64))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         FixedCycleSampler,
         MinSeparationSampler,
         MinSepPoissonSampler,
+        OwnBatches,
     )
     from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
@@ -96,6 +97,7 @@ _MODULES = {
         "FixedCycleSampler",
         "MinSepPoissonSampler",
         "MinSeparationSampler",
+        "OwnBatches",
     ),
     "loading": ("data_loader",),
     "training": ("PrivateOptimizer", "privatize"),

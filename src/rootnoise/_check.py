@@ -97,6 +97,16 @@ def real(
     return result
 
 
+def clip_range(clip_norm: float) -> float:
+    """Return the clip norm if float32 can clip to it, or refuse it.
+
+    Norms are taken of float32 squares. Below 1e-19 these vanish, and a gradient of 1e12 such
+    numbers, of norm 1e-13 together, would pass for zero: what is lost must stay under 1e-6 of the
+    clip norm squared. Above 1e10 the squares of what is clipped come near infinity.
+    """
+    return real("clip_norm", clip_norm, at_least=1e-10, at_most=1e10)
+
+
 def vector(name: str, value: ArrayLike) -> NDArray[np.float64]:
     """Return a private, read-only, finite, non-empty 1-D float64 copy of `value`, or refuse it."""
     return _array(name, value, 1)

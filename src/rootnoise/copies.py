@@ -9,7 +9,7 @@ import torch
 from opacus.grad_sample import AbstractGradSampleModule
 
 from rootnoise._check import RootnoiseError
-from rootnoise.clipping import clipped_sums
+from rootnoise.clipping import Clip, clipped_sums
 from rootnoise.ranks import Ranks
 
 
@@ -52,18 +52,22 @@ class Copies:
                 raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
 
     def noised_sum(
-        self, rows: int, noise: torch.Tensor, clip_norm: float, t: int
+        self, rows: int, noise: torch.Tensor, clip: Clip, t: int
     ) -> tuple[torch.Tensor, int]:
-        """Return the whole batch's clipped sum plus noise, flattened; and the bad rows."""
+        """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.
+
+        In whole units no rank's rounding depends on the others' examples, though the noise is in.
+        """
         gradients = [
             p.grad_sample.flatten(1) if rows else p.new_zeros(0, p.numel())
             for p in self._parameters.values()
         ]
-        sums, bad = clipped_sums([g.float() for g in gradients], clip_norm, t)
+        sums, bad = clipped_sums([g.float() for g in gradients], clip, t)
         total = torch.cat([clipped.to(sums[0].device) for clipped in sums])
-        total[slice(*self._span)] += noise.to(total.device)
+        own = slice(*self._span)
+        total[own] = clip.noised(total[own], noise)
         self.ranks.add_(total)
-        return total, bad
+        return total * clip.grid, bad
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters, and drop the per-sample gradients."""

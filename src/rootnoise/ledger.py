@@ -39,6 +39,11 @@ class Ledger:
     `admit` comes before the gradient of the batch is computed. Memory is two int32 arrays of
     `n_examples`: 8 MB for a million.
 
+    Under single, min-sep and fixed-cycle participation that is the whole rule. Under an amplified
+    one it is only a necessary condition: no list of batches shows that they were drawn at random,
+    and ten records in every Poisson step pass. There `PrivateOptimizer` also compares each batch
+    with the sampler's; whoever uses a ledger alone must pass `drawn`, or answer for the draws.
+
     Attributes:
         t: steps admitted.
         digest: BLAKE2b chain over all admitted batches, keyed with a secret salt: it commits to who
@@ -90,16 +95,17 @@ each, at least 2 apart): steps so far 1, the last one 0
         journal.cut()
         self._journal, self._ahead = journal, records
 
-    def admit(self, t: int, indices: ArrayLike) -> None:
+    def admit(self, t: int, indices: ArrayLike, drawn: Indices | None = None) -> None:
         """Record that the examples `indices` take part in step t; nothing is recorded on refusal.
 
         Args:
             t: the step; it must be the one after the last admitted step, 0 at first.
             indices: distinct integers in [0, n_examples), in any order; none is a legal batch.
+            drawn: the sampler's batch of step t, which `indices` must be; None if it is unknown.
 
         Raises:
             RootnoiseError: another step, bad indices, an example that may not appear in step t, or
-                another batch than the one that a run before a crash had in step t.
+                another batch than the sampler's, or than that of a run before a crash in step t.
         """
         if integer("t", t) != self.t:
             raise RootnoiseError(f"step must be the next one, {self.t} (once, in order), got {t}")
@@ -113,6 +119,12 @@ each, at least 2 apart): steps so far 1, the last one 0
             raise RootnoiseError(
                 f"example {batch[i]} at step {t} breaks the participation ({self.participation}): "
                 f"steps so far {count[i]}, the last one {last[i]}"
+            )
+        if drawn is not None and not np.array_equal(batch, drawn):
+            raise RootnoiseError(
+                f"batch of step {t} must be the sampler's, sampler.batch({t}), joined over ranks; "
+                f"got {batch.size} examples, {np.isin(batch, drawn).sum()} of its {len(drawn)} "
+                "(declare batches of your own by OwnBatches)"
             )
         self._write(pack(batch))
         self._last[batch] = self.t

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rootnoise import accounting, causal, error, participation, workload
-from rootnoise._check import RootnoiseError, real
+from rootnoise._check import RootnoiseError, clip_range, real
 from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
 from rootnoise.causal import CausalMatrix
@@ -84,6 +84,7 @@ class Mechanism:
     def __post_init__(self) -> None:
         for name in ("noise_multiplier", "clip_norm"):
             object.__setattr__(self, name, real(name, getattr(self, name), above=0))
+        clip_range(self.clip_norm)
         object.__setattr__(self, "delta", real("delta", self.delta, above=0, below=1))
         if self.strategy.n_steps != self.workload.n_steps:
             raise RootnoiseError(

@@ -32,6 +32,8 @@ Indices = NDArray[np.int64]
 class Sampler(ABC):
     """Batches 0 .. n_steps - 1 of sorted int64 example indices; iterating yields them in order.
 
+    A sampler stays as it was made, but for the seed that `load_state_dict` takes over.
+
     Attributes:
         n_examples: size of the data set.
         batch_size: expected size of a batch and always the divisor of the mean gradient.
@@ -42,12 +44,23 @@ class Sampler(ABC):
     """
 
     participation: Participation
+    seed: int
 
     def __init__(self, n_examples: int, batch_size: int, n_steps: int, seed: int | None) -> None:
         self.n_examples, self.batch_size = _sizes(n_examples, batch_size)
         self.n_steps = integer("n_steps", n_steps, 1)
         self.participation.validate(self.n_steps)
         self._seed(secrets.randbits(128) if seed is None else integer("seed", seed, 0))
+        self._sealed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another public value, or another method, once the sampler is made."""
+        public = not name.startswith("_") or hasattr(type(self), name)
+        if public and vars(self).get("_sealed"):
+            raise RootnoiseError(
+                f"{name} of a sampler must stay as it was made, got {value!r:.80}: make a new one"
+            )
+        object.__setattr__(self, name, value)
 
     @abstractmethod
     def _assign(self) -> None:
@@ -58,7 +71,7 @@ class Sampler(ABC):
         """Return the sorted batch of a step in range."""
 
     def _seed(self, seed: int) -> None:
-        self.seed = seed
+        vars(self)["seed"] = seed
         self._key = Key.from_seed(seed).derive(f"sampler {self.participation.type}")
         self._assign()
 
@@ -389,3 +402,64 @@ class MinSepPoissonSampler(Sampler):
 
     def _batch(self, t: int) -> Indices:
         return self._members[self._starts[t] : self._starts[t + 1]].copy()
+
+
+class OwnBatches(Sampler):
+    """Says that the batches are the user's own: the ledger alone holds them to the participation.
+
+    Only for participations that restrict who appears when and nothing else, since a list of batches
+    shows whether they were kept. Amplification needs batches drawn by one of the samplers above.
+
+    Args:
+        participation: single, min-sep or fixed-cycle.
+        n_examples: size of the data set.
+        batch_size: the divisor of the mean gradient, whatever size a batch has.
+        n_steps: steps to make.
+
+    Raises:
+        RootnoiseError: an amplified participation, a number out of its range, or a call of `batch`.
+
+    >>> from rootnoise.participation import SingleParticipation
+    >>> own = OwnBatches(SingleParticipation(), n_examples=100, batch_size=10, n_steps=10)
+    >>> own.batch(0)
+    Traceback (most recent call last):
+    rootnoise._check.RootnoiseError: batches must come from the user of OwnBatches, got a call for \
+the one of step 0
+    """
+
+    def __init__(
+        self, participation: Participation, n_examples: int, batch_size: int, n_steps: int
+    ) -> None:
+        if participation.amplified:
+            raise RootnoiseError(
+                "participation must be single, min-sep or fixed-cycle for own batches, got "
+                f"{participation.type}: its epsilon needs batches that its sampler draws"
+            )
+        self.participation = participation
+        super().__init__(n_examples, batch_size, n_steps, seed=0)
+
+    def _assign(self) -> None:
+        """Nothing is random."""
+
+    def _batch(self, t: int) -> Indices:
+        raise RootnoiseError(
+            f"batches must come from the user of OwnBatches, got a call for the one of step {t}"
+        )
+
+
+# Who draws as an amplified epsilon supposes. A subclass may draw otherwise, so only these very
+# types count.
+DRAWN = (CyclicPoissonSampler, BallsInBinsSampler, MinSepPoissonSampler)
+
+
+def check_drawn(sampler: Sampler) -> None:
+    """Refuse an amplified participation whose batches nobody of ours draws.
+
+    Raises:
+        RootnoiseError: a sampler of another type, a subclass included.
+    """
+    if sampler.participation.amplified and type(sampler) not in DRAWN:
+        raise RootnoiseError(
+            f"sampler must be one of {[kind.__name__ for kind in DRAWN]} for the amplified "
+            f"participation {sampler.participation.type}, got {type(sampler).__name__}"
+        )

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from rootnoise._check import RootnoiseError
-from rootnoise.clipping import clip_scale, row_norms, scaled_sum
+from rootnoise.clipping import Clip, clip_scale, row_norms, scaled_sum
 from rootnoise.ranks import Ranks
 
 
@@ -145,25 +145,25 @@ class Shards:
                 raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
 
     def noised_sum(
-        self, rows: int, noise: torch.Tensor, clip_norm: float, t: int
+        self, rows: int, noise: torch.Tensor, clip: Clip, t: int
     ) -> tuple[torch.Tensor, int]:
-        """Return this rank's part of the clipped sum plus noise, flattened; and the bad rows."""
+        """Return this rank's part of the clipped sum plus noise, flattened, float64; bad rows."""
         layers, bad, sums = list(self._module.kept) if rows else [], 0, {}
         if rows:
             norms = [row_norms(list(self._module.gradients(x).values())) for x in layers]
-            scale, bad = clip_scale(torch.stack(norms).square().sum(0).sqrt(), clip_norm, t)
+            scale, bad = clip_scale(torch.stack(norms).square().sum(0).sqrt(), clip, t)
         for layer in layers:
             for p, g in self._module.gradients(layer).items():
                 sums[p] = scaled_sum(scale, g, bad)
         total = torch.cat([self._scatter(p, sums.pop(p, None)) for p in self._trainable()])
-        return total + noise.to(total.device), bad
+        return clip.noised(total, noise) * clip.grid, bad
 
     def _trainable(self) -> list[nn.Parameter]:
         return [p for p in self._module.parameters() if p.requires_grad]
 
     def _scatter(self, p: nn.Parameter, own: torch.Tensor | None) -> torch.Tensor:
         """Return this rank's rows of the sum of all ranks' tensors, flattened."""
-        whole = torch.zeros(p.numel(), device=p.device) if own is None else own
+        whole = torch.zeros(p.numel(), dtype=torch.float64, device=p.device) if own is None else own
         shared = DTensor.from_local(whole.view(p.shape), self._mesh, [Partial()])
         return shared.redistribute(placements=[Shard(0)]).to_local().flatten()
 

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.clipping import Clip
 from rootnoise.copies import Copies
 from rootnoise.guards import ForwardGuard
 from rootnoise.ledger import Ledger
@@ -34,7 +35,7 @@ from rootnoise.noise import NoiseStream
 from rootnoise.probe import Probe
 from rootnoise.randomness import Key
 from rootnoise.ranks import Indices, Ranks
-from rootnoise.sampling import Sampler
+from rootnoise.sampling import OwnBatches, Sampler, check_drawn
 from rootnoise.shards import ShardedGradSampleModule, Shards
 
 
@@ -86,7 +87,8 @@ class PrivateOptimizer:
         optimizer: holds each trainable parameter of `module` exactly once.
         module: from `privatize`, or Opacus's own GradSampleModule.
         mechanism: calibrated for sampler.participation and sampler.n_steps.
-        sampler: whose batches are used; they are checked one by one.
+        sampler: whose batches are used: every step takes exactly its batch. `OwnBatches` declares
+            others, where the ledger can check all that epsilon supposes.
         key: fixes the noise; fresh from OS entropy when None.
         decay: alpha in (0, 1]; parameters are multiplied by it before each inner step, so that SGD
             makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
@@ -150,12 +152,7 @@ class PrivateOptimizer:
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
         _check_layers(module)
-        if mechanism.participation != sampler.participation:
-            raise RootnoiseError(
-                f"sampler must draw by the mechanism's participation, {mechanism.participation}; "
-                f"got {sampler.participation}"
-            )
-        integer("sampler's n_steps", sampler.n_steps, mechanism.n_steps, mechanism.n_steps)
+        _check_sampler(sampler, mechanism)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self.mechanism = mechanism
@@ -168,6 +165,7 @@ class PrivateOptimizer:
             self._place = Copies(module, Ranks(process_group))
         self._ranks = self._place.ranks
         self._watch(independence, integer("probe_every", probe_every, 0))
+        self._clip = Clip.of(mechanism, sampler.n_examples)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
@@ -245,11 +243,12 @@ class PrivateOptimizer:
                 process group: this rank's part of the batch, which may be empty.
 
         Raises:
-            RootnoiseError: a closure; the mechanism's steps are used up; indices that break the
-                participation or do not match the per-sample gradients; not exactly one backward in
-                training mode since the last step; parameters that were added, removed, frozen or
-                reshaped; a step that was broken off before. Nothing has been released then. With a
-                process group, all ranks raise together.
+            RootnoiseError: a closure; the mechanism's steps are used up; indices that, joined over
+                the ranks, are not the sampler's batch of this step, break the participation or do
+                not match the per-sample gradients; not exactly one backward in training mode since
+                the last step; parameters that were added, removed, frozen or reshaped; a step that
+                was broken off before. Nothing has been released then. With a process group, all
+                ranks raise together.
         """
         try:
             part = self._checked(indices)
@@ -259,13 +258,13 @@ class PrivateOptimizer:
         if self._probe is not None and isinstance(self._place, Shards):
             self._probe_together(self._probe, part.size)
         try:
-            self.ledger.admit(self.t, batch)
+            own = type(self.sampler) is OwnBatches
+            self.ledger.admit(self.t, batch, None if own else self.sampler.batch(self.t))
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
-            clip = self.mechanism.clip_norm
-            total, bad = self._place.noised_sum(part.size, self.stream.next(), clip, self.t)
+            total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
             self.non_finite += bad
             self._place.write(total / self.sampler.batch_size)
             if self.decay != 1:
@@ -291,6 +290,8 @@ class PrivateOptimizer:
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
         self._check_whole()
+        _check_sampler(self.sampler, self.mechanism)
+        integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
         parameters = _parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
             p is q for p, q in zip(parameters, self._parameters, strict=True)
@@ -410,6 +411,17 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
+
+
+def _check_sampler(sampler: Sampler, mechanism: Mechanism) -> None:
+    """Refuse a sampler that does not draw as the mechanism's epsilon supposes."""
+    if mechanism.participation != sampler.participation:
+        raise RootnoiseError(
+            f"sampler must draw by the mechanism's participation, {mechanism.participation}; "
+            f"got {sampler.participation}"
+        )
+    check_drawn(sampler)
+    integer("sampler's n_steps", sampler.n_steps, mechanism.n_steps, mechanism.n_steps)
 
 
 def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

@@ -19,9 +19,13 @@ from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 from rootnoise.accounting.separated import band_rows
 from rootnoise.causal import Toeplitz
+from rootnoise.cli import main
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSepPoisson
 from rootnoise.participation import SingleParticipation as Single
 from rootnoise.sampling import MinSepPoissonSampler
+from rootnoise.workload import prefix_sum
 
 
 def step_losses(sigma, q, add, furthest):
@@ -248,6 +252,61 @@ def test_shown_numbers_are_never_below_the_computed_ones(value):
         )
 
 
+@given(st.floats(1e-290, 1e290))
+def test_noise_is_never_shown_above_the_computed_one(value):
+    shown = float(accounting.round_down(value))
+    assert value * (1 - 1e-8) <= shown <= value * (1 + 2e-12)
+    assert float(accounting.exactly(value)) == value
+
+
+def test_methods_say_what_was_done():
+    def method(q, sigma):
+        return accounting.privacy_cost(CyclicPoisson(1, q), 100, sigma, 1e-9).method
+
+    alone = "analytic Gaussian of 100 rounds, not amplified, for independent noise"
+    assert method(1.0, 20.0) == alone
+    assert method(0.01, 2.0) == "PLD of 100 Poisson-subsampled Gaussians, for independent noise"
+    # Below the finest grid the noise is that without amplification, and said to be.
+    assert (
+        method(0.01, accounting.noise_multiplier(CyclicPoisson(1, 0.01), 100, 1e-7, 1e-9)) == alone
+    )
+
+
+def account(capsys, line):
+    status = main(["account", *line.split()])
+    out, err = capsys.readouterr()
+    return status, " ".join(out.replace("\u2502", " ").split()), err
+
+
+def test_account_shows_numbers_on_the_private_side(capsys):
+    _, out, _ = account(capsys, "--epsilon 1e-300 --delta 1e-5")
+    assert "(1e-300, 1e-05)-differential" in out
+    assert "epsilon 0" not in out
+    _, out, _ = account(capsys, "--noise-multiplier 2.123456789012 --delta 1.0000004e-5")
+    assert out.count("2.123456789012") == 2
+    assert "1.0000004e-05)-differential" in out
+    _, out, _ = account(capsys, "--epsilon 2 --delta 1e-5")
+    needed = accounting.noise_multiplier(Single(), 1, 2.0, 1e-5)
+    shown = out.split("noise multiplier ")[1].split()[0]
+    assert needed <= float(shown) <= needed * (1 + 1e-8)
+
+
+def test_account_refuses_bands_that_sampling_cannot_amplify(capsys, tmp_path):
+    """Both ways, in one line: 12 bands, and one group that may be drawn at every step."""
+    path = tmp_path / "mechanism.json"
+    cycle = FixedCycle(12, 2)
+    made = factorize(prefix_sum(24), cycle, "bsr", bands=12)
+    Mechanism.calibrate(made, cycle, epsilon=2, delta=1e-5).save(path)
+    for goal in ("--noise-multiplier 1", "--epsilon 1"):
+        line = f"{goal} --delta 1e-5 --mechanism-file {path} --sampling-probability 0.01"
+        status, out, err = account(capsys, line)
+        assert status == 2
+        assert out == ""
+        assert err.count("\n") == 1
+        assert "bands must be in [1, groups=1] under cyclic Poisson" in err
+        assert "got 12" in err
+
+
 # ------------------------------------------------------------------------------ what is refused
 
 
@@ -270,6 +329,14 @@ BANDED = Toeplitz(np.ones(12), 24)
 def test_every_entry_refuses_a_strategy_that_does_not_fit(ask, who, n, line):
     with pytest.raises(RootnoiseError, match=f"^{line}"):
         ask(who, n, 1.0, 1e-5, strategy=BANDED)
+
+
+@pytest.mark.parametrize("ask", [accounting.privacy_cost, accounting.noise_multiplier])
+def test_a_hundred_bands_are_not_amplified(ask):
+    """They once got epsilon 0.718, where delta is 0.03 at epsilon 1."""
+    wide = Toeplitz(np.ones(100), 100)
+    with pytest.raises(RootnoiseError, match=r"^bands must be in \[1, groups=1\].*got 100"):
+        ask(CyclicPoisson(1, 0.01), 100, 1.0, 1e-5, strategy=wide)
 
 
 def test_what_is_assumed_of_a_missing_strategy_is_said():

@@ -215,7 +215,7 @@ class Mechanism:
 
     def claim(self) -> str:
         """Return the privacy guarantee as sentences that an auditor can check."""
-        sens, cost = self.sensitivity, self.privacy
+        sens, cost, number = self.sensitivity, self.privacy, accounting.exactly
         amplified = self.participation.amplified
         relation = (
             "added to or removed from the data set (its slot of the public number of "
@@ -228,16 +228,19 @@ class Mechanism:
         )
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
+        # Private side: what costs rounds up, noise down; machines differ by less than 1e-12.
+        norm = accounting.round_up(sens.value * (1 - 1e-12), 9)
         return (
-            f"({accounting.round_up(cost.epsilon)}, {cost.delta:g})-differential privacy for one "
-            f"record {relation}. Every record takes part {self.participation}, in "
+            f"({accounting.round_up(cost.epsilon)}, {number(cost.delta)})-differential privacy for "
+            f"one record {relation}. Every record takes part {self.participation}, in "
             f"{self.n_steps} steps. "
-            f"Per-record gradients are clipped to l2 norm {self.clip_norm:g} and summed; the "
+            f"Per-record gradients are clipped to l2 norm {number(self.clip_norm)} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
-            f"{sens.value:.9g} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "
-            f"{self.noise_std:.9g} = noise multiplier {self.noise_multiplier:.9g} x clip norm x "
-            f"{sens_name}. Epsilon is {bound} ({cost.method}). Not covered: floating-point "
-            f"effects, and choices made by looking at the data outside this run."
+            f"{norm} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "
+            f"{accounting.round_down(self.noise_std)}: noise multiplier "
+            f"{number(self.noise_multiplier)} x clip norm x {sens_name}. Epsilon is {bound} "
+            f"({cost.method}). Not covered: floating-point effects, and choices made by looking at "
+            f"the data outside this run."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,14 +1,16 @@
 """(epsilon, delta) <-> noise multiplier, for a whole run; every number on the private side."""
 
 from rootnoise.accounting.cost import MonteCarlo, PrivacyCost
-from rootnoise.accounting.rounding import round_up
+from rootnoise.accounting.rounding import exactly, round_down, round_up
 from rootnoise.accounting.run import noise_multiplier, noise_multiplier_for, privacy_cost
 
 __all__ = [
     "MonteCarlo",
     "PrivacyCost",
+    "exactly",
     "noise_multiplier",
     "noise_multiplier_for",
     "privacy_cost",
+    "round_down",
     "round_up",
 ]

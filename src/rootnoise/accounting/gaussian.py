@@ -142,9 +142,18 @@ def _rising(f: Callable[[float], float], goal: float, high: float) -> float:
 
 
 def poisson_epsilon(sigma: float, q: float, rounds: int, delta: float) -> float:
-    """Return an upper bound on epsilon of `rounds` subsampled Gaussians, composed.
-    """
+    """Return an upper bound on epsilon of `rounds` subsampled Gaussians, composed."""
     return _refined(sigma, q, rounds, delta)[0]
+
+
+def poisson_cost(sigma: float, q: float, rounds: int, delta: float) -> tuple[float, bool]:
+    """Return the bound, and whether it owes anything to the sampling.
+
+    It does not for q = 1, nor where `_refined` puts no losses on a grid or finds none fine enough:
+    below an epsilon of about `FINEST_GRID`.
+    """
+    epsilon = poisson_epsilon(sigma, q, rounds, delta)
+    return epsilon, epsilon < _certain(sigma, rounds, delta)
 
 
 def poisson_multiplier(
@@ -156,6 +165,8 @@ def poisson_multiplier(
     progress: Progress | None = None,
 ) -> float:
     """Return the least sigma found whose `poisson_epsilon` is at most `target`.
+
+    Targets below `FINEST_GRID` get the noise that suffices without amplification.
 
     The search starts where the central limit has it (Bu, Dong, Long & Su 2020), on a coarse grid,
     and goes on to finer ones, each about 4 times slower, as `_refined` does.

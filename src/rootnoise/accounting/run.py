@@ -85,9 +85,11 @@ def privacy_cost(
         run = _Run.of(participation, n_steps, strategy, monte_carlo)
         return run.cost(sigma, delta)
     if isinstance(participation, CyclicPoisson):
-        rounds = participation.rounds(n_steps)
-        epsilon = gaussian.poisson_epsilon(sigma, participation.probability, rounds, delta)
+        q, rounds = participation.probability, participation.rounds(n_steps)
+        epsilon, amplified = gaussian.poisson_cost(sigma, q, rounds, delta)
         method = f"PLD of {rounds} Poisson-subsampled Gaussians"
+        if not amplified:
+            method = f"analytic Gaussian of {rounds} rounds, not amplified"
         if strategy is None and participation.groups > 1:
             method += f", for strategies of at most {participation.groups} bands"
         elif strategy is None:

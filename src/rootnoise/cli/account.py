@@ -151,6 +151,7 @@ def account(
     """
     from rootnoise import accounting
 
+    up = accounting.round_up
     who, n, strategy = sampling.value()
     samples = accounting.MonteCarlo.samples if sampling.samples is None else sampling.samples
     settings = accounting.MonteCarlo(samples, sampling.mc_seed)
@@ -165,7 +166,7 @@ def account(
                 delta,
                 strategy=strategy,
                 monte_carlo=settings,
-                progress=lambda s, e: update(next(tried), f"{s:.4g} costs epsilon {e:.4g}"),
+                progress=lambda s, e: update(next(tried), f"{up(s)} costs epsilon {up(e)}"),
             )
     elif sigma is None:
         sigma = accounting.noise_multiplier_for(who, mu=goal.mu, rho=goal.rho)
@@ -176,9 +177,13 @@ def account(
         if who.amplified
         else "zeroed out (everybody else's steps unchanged)"
     )
+    # What was asked for is met; a total variation below delta would be epsilon 0.
+    epsilon = up(cost.epsilon or goal.epsilon or 0.0)
+    # A noise multiplier that was given is shown as it is, one that was found never below.
+    noise = accounting.exactly(sigma) if goal.noise_multiplier is not None else up(sigma, 9)
     claim = (
-        f"({accounting.round_up(cost.epsilon)}, {delta:g})-differential privacy for one record "
-        f"{relation}; noise multiplier {accounting.round_up(sigma, 9)} times clip norm times "
+        f"({epsilon}, {accounting.exactly(delta)})-differential privacy for one record "
+        f"{relation}; noise multiplier {noise} times clip norm times "
         f"sensitivity; epsilon is {bound} ({cost.method})."
     )
     values = {
@@ -191,4 +196,9 @@ def account(
         "method": cost.method,
         "claim": claim,
     }
+    if not json:
+        values |= {"epsilon": epsilon, "noise_multiplier": noise}
+        values |= {
+            name: value and up(value) for name, value in (("rho", cost.rho), ("mu", cost.mu))
+        }
     show("privacy account", values, json)

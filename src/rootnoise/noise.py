@@ -132,6 +132,12 @@ class NoiseStream:
         """Float32 rows held, each as long as the spans: state and look-ahead, each noise once."""
         return len(self._memory)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: two streams would give one noise to two gradients."""
+        raise RootnoiseError(
+            "noise stream must not be copied or pickled, got an attempt: save its state_dict"
+        )
+
     def next(self) -> torch.Tensor:
         """Return the noise of step `t` and move one step on.
 

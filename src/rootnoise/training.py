@@ -8,7 +8,10 @@ by the expected batch size. What the inner optimizer makes of that gradient is p
 from __future__ import annotations
 
 import copy
+import gc
+import os
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -155,7 +158,7 @@ class PrivateOptimizer:
         _check_sampler(sampler, mechanism)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
-        self.mechanism = mechanism
+        self._mechanism = mechanism
         self._parameters = _parameters(optimizer, module)
         self._layout = self._current_layout()
         self._place: Copies | Shards
@@ -170,6 +173,19 @@ class PrivateOptimizer:
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self.t = 0
         self.non_finite = 0
+        self._process, self._marks = os.getpid(), dict[int, int]()
+        _LIVE.add(self)
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What noise and clip norm follow; another one cannot be put in its place."""
+        return self._mechanism
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: two optimizers would give one noise to two gradients."""
+        raise RootnoiseError(
+            "private optimizer must not be copied or pickled, got an attempt: save its state_dict"
+        )
 
     def _watch(self, independence: str, every: int) -> None:
         """Put the guard of passes, and the probe if wanted, on the model."""
@@ -266,6 +282,7 @@ class PrivateOptimizer:
         with torch.no_grad():
             total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
             self.non_finite += bad
+            self._check_twins(total)
             self._place.write(total / self.sampler.batch_size)
             if self.decay != 1:
                 for p in self._parameters:
@@ -284,10 +301,40 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)
 
+    def _check_twins(self, total: torch.Tensor) -> None:
+        """Refuse to release what another live optimizer has released otherwise, under one noise.
+
+        What is the same bit by bit, as after a resume, is no second release.
+        """
+        mark = int(total.view(torch.int64).sum())
+        if self._twin_of(mark):
+            gc.collect()  # one that only its own hooks still hold is not alive
+            if self._twin_of(mark):
+                raise RootnoiseError(
+                    f"noise of step {self.t} must protect one gradient, got a second from another "
+                    "live optimizer of this key and mechanism: use a fresh key"
+                )
+        self._marks[self.t] = mark
+
+    def _twin_of(self, mark: int) -> bool:
+        """Return whether another optimizer of this noise has made step `t` otherwise."""
+        return any(
+            other is not self
+            and other.stream.key.id == self.stream.key.id
+            and other.mechanism.fingerprint == self.mechanism.fingerprint
+            and other._marks.get(self.t, mark) != mark
+            for other in list(_LIVE)
+        )
+
     def _checked(self, indices: ArrayLike) -> Indices:
         """Return this process's part of the batch, or refuse it, or what backward has left."""
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
+        if os.getpid() != self._process:
+            raise RootnoiseError(
+                "step must run in the process that made the optimizer, got a fork of it: both "
+                "would use one noise"
+            )
         integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
         self._check_whole()
         _check_sampler(self.sampler, self.mechanism)
@@ -411,6 +458,10 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
+
+
+# For `PrivateOptimizer._check_twins`.
+_LIVE: weakref.WeakSet[PrivateOptimizer] = weakref.WeakSet()
 
 
 def _check_sampler(sampler: Sampler, mechanism: Mechanism) -> None:

@@ -1,0 +1,105 @@
+"""One noise for two gradients, in one process: refused before the second is released."""
+
+import copy
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from rootnoise._check import RootnoiseError
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import FixedCycle
+from rootnoise.randomness import Key
+from rootnoise.sampling import FixedCycleSampler
+from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.workload import prefix_sum
+
+N = 24
+
+
+def make(key=None, sigma=1.0):
+    sampler = FixedCycleSampler(N, 4, 2, seed=0)
+    split = factorize(prefix_sum(sampler.n_steps), sampler.participation, "bsr", bands=2)
+    who = sampler.participation
+    mechanism = Mechanism.calibrate(split, who, noise_multiplier=sigma, delta=1e-5)
+    module = privatize(nn.Linear(3, 1, bias=False))
+    with torch.no_grad():
+        module._module.weight.fill_(0.5)
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+    key = key or Key.fresh()
+    return PrivateOptimizer(sgd, module, mechanism, sampler, key, independence="assumed")
+
+
+def step(optimizer, value=1.0):
+    batch = optimizer.sampler.batch(optimizer.t)
+    optimizer.zero_grad()
+    optimizer.module(torch.full((len(batch), 3), value)).square().sum().backward()
+    optimizer.step(batch)
+
+
+def test_two_live_optimizers_of_one_key():
+    key = Key.from_seed(4)
+    first, second = make(key), make(key)
+    step(first)
+    before = second.module._module.weight.detach().clone()
+    with pytest.raises(
+        RootnoiseError, match=r"^noise of step 0 must protect one gradient, got a s"
+    ):
+        step(second, value=0.1)
+    assert torch.equal(before, second.module._module.weight)
+    with pytest.raises(RootnoiseError, match=r"^step 0 was broken off"):
+        step(second)
+    third = make(key)  # what is the same bit by bit is no second release
+    step(third)
+    for other in (make(Key.from_seed(5)), make(key, sigma=2.0)):  # another key, another noise
+        step(other, value=0.1)
+    del first, second, third
+    step(make(key), value=0.1)  # nobody is left to have released it
+
+
+def test_a_resumed_optimizer_may_repeat_but_not_change():
+    key = Key.from_seed(6)
+    first = make(key)
+    step(first)
+    state, weights = first.state_dict(), copy.deepcopy(first.module.state_dict())
+    step(first)
+    for value in (1.0, 0.1):
+        resumed = make(key)
+        resumed.load_state_dict(state)
+        resumed.module.load_state_dict(weights)
+        if value == 1.0:
+            step(resumed)
+            continue
+        with pytest.raises(RootnoiseError, match=r"^noise of step 1 must protect one gradient"):
+            step(resumed, value)
+
+
+@pytest.mark.parametrize("copier", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_copies(copier):
+    optimizer = make()
+    for thing, name in ((optimizer, "private optimizer"), (optimizer.stream, "noise stream")):
+        with pytest.raises(RootnoiseError, match=f"^{name} must not be copied or pickled, got"):
+            copier(thing)
+
+
+def test_a_fork_does_not_step():
+    optimizer = make()
+    child = os.fork()
+    if child == 0:  # pragma: no cover - in the child
+        try:
+            step(optimizer)
+        except RootnoiseError as refusal:
+            os._exit(7 if "got a fork of it" in str(refusal) else 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    step(optimizer)
+
+
+def test_another_mechanism_cannot_be_put_in():
+    optimizer = make()
+    with pytest.raises(AttributeError, match="mechanism"):
+        optimizer.mechanism = make(sigma=0.1).mechanism
+    assert optimizer.mechanism.participation == FixedCycle(6, 2)

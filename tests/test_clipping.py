@@ -154,6 +154,7 @@ def test_the_noise_is_in_after_the_exact_sum():
     generator = torch.Generator().manual_seed(3)
     g = torch.randn(64, 1000, generator=generator)
     z = torch.randn(1000, generator=generator) * 5
+    z[:500] *= 2.0**-30  # of these float32 has digits below the grid
     clip = Clip.fit(1.0, 64, noise_std=5.0)
     (whole,), _ = clipped_sums([g], clip, t=0)
     expected = [
@@ -164,6 +165,15 @@ def test_the_noise_is_in_after_the_exact_sum():
     (first,), _ = clipped_sums([g[:20]], clip, t=0)
     (second,), _ = clipped_sums([g[20:]], clip, t=0)
     assert torch.equal(clip.noised(first, z) + second, clip.noised(whole, z))
+
+
+def test_coordinates_are_cut_towards_zero():
+    """Each is 0.8 units: rounded to the nearest they had norm 1.25 together."""
+    clip = Clip.fit(1.0, n_examples=1, noise_std=2.0**40)
+    assert clip.grid == 0.125
+    for sign in (1, -1):
+        assert not units([torch.full((1, 100), sign * 0.0999)], clip).any()
+        assert units([torch.full((1, 30), sign * 0.15)], clip).tolist() == [sign] * 30
 
 
 @pytest.mark.parametrize("size", [1e17, 1e30, 3e38])

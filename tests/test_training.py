@@ -317,6 +317,42 @@ def test_load_refuses_another_run_and_changes_nothing(field, value, message):
     assert np.array_equal(flat(target, "data"), flat(twin, "data"))
 
 
+@pytest.mark.parametrize("late", ["noise", "ledger"])
+def test_load_refuses_noise_and_ledger_of_different_steps(late):
+    """Noise that lags behind would protect a second gradient; so would a forgotten batch."""
+    x, y = examples(7)
+    source = make()
+    train(source, x, y, until=1)
+    early = source.state_dict()[late]
+    train(source, x, y, until=2)
+    state = source.state_dict()
+    found = {"noise": "1 and 2", "ledger": "2 and 1"}[late]
+    target = make()
+    with pytest.raises(RootnoiseError, match=f"noise and ledger must be at step 2, got {found}"):
+        target.load_state_dict(state | {late: early})
+    assert target.t == target.ledger.t == target.stream.t == 0
+
+
+def test_a_ledger_is_kept_after_loading_not_before(tmp_path):
+    x, y = examples(7)
+    source, target = make(), make()
+    source.ledger.keep(tmp_path / "ledger.bin")
+    train(source, x, y, until=2)
+    target.ledger.keep(tmp_path / "other.bin")
+    rule = r"ledger must be kept in a file after a state is loaded, got .*other.bin before"
+    with pytest.raises(RootnoiseError, match=rule):
+        target.load_state_dict(source.state_dict())
+    with pytest.raises(RootnoiseError, match=rule):
+        target.ledger.load_state_dict(source.ledger.state_dict())
+    assert target.t == target.ledger.t == 0
+    fresh = make()
+    fresh.load_state_dict(source.state_dict())
+    fresh.ledger.keep(tmp_path / "ledger.bin")
+    size = (tmp_path / "ledger.bin").stat().st_size
+    train(fresh, x, y, until=3)
+    assert (tmp_path / "ledger.bin").stat().st_size > size
+
+
 @pytest.mark.parametrize("field", ["sigma", "clip_norm", "bands"])
 def test_load_refuses_a_changed_mechanism(field):
     value = {"sigma": 0.2, "clip_norm": 0.9, "bands": 5}[field]

@@ -194,16 +194,26 @@ each, at least 2 apart): steps so far 1, the last one 0
         """Continue a saved ledger; only a fresh one can, for what was admitted stays admitted.
 
         Raises:
-            RootnoiseError: this ledger has admitted a step, or the saved one is not its like.
+            RootnoiseError: this ledger has admitted a step or has a file, or the saved one is not
+                its like.
         """
         if self.t:
             raise RootnoiseError(f"ledger must be at step 0 to load a state, got step {self.t}")
+        self.check_unkept()
         same("ledger", self._identity(), state)
         t = integer("saved ledger's t", state.get("t", -1), 0)
         last = self._restored("last_step", state.get("last_step"), max(t - 1, 0))
         count = self._restored("count", state.get("count"), t)
         salt, digest = _hex("salt", 32, state), _hex("digest", 64, state)
         self.t, self._last, self._count, self._salt, self.digest = t, last, count, salt, digest
+
+    def check_unkept(self) -> None:
+        """Refuse if `keep` was called: that file is of this salt, and would not be gone on with."""
+        if self._journal is not None:
+            raise RootnoiseError(
+                f"ledger must be kept in a file after a state is loaded, got {self._journal.path} "
+                "before: call load_state_dict first, then keep"
+            )
 
     def _restored(self, name: str, tensor: torch.Tensor | None, most: int) -> NDArray[np.int32]:
         array: NDArray[Any] = np.empty(0) if tensor is None else tensor.numpy().copy()

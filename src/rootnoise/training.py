@@ -335,7 +335,13 @@ class PrivateOptimizer:
                 "step must run in the process that made the optimizer, got a fork of it: both "
                 "would use one noise"
             )
-        integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
+        try:
+            integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
+        except RootnoiseError as rule:
+            raise RootnoiseError(
+                f"{rule}: the mechanism's steps are used up; calibrate one for all the steps to be "
+                "made, since more of them need more noise from the first on"
+            ) from None
         self._check_whole()
         _check_sampler(self.sampler, self.mechanism)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
@@ -385,11 +391,13 @@ class PrivateOptimizer:
         """Continue a saved run, bit by bit, given its key; the model's weights are loaded apart.
 
         Raises:
-            RootnoiseError: this optimizer has made a step, or the saved one had another mechanism
+            RootnoiseError: this optimizer has made a step, or its ledger has a file (`keep` comes
+                after), or the saved one had another mechanism
                 (any of its fields), key, sampler, decay or layout. Nothing has changed then.
         """
         if self.t or self.ledger.t or self.stream.t:
             raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
+        self.ledger.check_unkept()
         for name, ours in {"version": 1, "decay": self.decay, "layout": self._layout}.items():
             if state.get(name) != ours:
                 raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")

@@ -52,9 +52,9 @@ def log_m(z, logs, loss, masses):
 def inverted(sigma, q, rounds, delta, add, theta):
     """Invert the moment generating function of the exact loss along the line Re z = theta.
 
-    delta(eps) = 1/(2 pi) int M(z)^n e^(-z eps) / (z (1 + z)) dt, z = theta + i t. Any theta > 0 will
-    do: M must be known as far as e^(theta L) carries mass, and the line be followed in steps short
-    enough for the sums that few large losses reach, and until |M|^n is far below delta.
+    delta(eps) = 1/(2 pi) int M(z)^n e^(-z eps) / (z (1 + z)) dt, z = theta + i t. Any theta > 0
+    will do: M must be known as far as e^(theta L) carries mass, and the line be followed in steps
+    short enough for the sums that few large losses reach, and until |M|^n is far below delta.
     """
     furthest = 14 * sigma + 1 + (0 if add else theta + 30)
     one = step_losses(sigma, q, add, furthest)
@@ -204,14 +204,16 @@ def test_the_error_of_a_transform_is_below_its_bound(log_size, rounds, seed):
     r = np.random.default_rng(seed).random(size) ** 8
     r /= r.sum()
     found, error = composition._power(r, rounds)
-    exact, square, left = None, r.astype(np.longdouble), rounds
+    square, left = r.astype(np.longdouble), rounds
+    exact = np.zeros(size, np.longdouble)
+    exact[0] = 1
 
     def product(a, b):
         return np.array([a @ np.roll(b[::-1], k + 1) for k in range(size)])
 
     while left:
         if left % 2:
-            exact = square if exact is None else product(exact, square)
+            exact = product(exact, square)
         square, left = product(square, square), left // 2
     assert float(np.sqrt(((found - exact) ** 2).sum())) <= error
     assert error <= 1e-13 * rounds

@@ -142,7 +142,8 @@ class _Tilted:
         size = 2 ** max(4, math.ceil(math.log2(high - low + 1)))
         if size > LONGEST:
             return math.inf
-        folded = np.bincount((cells - cells[0]) % size, weights=r, minlength=size)
+        folded: Array = np.zeros(size)
+        np.add.at(folded, (cells - cells[0]) % size, r)
         found, error = _power(folded, n)
         # Cell low is at place low - n cells[0] of the cycle.
         found = np.roll(found, -((low - n * int(cells[0])) % size))
@@ -162,7 +163,7 @@ class _Tilted:
             # |g|_2 of the whole grid: the sum of its squares is at most the integral and a peak.
             square = 2 / ((2 * theta) * (2 * theta + 1) * (2 * theta + 2)) / width + 1
             total = bulk + math.sqrt(square) * error + 3 * TAIL + apart
-            return n * self.kappa - theta * epsilon + math.log(total) + paid + 1e-8
+            return float(n * self.kappa - theta * epsilon + math.log(total) + paid + 1e-8)
 
         goal = math.log(delta)
         if log_delta(0.0) <= goal:

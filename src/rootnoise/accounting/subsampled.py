@@ -68,8 +68,9 @@ def losses(sigma: float, q: float, width: float, log_cut: float, *, add: bool) -
     upper = (density * (np.expm1(-above) / math.expm1(-width))).sum(axis=1)
     lower = (density * (np.expm1(width - above) / math.expm1(width))).sum(axis=1)
     place = (cell - first).astype(np.int64)
-    masses = np.bincount(place, weights=lower, minlength=last - first + 1)
-    masses[1:] += np.bincount(place, weights=upper, minlength=last - first)
+    masses: Array = np.zeros(last - first + 1)
+    np.add.at(masses, place, lower)
+    np.add.at(masses, place + 1, upper)
 
     # Both tails, each at most Phi(-z): up to the first cell's upper end, and to infinity.
     tail = math.exp(float(log_ndtr(-z)) + 1e-9)

@@ -134,6 +134,7 @@ __all__ = [
     "MinSeparationSampler",
     "MonteCarlo",
     "NoiseStream",
+    "OwnBatches",
     "Participation",
     "PrivacyCost",
     "PrivateOptimizer",

@@ -31,7 +31,8 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.randomness import Key
 from rootnoise.ranks import Indices, Ranks
-from rootnoise.sampling import OwnBatches, Sampler, check_drawn
+from rootnoise.reuse import Releases
+from rootnoise.sampling import OwnBatches, Sampler, check_sampler
 from rootnoise.shards import ShardedGradSampleModule, Shards
 
 
@@ -135,7 +136,7 @@ class PrivateOptimizer:
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
         _check_layers(module)
-        _check_sampler(sampler, mechanism)
+        check_sampler(sampler, mechanism.participation, mechanism.n_steps)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self.mechanism = mechanism
@@ -150,6 +151,7 @@ class PrivateOptimizer:
         self._clip = Clip.of(mechanism, sampler.n_examples)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
+        self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
         self.t = 0
         self.non_finite = 0
 
@@ -170,8 +172,9 @@ class PrivateOptimizer:
                 the ranks, are not the sampler's batch of this step, break the participation or do
                 not match the per-sample gradients; not exactly one backward in training mode since
                 the last step; parameters that were added, removed, frozen or reshaped; a step that
-                was broken off before. Nothing has been released then. With a process group, all
-                ranks raise together.
+                was broken off before; another live optimizer of this key and mechanism that has
+                released other bits in this step. Nothing has been released then. With a process
+                group, all ranks raise together.
         """
         try:
             part = self._checked(indices)
@@ -186,6 +189,11 @@ class PrivateOptimizer:
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
             total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
+            try:
+                self._releases.check(self.t, total)
+            except RootnoiseError as refusal:
+                self._ranks.refuse(refusal)
+            self._ranks.agree(self.t)
             self.non_finite += bad
             self._place.write(total / self.sampler.batch_size)
             if self.decay != 1:
@@ -206,7 +214,7 @@ class PrivateOptimizer:
                 "made, since more of them need more noise from the first on"
             ) from None
         self._check_whole()
-        _check_sampler(self.sampler, self.mechanism)
+        check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
         parameters = _parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
@@ -324,17 +332,6 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
-
-
-def _check_sampler(sampler: Sampler, mechanism: Mechanism) -> None:
-    """Refuse a sampler that does not draw as the mechanism's epsilon supposes."""
-    if mechanism.participation != sampler.participation:
-        raise RootnoiseError(
-            f"sampler must draw by the mechanism's participation, {mechanism.participation}; "
-            f"got {sampler.participation}"
-        )
-    check_drawn(sampler)
-    integer("sampler's n_steps", sampler.n_steps, mechanism.n_steps, mechanism.n_steps)
 
 
 def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

@@ -452,14 +452,21 @@ the one of step 0
 DRAWN = (CyclicPoissonSampler, BallsInBinsSampler, MinSepPoissonSampler)
 
 
-def check_drawn(sampler: Sampler) -> None:
-    """Refuse an amplified participation whose batches nobody of ours draws.
+def check_sampler(sampler: Sampler, participation: Participation, n_steps: int) -> None:
+    """Refuse a sampler that does not draw as a mechanism's epsilon supposes.
 
     Raises:
-        RootnoiseError: a sampler of another type, a subclass included.
+        RootnoiseError: another participation or number of steps, or an amplified participation
+            under a sampler of another type than ours, a subclass included.
     """
-    if sampler.participation.amplified and type(sampler) not in DRAWN:
+    if participation != sampler.participation:
+        raise RootnoiseError(
+            f"sampler must draw by the mechanism's participation, {participation}; "
+            f"got {sampler.participation}"
+        )
+    if participation.amplified and type(sampler) not in DRAWN:
         raise RootnoiseError(
             f"sampler must be one of {[kind.__name__ for kind in DRAWN]} for the amplified "
-            f"participation {sampler.participation.type}, got {type(sampler).__name__}"
+            f"participation {participation.type}, got {type(sampler).__name__}"
         )
+    integer("sampler's n_steps", sampler.n_steps, n_steps, n_steps)

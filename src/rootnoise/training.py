@@ -8,12 +8,11 @@ by the expected batch size. What the inner optimizer makes of that gradient is p
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -38,7 +37,8 @@ from rootnoise.noise import NoiseStream
 from rootnoise.probe import Probe
 from rootnoise.randomness import Key
 from rootnoise.ranks import Indices, Ranks
-from rootnoise.sampling import OwnBatches, Sampler, check_drawn
+from rootnoise.reuse import Releases
+from rootnoise.sampling import OwnBatches, Sampler, check_sampler
 from rootnoise.shards import ShardedGradSampleModule, Shards
 
 
@@ -155,7 +155,7 @@ class PrivateOptimizer:
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
         _check_layers(module)
-        _check_sampler(sampler, mechanism)
+        check_sampler(sampler, mechanism.participation, mechanism.n_steps)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self._mechanism = mechanism
@@ -171,10 +171,10 @@ class PrivateOptimizer:
         self._clip = Clip.of(mechanism, sampler.n_examples)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
+        self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
         self.t = 0
         self.non_finite = 0
-        self._process, self._marks = os.getpid(), dict[int, int]()
-        _LIVE.add(self)
+        self._process = os.getpid()
 
     @property
     def mechanism(self) -> Mechanism:
@@ -188,39 +188,33 @@ class PrivateOptimizer:
         )
 
     def _watch(self, independence: str, every: int) -> None:
-        """Put the guard of passes, and the probe if wanted, on the model."""
-        model, sharded = self.module._module, isinstance(self._place, Shards)
+        """Put the guard of passes, and the probe if wanted, on the model.
+
+        They hang on its hooks, and autograd's graph holds those where no garbage collector sees
+        them: so they know the model and its parameters, and not this optimizer.
+        """
+        module, parameters, sharded = self.module, self._parameters, isinstance(self._place, Shards)
+        model = module._module
+
+        @contextmanager
+        def quiet() -> Iterator[None]:
+            hooks = getattr(module, "hooks_enabled", False)
+            guard.off, module.hooks_enabled = True, False
+            try:
+                yield
+            finally:
+                guard.off, module.hooks_enabled = False, hooks
+
         self._probe: Probe | None = None
         if independence == "probed":
-            self._probe = Probe(model, self._quiet, sharded=sharded, every=every)
-        self._guard = ForwardGuard(
+            self._probe = Probe(model, quiet, sharded=sharded, every=every)
+        self._guard = guard = ForwardGuard(
             model,
-            self._discard,
+            partial(_discard, module, parameters),
             observer=self._probe,
-            left=lambda: [getattr(p, "grad_sample", None) for p in self._parameters],
-            fixed=dict(self.module.named_parameters()) if sharded else None,
+            left=lambda: [getattr(p, "grad_sample", None) for p in parameters],
+            fixed=dict(module.named_parameters()) if sharded else None,
         )
-
-    @contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Let passes of the model leave nothing behind."""
-        hooks = getattr(self.module, "hooks_enabled", False)
-        self._guard.off, self.module.hooks_enabled = True, False
-        try:
-            yield
-        finally:
-            self._guard.off, self.module.hooks_enabled = False, hooks
-
-    def _discard(self) -> None:
-        """Drop what Opacus keeps of passes that are not used."""
-        if isinstance(self.module, ShardedGradSampleModule):
-            self.module.kept.clear()
-        for layer in self.module.modules():
-            for name in ("activations", "max_batch_len"):
-                vars(layer).pop(name, None)
-        for p in self._parameters:
-            p.grad_sample, p._forward_counter = None, 0  # type: ignore[attr-defined]
-            vars(p).pop("_current_grad_sample", None)
 
     def claim(self) -> str:
         """Return the mechanism's claim, and whether independence of examples was probed.
@@ -263,8 +257,9 @@ class PrivateOptimizer:
                 the ranks, are not the sampler's batch of this step, break the participation or do
                 not match the per-sample gradients; not exactly one backward in training mode since
                 the last step; parameters that were added, removed, frozen or reshaped; a step that
-                was broken off before. Nothing has been released then. With a process group, all
-                ranks raise together.
+                was broken off before; another live optimizer of this key and mechanism that has
+                released other bits in this step. Nothing has been released then. With a process
+                group, all ranks raise together.
         """
         try:
             part = self._checked(indices)
@@ -281,8 +276,12 @@ class PrivateOptimizer:
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
             total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
+            try:
+                self._releases.check(self.t, total)
+            except RootnoiseError as refusal:
+                self._ranks.refuse(refusal)
+            self._ranks.agree(self.t)
             self.non_finite += bad
-            self._check_twins(total)
             self._place.write(total / self.sampler.batch_size)
             if self.decay != 1:
                 for p in self._parameters:
@@ -301,31 +300,6 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)
 
-    def _check_twins(self, total: torch.Tensor) -> None:
-        """Refuse to release what another live optimizer has released otherwise, under one noise.
-
-        What is the same bit by bit, as after a resume, is no second release.
-        """
-        mark = int(total.view(torch.int64).sum())
-        if self._twin_of(mark):
-            gc.collect()  # one that only its own hooks still hold is not alive
-            if self._twin_of(mark):
-                raise RootnoiseError(
-                    f"noise of step {self.t} must protect one gradient, got a second from another "
-                    "live optimizer of this key and mechanism: use a fresh key"
-                )
-        self._marks[self.t] = mark
-
-    def _twin_of(self, mark: int) -> bool:
-        """Return whether another optimizer of this noise has made step `t` otherwise."""
-        return any(
-            other is not self
-            and other.stream.key.id == self.stream.key.id
-            and other.mechanism.fingerprint == self.mechanism.fingerprint
-            and other._marks.get(self.t, mark) != mark
-            for other in list(_LIVE)
-        )
-
     def _checked(self, indices: ArrayLike) -> Indices:
         """Return this process's part of the batch, or refuse it, or what backward has left."""
         if callable(indices):
@@ -343,7 +317,7 @@ class PrivateOptimizer:
                 "made, since more of them need more noise from the first on"
             ) from None
         self._check_whole()
-        _check_sampler(self.sampler, self.mechanism)
+        check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
         parameters = _parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
@@ -468,19 +442,16 @@ class PrivateOptimizer:
             )
 
 
-# For `PrivateOptimizer._check_twins`.
-_LIVE: weakref.WeakSet[PrivateOptimizer] = weakref.WeakSet()
-
-
-def _check_sampler(sampler: Sampler, mechanism: Mechanism) -> None:
-    """Refuse a sampler that does not draw as the mechanism's epsilon supposes."""
-    if mechanism.participation != sampler.participation:
-        raise RootnoiseError(
-            f"sampler must draw by the mechanism's participation, {mechanism.participation}; "
-            f"got {sampler.participation}"
-        )
-    check_drawn(sampler)
-    integer("sampler's n_steps", sampler.n_steps, mechanism.n_steps, mechanism.n_steps)
+def _discard(module: AbstractGradSampleModule, parameters: list[nn.Parameter]) -> None:
+    """Drop what Opacus keeps of passes that are not used."""
+    if isinstance(module, ShardedGradSampleModule):
+        module.kept.clear()
+    for layer in module.modules():
+        for name in ("activations", "max_batch_len"):
+            vars(layer).pop(name, None)
+    for p in parameters:
+        p.grad_sample, p._forward_counter = None, 0  # type: ignore[attr-defined]
+        vars(p).pop("_current_grad_sample", None)
 
 
 def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

@@ -198,6 +198,11 @@ def test_one_participation_is_the_largest_column():
         assert found.value == pytest.approx(1.25**0.5)
 
 
+def test_as_many_bands_as_the_separation_do_not_overlap():
+    found = sensitivity(Toeplitz(np.array([1, -0.5, 0.9]), 9), MinSeparation(3, 3))
+    assert (found.exact, found.method) == (True, "orthogonal columns")
+
+
 def test_identity_with_many_participations_is_not_one():
     assert sensitivity(Toeplitz(np.ones(1), 100), FixedCycle(10, 10)).value == pytest.approx(
         10**0.5

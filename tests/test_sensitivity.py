@@ -222,6 +222,7 @@ def test_cycles_of_a_gram_matrix_are_those_of_the_dense_one(low, monkeypatch):
         (FixedCycle(3, 4), True),
         (FixedCycle(5, 3), True),
         (MinSeparation(3, 4), None),
+        (MinSeparation(1, 12), True),
         (MinSeparation(4, 3), None),
         (MinSeparation(3, 2), False),
     ],

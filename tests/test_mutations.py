@@ -64,6 +64,12 @@ def test_statements_are_changed_and_errors_keep_their_words():
     assert {mutant.function for mutant in found} == {"f"}
 
 
+def test_two_like_bugs_of_a_line_have_names_of_their_own():
+    found = mutants("file.py", "x = a[::-1][::-1]\n")
+    changes = ["-1 -> (1)", "1 -> (2)", "-1 -> (1) [2]", "1 -> (2) [2]"]
+    assert [mutant.change for mutant in found] == changes
+
+
 def test_what_a_mutant_is_called_survives_moves():
     before = mutants("a/file.py", "def f():\n    return 1 < 2\n")
     after = mutants("b/file.py", "import x\n\ndef f():\n    return 1 < 2\n")
@@ -75,7 +81,8 @@ def test_what_a_mutant_is_called_survives_moves():
 def test_every_mutant_that_may_live_still_exists():
     names = mutate.privacy_files()
     found = {m.identity for name in names for m in mutants(name, (PACKAGE / name).read_text())}
-    assert set(mutate.allowed()) <= found
+    assert set(mutate.allowed()) <= found | {identity[:2] for identity in found}
+    assert all(len(reason) > 20 for reason in mutate.allowed().values())
 
 
 def test_a_pattern_that_fits_no_file_is_refused(monkeypatch):

@@ -545,6 +545,24 @@ def test_no_global_generator_is_read_or_moved():
     assert states() == before
 
 
+def test_noise_does_not_depend_on_torchs_defaults():
+    m = mechanism(bands=5, n_steps=9)
+    expected = run(NoiseStream(m, 20, KEY))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            stream = NoiseStream(m, 20, KEY)
+            start = run(stream, 3)
+            state = stream.state_dict()
+            resumed = NoiseStream(m, 20, KEY)
+            resumed.load_state_dict(state)
+            rest = run(resumed)
+    finally:
+        torch.set_default_dtype(before)
+    np.testing.assert_array_equal(np.concatenate([start, rest]), expected)
+
+
 def test_the_tensor_is_the_callers_own():
     m = mechanism(bands=5)
     stream, kept = NoiseStream(m, 20, KEY), []

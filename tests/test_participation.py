@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rootnoise import RootnoiseError, participation
-from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.participation import (
+    CyclicPoisson,
+    FixedCycle,
+    MinSeparation,
+    MinSepPoisson,
+    SingleParticipation,
+)
 
 ALL: list[participation.Participation] = [
     SingleParticipation(),
@@ -38,6 +45,11 @@ def test_in_words(value, words):
 def test_good_step_counts_pass(n):
     for value in ALL:
         value.validate(n)
+
+
+def test_probabilities_are_kept_as_floats():
+    for value in (CyclicPoisson(1, 1), MinSepPoisson(1, np.float32(0.5))):
+        assert type(value.probability) is float
 
 
 def test_rounds_of_a_group():

@@ -198,6 +198,55 @@ def test_one_participation_is_the_largest_column():
         assert found.value == pytest.approx(1.25**0.5)
 
 
+def test_as_many_bands_as_the_separation_do_not_overlap():
+    found = sensitivity(Toeplitz(np.array([1, -0.5, 0.9]), 9), MinSeparation(3, 3))
+    assert (found.exact, found.method) == (True, "orthogonal columns")
+
+
+@pytest.mark.parametrize("low", [0.0, -1.0])
+def test_cycles_of_a_gram_matrix_are_those_of_the_dense_one(low, monkeypatch):
+    monkeypatch.setattr(patterns, "MEMORY", 0)
+    for seed, (n, b) in enumerate([(10, 3), (12, 4), (7, 1)]):
+        c = np.tril(np.random.default_rng(seed).uniform(low, 1, (n, n)), -1) + np.eye(n)
+        value = FixedCycle(b, -(-n // b))
+        found = sensitivity(Dense(c), value)
+        assert found.method == "every cycle of the Gram matrix"
+        assert found.exact is (low == 0)
+        most = oracle.sensitivity_at_most(c, b, n, True)
+        assert found.value == pytest.approx(most, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("value", "exact"),
+    [
+        (FixedCycle(3, 4), True),
+        (FixedCycle(5, 3), True),
+        (MinSeparation(3, 4), None),
+        (MinSeparation(1, 12), True),
+        (MinSeparation(4, 3), None),
+        (MinSeparation(3, 2), False),
+    ],
+)
+def test_blocks_of_a_tree_are_those_of_the_dense_one(value, exact, monkeypatch):
+    monkeypatch.setattr(patterns, "MEMORY", 0)
+    for estimator in ("full", "naive"):
+        tree = Tree(12, estimator)
+        found = sensitivity(tree, value)
+        assert found.method == "blocks of the tree"
+        fixed = isinstance(value, FixedCycle)
+        truth = oracle.sensitivity(tree.dense(), value.min_sep, value.max_participations, fixed)
+        assert found.value >= truth * (1 - 1e-12)
+        if found.exact:
+            assert found.value == pytest.approx(truth, rel=1e-12)
+        if estimator == "naive":
+            assert not found.exact
+        elif exact is not None:
+            assert found.exact is exact
+        else:
+            first = np.linalg.norm(tree.dense()[:, :: value.min_sep].sum(axis=1))
+            assert found.exact is bool(np.isclose(first, found.value, rtol=1e-12))
+
+
 def test_identity_with_many_participations_is_not_one():
     assert sensitivity(Toeplitz(np.ones(1), 100), FixedCycle(10, 10)).value == pytest.approx(
         10**0.5

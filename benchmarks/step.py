@@ -5,19 +5,19 @@ a cell is the median over rounds of the ratio to plain. Candidates: this engine;
 ghost clipping and `functorch` mode. All but plain clip and add independent float32 noise
 (`torch.randn`) to the sum; all make one step of SGD. Accumulated: the batch in micro-batches of 16;
 Opacus's through its optimizer's skipped steps, functorch's likewise. Memory is the largest resident
-size of a process of its own over that of the same process before its model was made.
+size of a process of its own, less its size before its model was made (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from opacus.layers import DPMultiheadAttention  # noqa: PLC0415 - only where asked for
+        from opacus.layers import DPMultiheadAttention
 
         self.table, layers = nn.Embedding(1000, 192), []
         for _ in range(2):
@@ -81,7 +81,7 @@ class Recurrent(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from opacus.layers import DPLSTM  # noqa: PLC0415 - only where asked for
+        from opacus.layers import DPLSTM
 
         self.lstm = (DPLSTM if Recurrent.opacus else nn.LSTM)(64, 128, batch_first=True)
         self.out = nn.Linear(128, 10)
@@ -159,7 +159,7 @@ def _plain(model: nn.Module, sgd: Any, parts: list[Any]) -> None:
 
 
 def _ours(model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], None]:
-    from rootnoise.clip import Flat, PrivateModule  # noqa: PLC0415 - only where asked for
+    from rootnoise.clip import Flat, PrivateModule
 
     private, rule = PrivateModule(model), Flat(1.0)
     parameters = list(model.parameters())
@@ -181,12 +181,12 @@ def _ours(model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], 
 
 
 def _opacus(way: str, model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], None]:
-    from opacus import GradSampleModule  # noqa: PLC0415 - only where asked for
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (  # noqa: PLC0415
+    from opacus import GradSampleModule
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
         GradSampleModuleFastGradientClipping as Ghost,
     )
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping  # noqa: PLC0415
-    from opacus.utils.fast_gradient_clipping_utils import (  # noqa: PLC0415
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import (
         DPLossFastGradientClipping,
     )
 
@@ -248,16 +248,22 @@ def peak(way: str, name: str, n: int, micro: int) -> float | None:
 
 
 def print_peak(way: str, name: str, n: int, micro: int) -> None:
-    """Print this process's growth while it makes three steps."""
-    import opacus  # noqa: F401, PLC0415 - so that all start from the same size
+    """Print by how many MB this process grows while it makes three steps."""
+    import opacus  # noqa: F401 - so that all start from the same size
 
-    import rootnoise.clip  # noqa: F401, PLC0415
+    import rootnoise.clip  # noqa: F401
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports (Linux)
+    before = _status("VmRSS")
     step = step_of(way, name, n, micro)
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def test_tokens_that_cancel_wholly_bound_their_lengths() -> None:
     length = 2 * 3
     assert float(gram_squares(a, g, True, False)) == pytest.approx((length / RATIO) ** 2)
     assert float(gram_squares(torch.ones(1, 1, 2, 9), g.abs(), True, False)) == pytest.approx(
-        length**2 * (1 + FLOOR)
+        length**2 * (1 + FLOOR), rel=1e-9
     )
 
 
@@ -140,3 +140,12 @@ def test_norms_of_a_mean_are_those_of_its_examples() -> None:
         ours, x = PrivateModule(nn.Linear(9, 5, bias=False), "mean"), torch.randn(4, 9)
     (ours(x).sum() / 4).backward()
     torch.testing.assert_close(ours.norms(4), x.double().norm(dim=1) * 5**0.5)
+
+
+def test_a_step_of_more_examples_is_refused_before_they_count() -> None:
+    ours = PrivateModule(nn.Linear(30, 40))
+    ours._examples = EXAMPLES - 1  # as many micro-batches would leave it
+    ours(torch.ones(2, 3, 30)).mean().backward()
+    ours.norms(2)
+    with pytest.raises(RootnoiseError, match=f"at most {EXAMPLES} examples .3 tokens each., got"):
+        ours.add(Flat(1.0))

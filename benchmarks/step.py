@@ -5,19 +5,19 @@ a cell is the median over rounds of the ratio to plain. Candidates: this engine;
 ghost clipping and `functorch` mode. All but plain clip and add independent float32 noise
 (`torch.randn`) to the sum; all make one step of SGD. Accumulated: the batch in micro-batches of 16;
 Opacus's through its optimizer's skipped steps, functorch's likewise. Memory is the largest resident
-size of a process of its own over that of the same process before its model was made.
+size of a process of its own, less its size before its model was made (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -248,16 +248,22 @@ def peak(way: str, name: str, n: int, micro: int) -> float | None:
 
 
 def print_peak(way: str, name: str, n: int, micro: int) -> None:
-    """Print this process's growth while it makes three steps."""
+    """Print by how many MB this process grows while it makes three steps."""
     import opacus  # noqa: F401 - so that all start from the same size
 
     import rootnoise.clip  # noqa: F401
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports (Linux)
+    before = _status("VmRSS")
     step = step_of(way, name, n, micro)
     for _ in range(3):
         step()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print((_status("VmHWM") - before) / 1024)
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from opacus import GradSampleModule
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
@@ -152,9 +153,15 @@ def _input_dims(
     by_tensor: dict[int, int | None] = {}
     where = _argument_dims(module)
     for name, value in [*zip(where, args, strict=False), *kwargs.items()]:
+        if isinstance(value, PackedSequence):
+            rule = "must get sequences padded to one length"
+            raise RootnoiseError(f"layer {tapped.name} {rule}, got a PackedSequence")
         for x in tree_flatten(value)[0]:
             if isinstance(x, torch.Tensor):
-                by_tensor[id(x)] = where[name]
+                dim = by_tensor[id(x)] = where[name]
+                if dim is not None and (x.dim() <= dim or x.shape[dim] != rows):
+                    rule = f"must take one row an example ({rows}) in dimension {dim} of {name}"
+                    raise RootnoiseError(f"layer {tapped.name} {rule}, got {tuple(x.shape)}")
                 if name == "attn_mask" and x.dim() != 2:
                     rule = "must get an attention mask that all examples share"
                     raise RootnoiseError(f"layer {tapped.name} {rule}, got {x.dim()} dimensions")

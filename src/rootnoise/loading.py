@@ -31,6 +31,9 @@ def data_loader(
                 loss(module, batch).backward()
             optimizer.step(indices)
 
+    The loss must be a sum or mean of one term per example. What `collate_fn` computes from a whole
+    batch (counts, weights) mixes examples where no probe of the optimizer can see it.
+
     Args:
         dataset: map-style, of sampler.n_examples examples.
         sampler: which examples each step takes.

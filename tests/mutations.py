@@ -41,12 +41,16 @@ MUTATIONS = [
     Mutation(
         "clips at twice the norm",
         "clipping.py",
-        "(clip_norm / (norms * (1 + SLACK)))",
-        "(2 * clip_norm / (norms * (1 + SLACK)))",
+        "(clip.norm / (norms * (1 + SLACK)))",
+        "(2 * clip.norm / (norms * (1 + SLACK)))",
         "training",
     ),
     Mutation(
-        "never clips", "clipping.py", ".clamp(max=1).float(), bad", ".clamp(min=1), bad", "training"
+        "never clips",
+        "clipping.py",
+        ".clamp(max=1)\n    return (factor",
+        ".clamp(min=1)\n    return (factor",
+        "training",
     ),
     Mutation(
         "lets infinite gradients through",
@@ -72,15 +76,15 @@ MUTATIONS = [
     Mutation(
         "no noise",
         "copies.py",
-        "total[slice(*self._span)] += noise.to(total.device)",
-        "total[slice(*self._span)] += 0 * noise.to(total.device)",
+        "total[own] = clip.noised(total[own], noise)",
+        "total[own] = clip.noised(total[own], 0 * noise)",
         "training",
     ),
     Mutation(
         "noise scaled by the batch",
         "copies.py",
-        "+= noise.to(total.device)",
-        "+= noise.to(total.device) / max(rows, 1)",
+        "clip.noised(total[own], noise)",
+        "clip.noised(total[own], noise / max(rows, 1))",
         "training",
     ),
     Mutation(

@@ -29,6 +29,7 @@ def size(model: nn.Module) -> int:
 CASES = [(name, shape) for name in models.MODELS for shape in SHAPES[: 1 if "18" in name else 3]]
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize(("name", "shape"), CASES, ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_per_sample_gradients_equal_single_example_backward_passes(

@@ -235,7 +235,7 @@ def _refined(
         best = min(coarse, found)
         if coarse - found <= tolerance * found:
             break
-    return min(best, certain), grid
+    return float(min(best, certain)), grid
 
 
 def _certain(sigma: float, rounds: int, delta: float) -> float:
@@ -252,4 +252,4 @@ def _span(sigma: float, q: float) -> float:
 def _on_grid(sigma: float, q: float, rounds: int, delta: float, grid: float) -> float:
     cut = math.log(delta / rounds) + CUT
     steps = (subsampled.losses(sigma, q, grid, cut, add=add) for add in (False, True))
-    return max(step.epsilon(rounds, delta) for step in steps)  # both directions count
+    return float(max(step.epsilon(rounds, delta) for step in steps))  # both directions count

@@ -36,9 +36,9 @@ most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C fo
 factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
 QED
 
-Float32 products of matrices would be twice as fast and err by up to K^2 2^-24 C: 0.4 % of C for 256
-examples, which the noise would have to pay for; and torch may be told to make them in TF32 or
-bfloat16. So sums are float64 on every device.
+Float32 products of matrices would be twice as fast and err by up to K^2 2^-24 C: 0.8 % of C for
+two sums of 256 examples, which the noise would have to pay for; and torch may be told to make them
+in TF32 or bfloat16. So sums are float64 on every device.
 
 The analysis assumes that an example's own arrays do not depend on who else is in the batch. In
 floating point the kernels of some processors round a row differently in another batch size; as

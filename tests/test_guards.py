@@ -181,6 +181,11 @@ def test_gradients_by_hand():
     loss_of(o, batch).backward()
     o._parameters[1].grad_sample.mul_(2)
     refused(o, "^per-sample gradients must be those that backward left, got others")
+    o = make()
+    loss_of(o, batch).backward()
+    p = o._parameters[1]
+    p.grad_sample = torch.stack(list(p.grad_sample.flip(0))).add_(0)  # another of the same version
+    refused(o, "^per-sample gradients must be those that backward left, got others")
     o, twin = make(), make()
     loss_of(o, batch).backward()
     for p in o.module.parameters():  # the raw gradient is not used

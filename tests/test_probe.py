@@ -273,8 +273,7 @@ def bce(module, batch):
 
 
 def class_weights_summed(module, batch):
-    out, w = module(X[batch]), torch.arange(1.0, V + 1)
-    return F.cross_entropy(out, Y[batch], weight=w, reduction="sum")
+    return F.cross_entropy(module(X[batch]), Y[batch], weight=CLASS_SCALE, reduction="sum")
 
 
 def scaled_classes(module, batch):
@@ -325,6 +324,19 @@ def metrics(module, batch):
 
 
 HITS = torch.zeros((), dtype=torch.int64)
+
+
+def drawn(module, batch):
+    loss = ce(module, batch)
+    torch.rand(5)
+    return loss
+
+
+def filled(module, batch):
+    return F.cross_entropy(module(X[batch]) * FILLED.fill_(2.0), Y[batch])
+
+
+FILLED = torch.ones(1)
 
 
 def in_place(module, batch):
@@ -443,6 +455,8 @@ INDEPENDENT = [
             batch_before,
             logged,
             metrics,
+            drawn,
+            filled,
             in_place,
             regularised,
             noisy,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rootnoise.diagnostics import Finding, diagnose
     from rootnoise.diagonals import Banded
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
+    from rootnoise.front_door import make_private
     from rootnoise.ledger import Ledger
     from rootnoise.loading import data_loader
     from rootnoise.mechanism import Mechanism
@@ -88,6 +89,7 @@ _MODULES = {
     "diagnostics": ("Finding", "diagnose"),
     "planner": ("Job", "plan"),
     # running
+    "front_door": ("make_private",),
     "randomness": ("Key",),
     "noise": ("NoiseStream",),
     "ledger": ("Ledger",),

@@ -17,6 +17,7 @@ def data_loader(
     sampler: Sampler,
     *,
     start: int = 0,
+    stop: int | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     **options: Any,
 ) -> DataLoader[Any]:
@@ -39,11 +40,12 @@ def data_loader(
         sampler: which examples each step takes.
         start: first step, such as `optimizer.t` of a run that is resumed; each iteration over the
             loader starts there.
+        stop: the step before which an iteration ends; after the last one when None.
         collate_fn: makes a batch of a list of examples; torch's own when None.
         options: for DataLoader, such as num_workers and persistent_workers.
 
     Raises:
-        RootnoiseError: a data set of another size, a start past the end, or an option that would
+        RootnoiseError: a data set of another size, a start or stop past the end, or an option that would
             choose batches.
     """
     if len(dataset) != sampler.n_examples:
@@ -51,6 +53,8 @@ def data_loader(
             f"dataset must have the sampler's n_examples={sampler.n_examples}, got {len(dataset)}"
         )
     first = integer("start", start, 0, sampler.n_steps, high_name="n_steps")
+    last = sampler.n_steps if stop is None else stop
+    integer("stop", last, first, sampler.n_steps, high_name="n_steps")
     for name in ("batch_size", "batch_sampler", "sampler", "shuffle", "drop_last"):
         if name in options:
             raise RootnoiseError(
@@ -58,7 +62,7 @@ def data_loader(
             )
     return DataLoader(
         _Numbered(dataset),  # type: ignore[arg-type]  # no Dataset need be inherited from
-        batch_sampler=_Steps(sampler, first),
+        batch_sampler=_Steps(sampler, first, last),
         collate_fn=_Collate(collate_fn or default_collate),
         **options,
     )
@@ -67,14 +71,14 @@ def data_loader(
 class _Steps:
     """The sampler's batches from a step on, as DataLoader takes them."""
 
-    def __init__(self, sampler: Sampler, start: int) -> None:
-        self.sampler, self.start = sampler, start
+    def __init__(self, sampler: Sampler, start: int, stop: int) -> None:
+        self.sampler, self.start, self.stop = sampler, start, stop
 
     def __len__(self) -> int:
-        return self.sampler.n_steps - self.start
+        return self.stop - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        for t in range(self.start, self.sampler.n_steps):
+        for t in range(self.start, self.stop):
             yield self.sampler.batch(t).tolist()
 
 

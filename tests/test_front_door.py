@@ -1,0 +1,376 @@
+"""`make_private`: the unchanged loop makes the very run that the five objects make by hand."""
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+
+from rootnoise import (
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    Key,
+    Mechanism,
+    PrivateOptimizer,
+    RootnoiseError,
+    SingleParticipation,
+    factorize,
+    from_optimizer,
+    make_private,
+    privacy_cost,
+    privatize,
+)
+
+EPOCHS, BATCH = 3, 8
+GOAL = {"epsilon": 4.0, "delta": 1e-5, "epochs": EPOCHS}
+
+
+def data(n=24):
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(n, 5, generator=rng)
+    return TensorDataset(x, (x[:, 0] > 0).long())
+
+
+def parts(seed=0, **settings):
+    with torch.random.fork_rng():
+        torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())
+        model = nn.Linear(5, 2)
+    return model, torch.optim.SGD(model.parameters(), **({"lr": 0.5, "momentum": 0.9} | settings))
+
+
+def train(model, optimizer, loader, *, scheduler=None, epochs=EPOCHS):
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad(set_to_none=True)
+            nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+
+
+def bsr():
+    model, sgd = parts()
+    run = make_private(model, sgd, data(), batch_size=BATCH, mechanism="bsr", **GOAL)
+    return model, sgd, run
+
+
+def again(**settings):
+    model, sgd = parts()
+    return make_private(model, sgd, data(), **settings)
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def test_the_loop_makes_the_bits_of_the_five_objects():
+    key, seed = Key.from_seed(3), 5
+    model, sgd = parts()
+    run = make_private(
+        model, sgd, data(), batch_size=BATCH, mechanism="bsr", key=key, seed=seed, **GOAL
+    )
+    train(*run)
+
+    other, sgd = parts()
+    sampler = FixedCycleSampler(24, BATCH, EPOCHS, seed)
+    split = factorize(from_optimizer(sgd, sampler.n_steps), sampler.participation, "bsr")
+    mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=4.0, delta=1e-5)
+    module = privatize(other)
+    optimizer = PrivateOptimizer(sgd, module, mechanism, sampler, key.derive("again"))
+    optimizer.stream = optimizer._new_stream(key)  # two live optimizers of one key are refused
+    x, y = data().tensors
+    for batch in sampler:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+        optimizer.step(batch)
+    assert run.optimizer.private.mechanism.fingerprint == mechanism.fingerprint
+    assert torch.equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("sampling", ["fixed-cycle", "poisson", "balls-in-bins"])
+def test_every_sampling_runs_to_its_end_and_no_further(sampling):
+    name = "identity" if sampling == "poisson" else "bsr"
+    model, sgd = parts()
+    run = make_private(
+        model, sgd, data(), batch_size=2, mechanism=name, sampling=sampling, seed=0, **GOAL
+    )
+    before = weights(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Some per-sample|.*not finite")
+        train(*run)
+    assert run.optimizer.t == run.optimizer.private.mechanism.n_steps == EPOCHS * len(run.loader)
+    assert not torch.equal(before, weights(model))
+    assert run.optimizer.epsilon_spent() == run.optimizer.private.mechanism.epsilon <= 4.0
+    with pytest.raises(RootnoiseError, match=r"^loader must not be read past the planned steps=36"):
+        next(iter(run.loader))
+
+
+def test_a_step_that_draws_nobody_is_a_batch_of_no_rows():
+    model, sgd = parts()
+    run = make_private(
+        model, sgd, data(), batch_size=1, mechanism="identity", sampling="poisson", seed=0, **GOAL
+    )
+    sampler = run.optimizer.private.sampler
+    assert isinstance(sampler, CyclicPoissonSampler)
+    t = next(t for t in range(sampler.n_steps) if sampler.batch(t).size == 0)
+    for step, (x, y) in enumerate(run.loader):
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x), y, reduction="sum").backward()
+        run.optimizer.step()
+        if step == t:
+            assert x.shape == (0, 5)
+            assert y.shape == (0,)
+            break
+    assert torch.isfinite(weights(model)).all()
+
+
+def test_the_planner_chooses_and_the_sampling_may_be_told():
+    plans = {}
+    for sampling in ("auto", "fixed-cycle", "poisson"):
+        model, sgd = parts()
+        run = make_private(model, sgd, data(), batch_size=BATCH, sampling=sampling, **GOAL)
+        plans[sampling] = run.optimizer.private.mechanism
+    error = {name: m.noise_multiplier * m.rmse for name, m in plans.items()}
+    assert error["auto"] <= 1.02 * min(error.values())
+    assert plans["poisson"].participation.type == "cyclic-poisson"
+
+
+@pytest.mark.parametrize("as_function", [False, True])
+def test_the_noise_is_planned_for_the_real_schedule(as_function):
+    model, sgd = parts()
+    steps = EPOCHS * 3
+    made = CosineAnnealingLR(sgd, steps)
+    scheduler = (lambda o: CosineAnnealingLR(o, steps)) if as_function else made
+    run = make_private(
+        model, sgd, data(), batch_size=BATCH, mechanism="bsr", scheduler=scheduler, **GOAL
+    )
+    rates = []
+    for _ in range(EPOCHS):
+        for x, y in run.loader:
+            run.optimizer.zero_grad()
+            nn.functional.cross_entropy(run.model(x), y).backward()
+            rates.append(run.optimizer.param_groups[0]["lr"])
+            run.optimizer.step()
+            made.step()
+    planned = run.optimizer.private.mechanism.workload
+    np.testing.assert_allclose(planned.to_dict()["learning_rates"], rates, rtol=1e-12)
+
+
+def test_a_scheduler_may_step_once_an_epoch():
+    model, sgd = parts()
+    scheduler = StepLR(sgd, 1, gamma=0.5)
+    run = make_private(
+        model, sgd, data(), batch_size=BATCH, mechanism="bsr", scheduler=scheduler,
+        scheduler_interval="epoch", **GOAL,
+    )  # fmt: skip
+    planned = run.optimizer.private.mechanism.workload.to_dict()["learning_rates"]
+    np.testing.assert_allclose(planned, np.repeat([0.5, 0.25, 0.125], 3), rtol=1e-12)
+    assert sgd.param_groups[0]["lr"] == 0.5  # planning has moved nothing
+
+
+def test_a_scheduler_made_afterwards_moves_the_real_rate():
+    _model, sgd, run = bsr()
+    scheduler = StepLR(run.optimizer, 1, gamma=0.5)
+    x, y = next(iter(run.loader))
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.optimizer.step()
+    scheduler.step()
+    assert sgd.param_groups[0]["lr"] == 0.25
+
+
+def test_what_a_loader_says_is_kept():
+    def collate(rows):
+        return torch.stack([x for x, _ in rows]) * 2, torch.stack([y for _, y in rows])
+
+    model, sgd = parts()
+    loader = DataLoader(data(), batch_size=BATCH, shuffle=True, collate_fn=collate)
+    run = make_private(model, sgd, loader, mechanism="bsr", seed=5, **GOAL)
+    x, _ = next(iter(run.loader))
+    first = FixedCycleSampler(24, BATCH, EPOCHS, 5).batch(0)
+    assert torch.equal(x, data().tensors[0][first] * 2)
+    assert (run.loader.batch_size, len(run.loader)) == (BATCH, 3)
+
+
+def test_closures_run_before_the_step():
+    _model, _sgd, run = bsr()
+    x, y = next(iter(run.loader))
+
+    def closure():
+        run.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(run.model(x), y)
+        loss.backward()
+        return loss
+
+    assert run.optimizer.step(closure).item() > 0
+    assert run.optimizer.t == 1
+
+
+def test_it_is_an_optimizer_in_what_hosts_look_at():
+    _model, sgd, run = bsr()
+    optimizer, calls = run.optimizer, []
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert optimizer.param_groups is sgd.param_groups
+    assert optimizer.state is sgd.state
+    assert optimizer.defaults["momentum"] == 0.9
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    x, y = next(iter(run.loader))
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    optimizer.step()
+    assert calls == ["after"]
+    assert "momentum_buffer" in next(iter(optimizer.state.values()))
+    assert "differential privacy" in run.optimizer.claim()
+
+
+def test_epsilon_spent_grows_to_the_claim_and_is_that_of_the_steps_made():
+    _model, _sgd, run = bsr()
+    spent = [run.optimizer.epsilon_spent()]
+    for _ in range(EPOCHS):
+        train(*run, epochs=1)
+        spent.append(run.optimizer.epsilon_spent())
+    assert spent[0] == 0
+    assert spent[-1] == run.optimizer.private.mechanism.epsilon
+    assert spent == sorted(spent)
+    # One epoch of three: one participation, whose sensitivity is the first column's norm.
+    mechanism = run.optimizer.private.mechanism
+    column = np.linalg.norm(mechanism.strategy.dense()[:3, 0])
+    alone = privacy_cost(SingleParticipation(), 3, mechanism.noise_std / column, 1e-5)
+    assert spent[1] == pytest.approx(alone.epsilon, rel=1e-9)
+
+
+def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
+    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL
+    model, sgd = parts()
+    run = make_private(model, sgd, data(), **settings)
+    batches = iter(run.loader)
+    for _ in range(2):  # in the middle of an epoch
+        x, y = next(batches)
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x), y).backward()
+        run.optimizer.step()
+    file = tmp_path / "run.pt"
+    run.optimizer.save(file)
+    assert file.stat().st_mode & 0o077 == 0
+    train(run.model, run.optimizer, batches, epochs=1)
+    whole = weights(model)
+    saved = torch.load(file, weights_only=True)
+    del run, batches, sgd
+
+    model, sgd = parts(seed=9)
+    run = make_private(model, sgd, data(), resume=file, **settings)
+    assert run.optimizer.t == 2
+    train(*run, epochs=1)
+    assert torch.equal(weights(model), whole)
+
+    with pytest.raises(RootnoiseError, match=r"^resume must be of the mechanism that these arg"):
+        again(resume=file, **(settings | {"epsilon": 5.0}))
+    with pytest.raises(RootnoiseError, match=r"^key must be left out on resume"):
+        again(resume=file, key=Key.fresh(), **settings)
+    with pytest.raises(RootnoiseError, match=r"^resume must be readable, got .*: No such file"):
+        again(resume=tmp_path / "none", **settings)
+    torch.save(saved | {"version": 0}, file)
+    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, version 1"):
+        again(resume=file, **settings)
+    file.write_bytes(b"PK nothing")
+    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got"):
+        again(resume=file, **settings)
+    with pytest.raises(RootnoiseError, match=r"^path must be writable, got .*: No such file"):
+        run.optimizer.save(tmp_path / "no" / "where")
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+def twice():
+    model, _, run = bsr()
+    return model, run.optimizer, data()
+
+
+def weighted():
+    return DataLoader(data(), BATCH, sampler=WeightedRandomSampler([1.0] * 24, 24))
+
+
+WRONG = {
+    "a second call": (lambda: (*twice(), {}), "make_private must be called once a run"),
+    "another sampler": (lambda: (*parts(), weighted(), {}), "loader must draw single examples at"),
+    "no batch size": (lambda: (*parts(), data(), {"batch_size": None}), "batch_size must be given"),
+    "a stream": (lambda: (*parts(), Stream(), {}), "data must be a map-style data set of known"),
+    "no such sampling": (lambda: (*parts(), data(), {"sampling": "x"}), "sampling must be auto, "),
+    "no such plan": (
+        lambda: (*parts(), data(), {"sampling": "x", "mechanism": "auto"}),
+        "sampling must be one that the plan has, got 'x'",
+    ),
+    "options of auto": (
+        lambda: (*parts(), data(), {"options": {"bands": 2}, "mechanism": "auto"}),
+        "options must be left out with mechanism auto",
+    ),
+    "an interval": (
+        lambda: (*parts(), data(), {"scheduler_interval": "day"}),
+        "scheduler_interval must be step or epoch, got 'day'",
+    ),
+    "a foreign scheduler": (
+        lambda: (*parts(), data(), {"scheduler": StepLR(parts()[1], 1)}),
+        "scheduler must be the optimizer's own",
+    ),
+    "batch norm": (
+        lambda: (m := nn.Sequential(nn.BatchNorm1d(5)), torch.optim.SGD(m.parameters()), data(), {}),
+        "layer 0 must not mix examples",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_wrong_use_is_refused_in_one_line(wrong):
+    make, line = WRONG[wrong]
+    model, optimizer, dataset, changes = make()
+    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL | changes
+    with pytest.raises(RootnoiseError, match=f"^{line}") as refusal:
+        make_private(model, optimizer, dataset, **settings)
+    assert "\n" not in str(refusal.value)
+
+
+def test_batches_are_stepped_on_once_each():
+    _model, _sgd, run = bsr()
+    with pytest.raises(RootnoiseError, match=r"^step must follow a new batch of the loader"):
+        run.optimizer.step()
+    batches = iter(run.loader)
+    x, y = next(batches)
+    with pytest.raises(RootnoiseError, match=r"^each batch must be stepped on once before the ne"):
+        next(batches)
+    x, y = next(iter(run.loader))
+    nn.functional.cross_entropy(run.model(x), y).backward()
+    run.optimizer.step()
+    with pytest.raises(RootnoiseError, match=r"^step must follow a new batch of the loader"):
+        run.optimizer.step()
+    assert run.optimizer.t == 1
+
+
+def test_no_scaler_and_no_new_parameters():
+    model, _sgd, run = bsr()
+    with pytest.raises(RootnoiseError, match=r"^parameters must all be the optimizer's before"):
+        run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    scaler = torch.amp.GradScaler("cpu")
+    x, y = next(iter(run.loader))
+    before = weights(model)
+    scaler.scale(nn.functional.cross_entropy(run.model(x), y)).backward()
+    with pytest.raises(
+        RootnoiseError, match=r"^step must get gradients as they are .* got a GradScaler"
+    ):
+        scaler.step(run.optimizer)
+    assert torch.equal(before, weights(model))
+
+
+def test_weights_can_be_averaged_beside():
+    model, _sgd, run = bsr()
+    average = torch.optim.swa_utils.AveragedModel(copy.deepcopy(parts()[0]))
+    for x, y in run.loader:
+        run.optimizer.zero_grad()
+        nn.functional.cross_entropy(run.model(x), y).backward()
+        run.optimizer.step()
+        average.update_parameters(model)
+    assert int(average.n_averaged) == 3

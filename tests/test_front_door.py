@@ -318,8 +318,8 @@ WRONG = {
         "scheduler must be the optimizer's own",
     ),
     "batch norm": (
-        lambda: (m := nn.Sequential(nn.BatchNorm1d(5)), torch.optim.SGD(m.parameters()), data(), {}),
-        "layer 0 must not mix examples",
+        lambda: (m := nn.BatchNorm1d(5), torch.optim.SGD(m.parameters()), data(), {}),
+        "layer model must not mix examples",
     ),
 }  # fmt: skip
 

@@ -156,6 +156,7 @@ __all__ = [
     "factorize",
     "from_optimizer",
     "lower_bound",
+    "make_private",
     "mechanisms",
     "noise_multiplier",
     "plan",

@@ -85,6 +85,7 @@ def make_private(
     key: Key | None = None,
     seed: int | None = None,
     resume: str | os.PathLike[str] | None = None,
+    independence: str = "probed",
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
 
@@ -114,6 +115,7 @@ def make_private(
         loss_reduction: "mean" or "sum", what the loss does over the batch.
         key: fixes the noise; fresh from OS entropy when None. Keep it secret.
         seed: fixes the batches; from OS entropy when None. Keep it secret.
+        independence: "probed" or "assumed", see `PrivateOptimizer`.
         resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
 
     Raises:
@@ -141,14 +143,16 @@ def make_private(
     job = Job(len(dataset), batch, epochs, epsilon, delta, memory_rows)
     workload = _workload(optimizer, job, scheduler, scheduler_interval)
     made, sampler = _calibrated(workload, job, mechanism, sampling, options or {}, clip_norm, seed)
-    module = privatize(model, loss_reduction)
-    if resume is None:
-        loop = LoopOptimizer(PrivateOptimizer(optimizer, module, made, sampler, key))
-    else:
+    saved = None if resume is None else _read(Path(resume), made)
+    if saved is not None:
         if key is not None:
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
-        saved = _read(Path(resume), made)
-        loop = LoopOptimizer(PrivateOptimizer(optimizer, module, made, sampler, saved.key))
+        key = saved.key
+    module = privatize(model, loss_reduction)
+    loop = LoopOptimizer(
+        PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence)
+    )
+    if saved is not None:
         loop.load_state_dict(saved.optimizer)
         module.load_state_dict(saved.weights)
     return Private(module, loop, PrivateLoader(dataset, loop, job.period, loading))
@@ -336,7 +340,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return self.private.t
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, whatever `set_to_none` says: none is kept from one step to the next."""
+        """Drop all gradients, whatever `set_to_none` says: none is kept for the next step."""
         self.private.zero_grad()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -419,8 +423,8 @@ class LoopOptimizer(torch.optim.Optimizer):
         return min(made.epsilon, accounting.privacy_cost(who, t, sigma, made.delta).epsilon)
 
     def claim(self) -> str:
-        """Return the guarantee of the whole run, as `Mechanism.claim` states it."""
-        return self.private.mechanism.claim()
+        """Return the guarantee of the whole run, as `PrivateOptimizer.claim` states it."""
+        return self.private.claim()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs but the key and the weights: `PrivateOptimizer`'s."""

@@ -45,8 +45,8 @@ def data_loader(
         options: for DataLoader, such as num_workers and persistent_workers.
 
     Raises:
-        RootnoiseError: a data set of another size, a start or stop past the end, or an option that would
-            choose batches.
+        RootnoiseError: a data set of another size, a start or stop past the end, or an option that
+            would choose batches.
     """
     if len(dataset) != sampler.n_examples:
         raise RootnoiseError(

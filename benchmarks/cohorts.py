@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from rootnoise.batches.ledger_file import Indices
 from rootnoise.federated.clients import Clients
 from rootnoise.federated.cohorts import Policy, pick
-from rootnoise.journal import Indices
 from rootnoise.participation import MinSeparation
 
 POLICIES: tuple[Policy, ...] = ("fewest", "longest", "random")

@@ -12,9 +12,9 @@ import torch
 from processes import kill_at_line, kill_at_state, kill_inside_write
 from rootnoise.factorization import factorize
 from rootnoise.federated import PrivateAggregator
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import MinSeparation
-from rootnoise.randomness import Key
 from rootnoise.workload import SGD
 
 ROUNDS, COHORT = 8, 3

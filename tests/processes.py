@@ -21,7 +21,7 @@ import rootnoise
 
 CONTEXT = multiprocessing.get_context("forkserver")
 # The last: torch imports it in the first optimizer, for a second and a half.
-CONTEXT.set_forkserver_preload(["rootnoise.lab.run", "sklearn.datasets", "torch._dynamo"])
+CONTEXT.set_forkserver_preload(["rootnoise.runs.run", "sklearn.datasets", "torch._dynamo"])
 
 PACKAGE = str(Path(rootnoise.__file__).parent)
 

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from parallel_runs import examples, join, network, private, train
 from rootnoise._check import RootnoiseError
-from rootnoise.shards import Shards, _rows
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.sharded import Shards, _rows
 
 
 def sharded(model: nn.Module, size: int) -> nn.Module:

@@ -18,13 +18,13 @@ from rootnoise.accounting.bins import Bins
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 from rootnoise.accounting.separated import band_rows
+from rootnoise.batches.samplers import MinSepPoissonSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.cli import main
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSepPoisson
 from rootnoise.participation import SingleParticipation as Single
-from rootnoise.sampling import MinSepPoissonSampler
 from rootnoise.workload import prefix_sum
 
 

@@ -13,14 +13,14 @@ from dp_accounting import get_epsilon_gaussian
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
 from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.batches.samplers import CyclicPoissonSampler, MinSepPoissonSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
-from rootnoise.randomness import Key
-from rootnoise.sampling import CyclicPoissonSampler, MinSepPoissonSampler
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import prefix_sum
 
 PUBLISHED = json.loads((Path(__file__).parent / "reference/jax_privacy.json").read_text())[

@@ -15,7 +15,7 @@ from rootnoise.auditing.empirical import distinguish, one_run
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
-from rootnoise.normals import AesSource
+from rootnoise.noise.sources import AesSource
 from rootnoise.participation import (
     BallsInBins,
     CyclicPoisson,
@@ -271,7 +271,7 @@ def test_p_above_b_counted_as_p_at_most_b_is_refuted():
 def test_gradients_that_are_clipped_too_late_are_refuted(monkeypatch):
     # The canaries are three times as long as the clip norm, and here all of it enters.
     m = MECHANISMS["bsr"](1.0)
-    monkeypatch.setattr("rootnoise.clipping.SLACK", -0.67)
+    monkeypatch.setattr("rootnoise.training.clipping.SLACK", -0.67)
     assert distinguish(Attack(m, MANY, 0), 1e-3).refuted
 
 

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adversary
-from rootnoise import series
 from rootnoise._check import RootnoiseError
-from rootnoise.causal import Toeplitz
+from rootnoise.causal import Toeplitz, series
 from rootnoise.factorization import Factorization, banded, banded_inverse, factorize
 from rootnoise.factorization.base import Search
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation

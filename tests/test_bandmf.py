@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import adversary
 import oracle
 from rootnoise import RootnoiseError
-from rootnoise.certificate import lower_bound
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import bandmf, factorize
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum

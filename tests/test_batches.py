@@ -11,12 +11,7 @@ from torch import nn
 import parallel_runs
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.factorization import factorize
-from rootnoise.lab.config import RunConfig, make_sampler
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson, SingleParticipation
-from rootnoise.randomness import Key
-from rootnoise.sampling import (
+from rootnoise.batches.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
@@ -24,6 +19,11 @@ from rootnoise.sampling import (
     MinSepPoissonSampler,
     OwnBatches,
 )
+from rootnoise.factorization import factorize
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson, SingleParticipation
+from rootnoise.runs.config import RunConfig, make_sampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import prefix_sum
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
-from rootnoise.blockplan import BlockPlan, _runs
 from rootnoise.causal import Toeplitz
+from rootnoise.noise.blockplan import BlockPlan, _runs
 
 BAND = Toeplitz(np.array([1.0, 0.5, 0.25]), 9)
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import oracle
-from rootnoise import causal, series
+from rootnoise import causal
 from rootnoise._check import RootnoiseError
-from rootnoise.buffered import BufferedToeplitz
+from rootnoise.causal import series
+from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization import blt as module
 from rootnoise.factorization import factorize
 from rootnoise.participation import (
@@ -21,7 +22,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
 
 RNG = np.random.default_rng(7)

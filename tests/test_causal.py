@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rootnoise import RootnoiseError, causal, series
-from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz
-from rootnoise.diagonals import Banded
+from rootnoise import RootnoiseError, causal
+from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz, series
+from rootnoise.causal.banded import Banded
 
 N = 20
 RNG = np.random.default_rng(5)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import oracle
 from rootnoise._check import RootnoiseError
-from rootnoise.certificate import Certificate, Effort, Witness, check, lower_bound
+from rootnoise.bounds.certificate import Certificate, Effort, Witness, check, lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum

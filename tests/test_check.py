@@ -11,8 +11,8 @@ import pytest
 
 from rootnoise import RootnoiseError, _check
 from rootnoise.cli import main
-from rootnoise.lab.config import RunConfig
-from rootnoise.lab.run import run
+from rootnoise.runs.config import RunConfig
+from rootnoise.runs.run import run
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
-from rootnoise.lab.config import RunConfig, make_sampler
+from rootnoise.runs.config import RunConfig, make_sampler
 
 TRAIN = "train --dataset digits --model logistic --batch-size 721 --epochs 1 --epsilon 4"
 PLAN = "plan --dataset-size 100 --batch-size 25 --epochs 1 --epsilon 1 --delta 1e-5"
@@ -43,7 +43,7 @@ CASES = [
 def test_any_number_is_answered_or_refused_in_one_line(
     capsys, tmp_path, monkeypatch, command, option, value
 ):
-    monkeypatch.setattr("rootnoise.lab.plots.learning_curves", lambda *_: None)
+    monkeypatch.setattr("rootnoise.runs.curves.learning_curves", lambda *_: None)
     line = [*command.split(), *option.split(), value, "--json"]
     line += ["--out", str(tmp_path / "run")] if command == TRAIN else []
     status = main(line)

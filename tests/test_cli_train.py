@@ -11,8 +11,8 @@ import pytest
 
 from rootnoise.cli import main
 from rootnoise.cli.train import train
-from rootnoise.lab import demo as demo_module
-from rootnoise.lab.config import RunConfig
+from rootnoise.runs import demo as demo_module
+from rootnoise.runs.config import RunConfig
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
@@ -127,7 +127,7 @@ def test_resume_refuses_an_edited_mechanism_and_other_settings(call, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("rootnoise.lab.trainer.Trainer.epoch", interrupt)
+        patch.setattr("rootnoise.runs.trainer.Trainer.epoch", interrupt)
         status, out, err = call(*arguments)
         line = f"stopped: rootnoise train --resume --out {tmp_path} goes on\n"
         assert (status, out, err) == (130, "", line)
@@ -152,7 +152,7 @@ def test_an_interrupt_before_the_first_step_says_so(call, tmp_path, monkeypatch)
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rootnoise.lab.run.load", interrupt)
+    monkeypatch.setattr("rootnoise.runs.run.load", interrupt)
     line = "stopped: before the first step, nothing is kept\n"
     assert call("train", *PRIVATE, "--out", tmp_path / "run") == (130, "", line)
 

@@ -18,8 +18,8 @@ from rootnoise.cli import main
 from rootnoise.cli._options import Split
 from rootnoise.cli._workload import Options
 from rootnoise.factorization.base import _BUILDERS
+from rootnoise.factorization.symmetric import ablation, offline_factorization
 from rootnoise.mechanism import Mechanism
-from rootnoise.offline import ablation, offline_factorization
 from rootnoise.participation import MinSeparation
 from rootnoise.workload import SGD, ScheduledSGD, ToeplitzWorkload, learning_rates
 

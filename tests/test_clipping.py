@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError, clip_range
-from rootnoise.clipping import (
+from rootnoise.factorization import factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import SingleParticipation
+from rootnoise.training.clipping import (
     ROOM,
     SLACK,
     Clip,
@@ -20,9 +23,6 @@ from rootnoise.clipping import (
     row_norms,
     scaled_sum,
 )
-from rootnoise.factorization import factorize
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import SingleParticipation
 from rootnoise.workload import prefix_sum
 
 NORMS = [1e-10, 0.3, 1.0, 7.0, 1e10]

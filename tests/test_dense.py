@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import oracle
 from rootnoise._check import RootnoiseError
-from rootnoise.certificate import lower_bound
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize
 from rootnoise.factorization.dense import reverse_cholesky
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rootnoise import RootnoiseError, accounting, diagnostics
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.causal import Diagonal, Product, Toeplitz
-from rootnoise.certificate import lower_bound
 from rootnoise.cli import main
 from rootnoise.diagnostics import diagnose
 from rootnoise.factorization import factorize
@@ -103,7 +103,9 @@ def test_overlapping_columns_without_toeplitz_are_named():
 
 
 def test_increasing_coefficients_are_named(monkeypatch):
-    monkeypatch.setattr("rootnoise.sensitivity._worst", lambda strategy, participation: None)
+    monkeypatch.setattr(
+        "rootnoise.participation.sensitivity._worst", lambda strategy, participation: None
+    )
     rising = Toeplitz(np.array([1.0, 0.1, 0.1, 1.5, 0.1, 0.1, 1.5]), 9)
     found = only(diagnose(with_strategy(rising, MinSeparation(2, 4))), "sensitivity-is-a-bound")
     assert "coefficients increase (by up to 1.4 a step)" in found.message
@@ -115,7 +117,9 @@ def test_exact_sensitivities_and_tight_bounds_are_left_alone(monkeypatch):
     strategy = Toeplitz(np.array([1.0, -0.5]), 8)
     assert diagnose(with_strategy(strategy, FixedCycle(2, 4))) == []  # orthogonal columns
     assert diagnose(with_strategy(Toeplitz(ALTERNATING, 8), SingleParticipation())) == []
-    monkeypatch.setattr("rootnoise.sensitivity._worst", lambda strategy, participation: None)
+    monkeypatch.setattr(
+        "rootnoise.participation.sensitivity._worst", lambda strategy, participation: None
+    )
     flat = with_strategy(Toeplitz(np.array([1.0, 0.0, -1e-3]), 8), FixedCycle(2, 4))
     assert not flat.sensitivity.exact
     assert diagnose(flat) == []

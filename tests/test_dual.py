@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import dual
+from rootnoise.bounds import dual
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD
 from strategies import participations

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import RootnoiseError, error
-from rootnoise.factorization import default_bands, factorize, mechanisms
+from rootnoise import RootnoiseError
+from rootnoise.factorization import default_bands, error, factorize, mechanisms
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, ToeplitzWorkload, prefix_sum
 

@@ -15,17 +15,17 @@ from opacus.optimizers import (
 from torch import nn
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger import Ledger
+from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.causal import Toeplitz
-from rootnoise.clipping import NonFiniteGradientWarning
 from rootnoise.factorization import factorize
-from rootnoise.ledger import Ledger
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import CyclicPoisson, FixedCycle
-from rootnoise.randomness import Key
-from rootnoise.sampling import FixedCycleSampler
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.clipping import NonFiniteGradientWarning
 from rootnoise.workload import prefix_sum
 
 KEY = Key.from_seed(1)

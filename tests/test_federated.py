@@ -12,10 +12,10 @@ from rootnoise._check import RootnoiseError
 from rootnoise.factorization import factorize
 from rootnoise.federated import PrivateAggregator, Reply
 from rootnoise.federated.updates import POINTS, Layout, from_grid, on_grid
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import CyclicPoisson, MinSeparation
-from rootnoise.randomness import Key
 from rootnoise.workload import SGD, ScheduledSGD
 
 INF, NAN = math.inf, math.nan

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
-from rootnoise.journal import Journal, first_line, pack, unpack
+from rootnoise.batches.ledger_file import Journal, first_line, pack, unpack
 
 HEADER = {"b": 1, "a": "x"}
 BATCHES = [[], [0], [2**32 - 1], [0, 1, 2], [5, 900, 2**20]]

@@ -12,10 +12,10 @@ import torch
 import training_runs
 from processes import CONTEXT, outcome, start
 from rootnoise._check import RootnoiseError
-from rootnoise.lab.checkpoint import RunFolder
-from rootnoise.lab.config import make_sampler
-from rootnoise.lab.data import load
-from rootnoise.lab.run import run
+from rootnoise.runs.config import make_sampler
+from rootnoise.runs.data import load
+from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.run import run
 from training_runs import CONFIG
 
 KILLED = -signal.SIGKILL

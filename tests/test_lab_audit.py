@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger_file import Journal, pack, unpack
 from rootnoise.cli import main
-from rootnoise.journal import Journal, pack, unpack
-from rootnoise.lab import audit as audit_module
-from rootnoise.lab import privacy
-from rootnoise.lab.audit import audit
-from rootnoise.lab.run import run
 from rootnoise.mechanism import Mechanism
+from rootnoise.runs import audit as audit_module
+from rootnoise.runs import statement
+from rootnoise.runs.audit import audit
+from rootnoise.runs.run import run
 from test_lab_run import stopped, with_
 
 
@@ -48,7 +48,7 @@ def test_an_untouched_run_holds(finished):
     names = {check.name for check in checks}
     assert {"seal", "sensitivity", "noise_std", "rmse", "lower bound", "gap"} < names
     assert {"epsilon at delta 0.001", "epsilon at delta 1e-05", "epsilon at delta 1e-07"} < names
-    assert failures(finished, privacy.read(finished / "privacy.json")["seal"]) == []
+    assert failures(finished, statement.read(finished / "privacy.json")["seal"]) == []
 
 
 def test_a_run_without_privacy_is_audited_too(tmp_path):
@@ -143,9 +143,9 @@ def reseal(out):
     for name in stated["files"]:
         content = (out / name).read_bytes()
         stated["files"][name] = hashlib.sha256(content).hexdigest()
-    stated = privacy.sealed(stated)
-    (out / "privacy.json").write_bytes(privacy.as_json(stated))
-    (out / "privacy.md").write_bytes(privacy.as_markdown(stated))
+    stated = statement.sealed(stated)
+    (out / "privacy.json").write_bytes(statement.as_json(stated))
+    (out / "privacy.md").write_bytes(statement.as_markdown(stated))
 
 
 def change(out, name, *path_and_value):
@@ -239,7 +239,7 @@ def test_a_shorter_history_is_refuted(copy):
 
 
 def test_only_the_seal_finds_a_run_that_was_replaced_whole(copy, tmp_path):
-    seal = privacy.read(copy / "privacy.json")["seal"]
+    seal = statement.read(copy / "privacy.json")["seal"]
     run(with_(mechanism="bsr", epsilon=8.0), tmp_path / "other")
     assert failures(tmp_path / "other") == []
     assert failures(tmp_path / "other", seal) == ["seal"]

@@ -15,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.factorization.base import _BUILDERS
-from rootnoise.lab import data
-from rootnoise.lab.config import (
+from rootnoise.participation import CyclicPoisson
+from rootnoise.runs import data
+from rootnoise.runs.config import (
     OPTIONS,
     RunConfig,
     make_mechanism,
@@ -24,8 +25,7 @@ from rootnoise.lab.config import (
     make_workload,
     rates,
 )
-from rootnoise.lab.trainer import Trainer
-from rootnoise.participation import CyclicPoisson
+from rootnoise.runs.trainer import Trainer
 from rootnoise.workload import SGD, ToeplitzWorkload, from_optimizer
 
 PRIVATE = {"dataset": "digits", "model": "logistic", "epsilon": 4.0, "batch_size": 100}

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from rootnoise._check import RootnoiseError
-from rootnoise.lab import data
-from rootnoise.lab.data import Dataset, load, read_idx
+from rootnoise.runs import data
+from rootnoise.runs.data import Dataset, load, read_idx
 
 NAMES = [
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -339,7 +339,7 @@ def test_own_dataset_may_import_its_neighbours_when_called_and_touch_the_path(ow
     body = "import own_data_neighbour as other, sys; sys.path.pop(0); "
     body += f"return Dataset('mine', {arrays}, other.n_classes)"
     before = list(sys.path)
-    mine = load(own(body, "from rootnoise.lab.data import Dataset"))
+    mine = load(own(body, "from rootnoise.runs.data import Dataset"))
     assert sys.path == before
     assert (mine.name, mine.n_classes) == ("mine", 7)
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
-from rootnoise.journal import Journal
-from rootnoise.lab import checkpoint, privacy
-from rootnoise.lab import run as run_module
-from rootnoise.lab.checkpoint import RunFolder
-from rootnoise.lab.config import make_mechanism, make_sampler
-from rootnoise.lab.data import load
-from rootnoise.lab.run import run
-from rootnoise.lab.trainer import Trainer
-from rootnoise.randomness import Key
+from rootnoise.batches.ledger_file import Journal
+from rootnoise.keys import Key
+from rootnoise.runs import folder, statement
+from rootnoise.runs import run as run_module
+from rootnoise.runs.config import make_mechanism, make_sampler
+from rootnoise.runs.data import load
+from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.run import run
+from rootnoise.runs.trainer import Trainer
 from test_lab_audit import edited, leaves
 from test_lab_run import PERIOD, stopped, with_
 
@@ -108,12 +108,12 @@ def test_a_statement_that_is_sealed_anew_is_refused(runs, part):
     for leaf in leaves(json.loads(runs["a"]["privacy.json"])):
         tree = json.loads(runs["a"]["privacy.json"])
         edited(tree, leaf)
-        stated = privacy.sealed(tree)
+        stated = statement.sealed(tree)
         if leaf == ("seal",):
             continue
         forged = {
-            "privacy.json": privacy.as_json(stated),
-            "privacy.md": privacy.as_markdown(stated),
+            "privacy.json": statement.as_json(stated),
+            "privacy.md": statement.as_markdown(stated),
         }
         put(part, runs["a"] | forged)
         line = refusal(part)
@@ -206,7 +206,7 @@ def test_a_run_without_privacy_is_bound_too(runs, part):
 
 def test_an_insecure_seed_cannot_be_taken_back(runs, part):
     tree = json.loads(runs["a"]["config.json"]) | {"insecure_noise_seed": None}
-    put(part, runs["a"] | {"config.json": checkpoint.as_json(tree)})
+    put(part, runs["a"] | {"config.json": folder.as_json(tree)})
     assert refusal(part, with_()).startswith("config.json must be as when the run began")
 
 
@@ -224,9 +224,9 @@ def rebind(out, **names):
 def forge(out, change):
     tree = json.loads((out / "privacy.json").read_text())
     change(tree)
-    stated = privacy.sealed(tree)
-    (out / "privacy.json").write_bytes(privacy.as_json(stated))
-    (out / "privacy.md").write_bytes(privacy.as_markdown(stated))
+    stated = statement.sealed(tree)
+    (out / "privacy.json").write_bytes(statement.as_json(stated))
+    (out / "privacy.md").write_bytes(statement.as_markdown(stated))
     rebind(out)
 
 
@@ -257,7 +257,7 @@ def test_a_mechanism_of_less_noise_is_refused_though_it_is_bound(runs, part):
     state["optimizer"]["noise"]["fingerprint"] = mechanism.fingerprint
     rebind(part, optimizer=state["optimizer"])
     assert refusal(part).startswith("privacy.json must state the claim of the run")
-    stated = privacy.statement(CONFIG, sampler, mechanism, Key.from_seed(5))
+    stated = statement.statement(CONFIG, sampler, mechanism, Key.from_seed(5))
     old = json.loads(runs["a"]["privacy.json"])
     forge(part, lambda tree: tree.update(stated | {"mechanism": old["mechanism"]}))
     assert refusal(part).startswith("privacy.json must describe mechanism.json")
@@ -270,9 +270,9 @@ def test_a_statement_of_the_end_is_refused_before_the_end(runs, part):
     """An honest one, of the same run: its steps are not made."""
     put(part, runs["a"])
     stated = json.loads(runs["a"]["privacy.json"])
-    done = privacy.completed(stated, None, {})
-    (part / "privacy.json").write_bytes(privacy.as_json(done))
-    (part / "privacy.md").write_bytes(privacy.as_markdown(done))
+    done = statement.completed(stated, None, {})
+    (part / "privacy.json").write_bytes(statement.as_json(done))
+    (part / "privacy.md").write_bytes(statement.as_markdown(done))
     assert refusal(part).startswith("privacy.json must not be of a run that has ended")
 
 
@@ -324,7 +324,7 @@ def test_the_seed_of_secret_batches_is_128_bits_of_entropy(monkeypatch, kind):
         asked.append(bits)
         return 2**bits - 1 - len(asked)
 
-    monkeypatch.setattr("rootnoise.sampling.secrets.randbits", randbits)
+    monkeypatch.setattr("rootnoise.batches.samplers.secrets.randbits", randbits)
     seeds = [make_sampler(config, 1442).seed for _ in range(2)]
     assert asked == [128, 128]
     assert seeds == [2**128 - 2, 2**128 - 3]
@@ -349,7 +349,7 @@ def test_the_seed_of_secret_batches_is_in_the_checkpoint_alone(tmp_path, monkeyp
 
 def test_json_never_holds_what_is_no_number():
     for value in (math.nan, math.inf):
-        for write in (checkpoint.as_json, privacy.as_json, privacy.sealed):
+        for write in (folder.as_json, statement.as_json, statement.sealed):
             with pytest.raises(ValueError, match="not JSON compliant"):
                 write({"x": value})
 
@@ -359,5 +359,5 @@ def test_the_digest_of_a_checkpoint_needs_the_key():
     key, content = Key.from_seed(1), b"content"
     secret = key.derive("folder of the run").secret
     expected = hashlib.blake2b(content, key=secret, digest_size=32).digest()
-    assert checkpoint._digest(content, key) == expected
-    assert checkpoint._digest(content, Key.from_seed(2)) != expected
+    assert folder._digest(content, key) == expected
+    assert folder._digest(content, Key.from_seed(2)) != expected

@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rootnoise._check import RootnoiseError
-from rootnoise.lab import models
-from rootnoise.lab.config import RunConfig, make_mechanism, make_sampler
-from rootnoise.lab.data import Dataset
-from rootnoise.lab.trainer import Trainer
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.randomness import Key
+from rootnoise.runs import models
+from rootnoise.runs.config import RunConfig, make_mechanism, make_sampler
+from rootnoise.runs.data import Dataset
+from rootnoise.runs.trainer import Trainer
 
 SHAPES = [(1, 8, 8), (1, 28, 28), (3, 32, 32)]
 every_model = pytest.mark.parametrize("name", list(models.MODELS))

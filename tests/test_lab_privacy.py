@@ -8,10 +8,10 @@ import pytest
 
 from rootnoise._check import RootnoiseError
 from rootnoise.accounting import privacy_cost
-from rootnoise.lab import privacy
-from rootnoise.lab.run import run
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.randomness import Key
+from rootnoise.runs import statement
+from rootnoise.runs.run import run
 from test_lab_run import PERIOD, SMALL, stopped, with_
 
 
@@ -78,14 +78,14 @@ def test_people_read_the_same(finished):
 
 def test_it_is_there_before_the_first_step_and_never_holds_the_key(tmp_path):
     stopped(tmp_path, step=1)
-    early = privacy.read(tmp_path / "privacy.json")
+    early = statement.read(tmp_path / "privacy.json")
     assert early["steps_made"] == 0
     assert "ledger" not in early
     key = Key.load(tmp_path / "noise.key")
     assert early["key_id"] == key.id
     secret = key.secret.hex()
     run(SMALL, tmp_path, resume=True)
-    late = privacy.read(tmp_path / "privacy.json")
+    late = statement.read(tmp_path / "privacy.json")
     assert {k: late[k] for k in ("mechanism", "key_id", "claim")} == {
         k: early[k] for k in ("mechanism", "key_id", "claim")
     }
@@ -98,31 +98,31 @@ def test_a_run_without_privacy_says_so(tmp_path):
     run(with_(mechanism="none", epsilon=None, epochs=1), tmp_path / "none")
     run(with_(epochs=1, insecure_noise_seed=3), tmp_path / "insecure")
     for name in ("none", "insecure"):
-        stated = privacy.read(tmp_path / name / "privacy.json")
+        stated = statement.read(tmp_path / name / "privacy.json")
         assert stated["private"] is False
         assert stated["claim"].startswith("No privacy is claimed")
         assert stated["steps_made"] == PERIOD
         assert "No privacy is claimed" in (tmp_path / name / "privacy.md").read_text()
-    assert "mechanism" not in privacy.read(tmp_path / "none/privacy.json")
+    assert "mechanism" not in statement.read(tmp_path / "none/privacy.json")
 
 
 def test_the_bound_is_left_out_where_it_takes_long(monkeypatch, finished):
     mechanism = Mechanism.load(finished / "mechanism.json")
-    monkeypatch.setattr(privacy, "MOST_STEPS", mechanism.n_steps - 1)
+    monkeypatch.setattr(statement, "MOST_STEPS", mechanism.n_steps - 1)
     left = {"rmse": mechanism.rmse, "lower_bound": None, "gap": None}
-    assert privacy.described(mechanism)["error"] == left
+    assert statement.described(mechanism)["error"] == left
 
 
 def test_a_delta_of_one_or_more_is_not_stated(finished):
     mechanism = replace(Mechanism.load(finished / "mechanism.json"), delta=0.02)
-    deltas = [cost["delta"] for cost in privacy.described(mechanism)["privacy"]]
+    deltas = [cost["delta"] for cost in statement.described(mechanism)["privacy"]]
     assert deltas == pytest.approx([0.02, 0.0002])
 
 
 def test_the_seal_breaks_with_any_field(finished, tmp_path):
-    stated = privacy.read(finished / "privacy.json")
+    stated = statement.read(finished / "privacy.json")
     for name in stated:
         path = tmp_path / "privacy.json"
-        path.write_bytes(privacy.as_json(stated | {name: "other"}))
+        path.write_bytes(statement.as_json(stated | {name: "other"}))
         with pytest.raises(RootnoiseError, match=r"^privacy.json must be as it was sealed, got an"):
-            privacy.read(path)
+            statement.read(path)

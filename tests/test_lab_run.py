@@ -10,14 +10,14 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from rootnoise._check import RootnoiseError
-from rootnoise.lab import demo as demo_module
-from rootnoise.lab import trainer as trainer_module
-from rootnoise.lab.checkpoint import RunFolder
-from rootnoise.lab.config import RunConfig, claim, make_key, make_mechanism, make_sampler
-from rootnoise.lab.data import load
-from rootnoise.lab.run import run
-from rootnoise.lab.trainer import SurroundingsWarning, Trainer
 from rootnoise.mechanism import Mechanism
+from rootnoise.runs import demo as demo_module
+from rootnoise.runs import trainer as trainer_module
+from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
+from rootnoise.runs.data import load
+from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.run import run
+from rootnoise.runs.trainer import SurroundingsWarning, Trainer
 
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
-from rootnoise.journal import pack, unpack
-from rootnoise.ledger import Ledger
+from rootnoise.batches.ledger import Ledger
+from rootnoise.batches.ledger_file import pack, unpack
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 
 

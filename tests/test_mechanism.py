@@ -7,8 +7,8 @@ import json
 import pytest
 
 from rootnoise import RootnoiseError, accounting, mechanism
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.causal import Toeplitz
-from rootnoise.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation

@@ -21,8 +21,8 @@ from rootnoise.accounting import MonteCarlo, estimate, renewal
 from rootnoise.accounting.bins import Bins, bin_gram
 from rootnoise.accounting.separated import Separated, band_rows
 from rootnoise.auditing.recompute import _renewal_losses, epsilon_ranges
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.causal import Dense, Toeplitz
-from rootnoise.certificate import lower_bound
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
@@ -32,7 +32,7 @@ from rootnoise.participation import (
     from_dict,
     to_dict,
 )
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import prefix_sum
 
 FEW = MonteCarlo(samples=40_000)

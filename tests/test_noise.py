@@ -17,17 +17,17 @@ from scipy import stats
 from scipy.linalg import solve_triangular
 from threadpoolctl import threadpool_limits
 
-from rootnoise import series
 from rootnoise._check import RootnoiseError
-from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
-from rootnoise.diagonals import Banded
-from rootnoise.engine import full_precision
+from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, series
+from rootnoise.causal.banded import Banded
 from rootnoise.factorization import factorize, mechanisms
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.noise import MOST_STEPS, SMALL, NoiseStream
-from rootnoise.normals import AesSource, CudaSource
+from rootnoise.noise import NoiseStream
+from rootnoise.noise.engine import full_precision
+from rootnoise.noise.sources import AesSource, CudaSource
+from rootnoise.noise.stream import MOST_STEPS, SMALL
 from rootnoise.participation import FixedCycle, SingleParticipation
-from rootnoise.randomness import Key
 from rootnoise.workload import SGD
 
 KEY = Key.from_seed(0)
@@ -390,7 +390,7 @@ PEAK = """
 import gc, json
 from pathlib import Path
 from rootnoise.noise import NoiseStream
-from rootnoise.randomness import Key
+from rootnoise.keys import Key
 from test_noise import bisr
 
 def kilobytes(field):

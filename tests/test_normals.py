@@ -9,8 +9,8 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 from rootnoise._check import RootnoiseError
-from rootnoise.normals import AesSource, CudaSource, philox_state
-from rootnoise.randomness import Key
+from rootnoise.keys import Key
+from rootnoise.noise.sources import AesSource, CudaSource, philox_state
 
 KEY = Key.from_seed(0)
 CHUNK = AesSource.chunk

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rootnoise import nuclear
+from rootnoise.bounds import nuclear_norm
 from rootnoise.causal import Toeplitz
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
 
@@ -24,18 +24,18 @@ def singular_values(workload):
 @given(st.integers(1, 60), st.floats(0, 1, exclude_max=True), st.floats(0, 1, exclude_min=True))
 def test_sgd_is_right_to_nine_digits_and_never_above(n, momentum, decay):
     exact = singular_values(SGD(n, momentum, decay))
-    found = nuclear.sgd(n, momentum, decay)
+    found = nuclear_norm.sgd(n, momentum, decay)
     assert exact * (1 - 1e-9) <= found <= exact * (1 + 1e-13)
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 100])
 def test_prefix_sums_in_closed_form(n):
-    assert nuclear.prefix_sum(n) == pytest.approx(singular_values(prefix_sum(n)), rel=1e-13)
+    assert nuclear_norm.prefix_sum(n) == pytest.approx(singular_values(prefix_sum(n)), rel=1e-13)
 
 
 @pytest.mark.parametrize("n", [10**3, 10**6])
 def test_the_integral_meets_the_closed_form(n):
-    assert nuclear.sgd(n, 0.0, 1.0) == pytest.approx(nuclear.prefix_sum(n), rel=1e-10)
+    assert nuclear_norm.sgd(n, 0.0, 1.0) == pytest.approx(nuclear_norm.prefix_sum(n), rel=1e-10)
 
 
 def test_reference():
@@ -43,9 +43,9 @@ def test_reference():
     for item in VALUES:
         i = item["inputs"]
         if item["name"] == "uniform_dual_lower_bound_single":
-            norm, _ = nuclear.nuclear_norm(SGD(i["n"], i["beta"], i["alpha"]))
+            norm, _ = nuclear_norm.nuclear_norm(SGD(i["n"], i["beta"], i["alpha"]))
         elif item["name"] == "uniform_dual_prefix_closed_form":
-            norm, _ = nuclear.nuclear_norm(prefix_sum(i["n"]))
+            norm, _ = nuclear_norm.nuclear_norm(prefix_sum(i["n"]))
         else:
             continue
         assert norm / i["n"] == pytest.approx(item["value"], rel=1e-9)
@@ -58,7 +58,7 @@ def test_circulant_is_never_above(tail, zeros):
     coefficients = np.append(1.0, tail)
     a = Toeplitz(coefficients, coefficients.size + zeros)
     exact = np.linalg.svd(a.dense(), compute_uv=False).sum()
-    assert 0.5 * exact < nuclear.circulant(a) <= exact * (1 + 1e-13)
+    assert 0.5 * exact < nuclear_norm.circulant(a) <= exact * (1 + 1e-13)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,6 @@ def test_circulant_is_never_above(tail, zeros):
     ],
 )
 def test_routes(workload, method):
-    norm, how = nuclear.nuclear_norm(workload)
+    norm, how = nuclear_norm.nuclear_norm(workload)
     assert how == method
     assert norm <= singular_values(workload) * (1 + 1e-12)

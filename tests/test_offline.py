@@ -11,7 +11,7 @@ from scipy.linalg import sqrtm, toeplitz
 import oracle
 from rootnoise._check import RootnoiseError
 from rootnoise.factorization.dense import reverse_cholesky
-from rootnoise.offline import OfflineFactorization, ablation, offline_factorization
+from rootnoise.factorization.symmetric import OfflineFactorization, ablation, offline_factorization
 
 SIZES = st.integers(1, 12)
 SEEDS = st.integers(0, 2**32 - 1)

@@ -8,12 +8,12 @@ import pytest
 import oracle
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.certificate import lower_bound
+from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
 from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, plan, samplings
-from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps

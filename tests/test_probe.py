@@ -9,10 +9,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 import probe_runs
 from processes import launch
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.randomness import Key
-from rootnoise.sampling import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import SGD
 

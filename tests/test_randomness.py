@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
-from rootnoise.randomness import Key
+from rootnoise.keys import Key
 
 KEY = Key.from_seed(0)
 

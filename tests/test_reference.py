@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rootnoise import accounting, nuclear, series
-from rootnoise.certificate import lower_bound
+from rootnoise import accounting
+from rootnoise.bounds import nuclear_norm
+from rootnoise.bounds.certificate import lower_bound
+from rootnoise.causal import series
 from rootnoise.factorization import factorize
 from rootnoise.participation import (
     CyclicPoisson,
@@ -72,9 +74,9 @@ COMPUTE = {
     "E_tree_full_pinv_prefix_single": lambda i: tree(i, "full"),
     "E_tree_naive_prefix_single": lambda i: tree(i, "naive"),
     "uniform_dual_lower_bound_single": lambda i: (
-        nuclear.nuclear_norm(SGD(i["n"], i["beta"], i["alpha"]))[0] / i["n"]
+        nuclear_norm.nuclear_norm(SGD(i["n"], i["beta"], i["alpha"]))[0] / i["n"]
     ),
-    "uniform_dual_prefix_closed_form": lambda i: nuclear.prefix_sum(i["n"]) / i["n"],
+    "uniform_dual_prefix_closed_form": lambda i: nuclear_norm.prefix_sum(i["n"]) / i["n"],
     "gaussian_sigma": lambda i: accounting.noise_multiplier(
         SingleParticipation(), 1, i["eps"], i["delta"]
     ),

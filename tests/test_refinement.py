@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rootnoise import certificate, dual, refinement
+from rootnoise.bounds import certificate, coarse_to_fine, dual
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, prefix_sum
 from strategies import participations
@@ -19,7 +19,7 @@ ONCE = SingleParticipation()
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(refinement, "WHOLE", 6)
+    monkeypatch.setattr(coarse_to_fine, "WHOLE", 6)
 
 
 def weight(patterns, factors):
@@ -37,8 +37,8 @@ def weight(patterns, factors):
 def test_starts_are_feasible_and_follow_one_person(data, n):
     who = data.draw(st.one_of(st.just(ONCE), participations(n)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(refinement, "WHOLE", 6)
-        patterns, start, _ = refinement.start(SGD(n, 0.5).matrix.dense(), who)
+        patch.setattr(coarse_to_fine, "WHOLE", 6)
+        patterns, start, _ = coarse_to_fine.start(SGD(n, 0.5).matrix.dense(), who)
     for steps in patterns:
         for pattern in steps:
             assert pattern.max() < n
@@ -64,7 +64,7 @@ def test_starts_are_feasible_and_follow_one_person(data, n):
 def test_a_start_is_close_and_no_start_is_above(workload, who, loss):
     a = workload.matrix.dense()
     n = len(a)
-    patterns, start, _ = refinement.start(a, who)
+    patterns, start, _ = coarse_to_fine.start(a, who)
     assert start is not None
     first = next(dual.ascend(dual.Problem(a[:, :, None], patterns), start)).value
     whole = dual.ascend(dual.Problem(a[:, :, None], dual.patterns(n, who)))

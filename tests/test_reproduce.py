@@ -30,7 +30,7 @@ from parts.studies import HERE, METHODS, STUDIES, Study
 from parts.tables import where
 from reproduce import PARTS
 from rootnoise import SGD, FixedCycle, RootnoiseError, factorize
-from rootnoise.lab.config import RunConfig
+from rootnoise.runs.config import RunConfig
 
 PAPER = Path(__file__).parents[1] / "papers" / "kalinin-lampert-2024"
 EXPECTED = json.loads((PAPER / "expected.json").read_text())

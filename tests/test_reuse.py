@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
-from rootnoise.randomness import Key
-from rootnoise.reuse import LANES, Releases, _digest
-from rootnoise.sampling import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.reuse import LANES, Releases, _digest
 from rootnoise.workload import prefix_sum
 
 RULE = "^noise of step 1 must not protect two gradients: another live optimizer has released a"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import causal, sandwich, series
-from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
+from rootnoise import causal
+from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, product_norms, series
 from rootnoise.workload import SGD, ScheduledSGD
 
 RANDOM = np.random.default_rng(0)
@@ -44,7 +44,7 @@ def test_row_norms_and_block_sums(shape, p, exponent, n):
     m = series.invert(series.sgd_power(1.0, 0.3, exponent, min(p, n)), n)
     g = RANDOM.uniform(0.5, 2, n) * RANDOM.choice([-1, 1], n)
     left, right = oracle.lower_toeplitz(a, n), oracle.lower_toeplitz(m, n)
-    norms = sandwich.row_norms(a, g, m)
+    norms = product_norms.row_norms(a, g, m)
     if norms is None:
         assert shape is SHAPES["no short recurrence"]
         assert n > 3
@@ -54,33 +54,33 @@ def test_row_norms_and_block_sums(shape, p, exponent, n):
     pairs = (left.T @ left) * (right @ right.T) * np.outer(g, g)
     belongs = np.eye(blocks[-1] + 1)[blocks]
     expected = belongs.T @ pairs @ belongs
-    sums = sandwich.block_sums(a, g, m, blocks)
+    sums = product_norms.block_sums(a, g, m, blocks)
     np.testing.assert_allclose(sums, expected, atol=1e-11 * np.abs(expected).max())
 
 
 @given(st.floats(0.0, 1.0), st.floats(0.0, 1.0), st.integers(3, 300))
 def test_poles_are_found_up_to_the_rounding_of_the_coefficients(alpha, beta, n):
     a = series.sgd_power(alpha, beta, 1.0, n)
-    found = sandwich.poles(a)
+    found = product_norms.poles(a)
     np.testing.assert_allclose(sum(found), alpha + beta, atol=1e-12)
     np.testing.assert_allclose(np.prod(found), alpha * beta, atol=1e-12)
 
 
 def test_close_poles_keep_their_digits():
-    found = sandwich.poles(series.sgd_power(1.0, 0.999, 1.0, 100_000))
+    found = product_norms.poles(series.sgd_power(1.0, 0.999, 1.0, 100_000))
     assert found is not None
     assert found[0] == 1.0
 
 
 def test_more_than_two_poles_are_refused():
-    assert sandwich.poles(series.sgd_power(1.0, 0.9, 1.5, 30)) is None
+    assert product_norms.poles(series.sgd_power(1.0, 0.9, 1.5, 30)) is None
 
 
 def test_constant_factors_are_the_toeplitz_case_at_a_hundred_thousand_steps():
     n = 100_000
     a, c = series.sgd_power(1.0, 0.9, 1.0, n), series.sgd_power(1.0, 0.9, 0.5, 100)
     b = series.divide(a, c, n)
-    norms = sandwich.row_norms(a, np.full(n, 0.5), series.invert(c, n))
+    norms = product_norms.row_norms(a, np.full(n, 0.5), series.invert(c, n))
     np.testing.assert_allclose(norms, 0.5 * np.sqrt(np.cumsum(b**2)), rtol=1e-10)
 
 
@@ -94,12 +94,12 @@ def test_constant_factors_are_the_toeplitz_case_at_a_hundred_thousand_steps():
 )
 def test_streamed_and_toeplitz_diagonals_are_those_of_the_gram_matrix(work):
     gram = work.matrix.dense().T @ work.matrix.dense()
-    streamed = list(sandwich.streamed_gram(work.recurrence))
+    streamed = list(product_norms.streamed_gram(work.recurrence))
     assert len(streamed) == 40
     for lag, diagonal in enumerate(streamed):
         np.testing.assert_allclose(diagonal, np.diag(gram, -lag), rtol=1e-12)
     if work.matrix.is_toeplitz:
-        for lag, diagonal in enumerate(sandwich.toeplitz_gram(work.matrix.column(0))):
+        for lag, diagonal in enumerate(product_norms.toeplitz_gram(work.matrix.column(0))):
             np.testing.assert_allclose(diagonal, np.diag(gram, -lag), rtol=1e-12)
 
 

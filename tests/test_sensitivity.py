@@ -8,19 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import RootnoiseError, patterns, series
-from rootnoise import sensitivity as module
-from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
-from rootnoise.dyadic import Tree
+from rootnoise import RootnoiseError
+from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, series
+from rootnoise.causal.momentum import Descent
+from rootnoise.causal.tree import Tree
 from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
     MinSeparation,
     MinSepPoisson,
     SingleParticipation,
+    overlaps,
 )
-from rootnoise.sensitivity import sensitivity
-from rootnoise.workload.descent import Descent
+from rootnoise.participation import sensitivity as module
+from rootnoise.participation.sensitivity import sensitivity
 
 SHAPES = st.integers(2, 12).flatmap(
     lambda n: st.tuples(st.just(n), st.integers(1, n)).flatmap(
@@ -69,7 +70,7 @@ def test_non_decreasing_coefficients_are_exact(shape, fixed, momentum, bands):
 
 
 def test_non_decreasing_coefficients_are_exact_at_any_length(monkeypatch):
-    monkeypatch.setattr(patterns, "MEMORY", 0)
+    monkeypatch.setattr(overlaps, "MEMORY", 0)
     monkeypatch.setattr(module, "PAIRWISE_WORK", 0)
     for bands in (3, 4, 12):
         rising = Toeplitz(series.sgd_power(1, 0.9, 1.0, bands), 12)
@@ -145,7 +146,7 @@ def test_a_tree_takes_the_bound_of_its_blocks_where_dynamic_programming_takes_to
     tree, value = Tree(12), MinSeparation(3, 4)
     exact = sensitivity(tree, value)
     assert exact.method == "dynamic programming over the Gram matrix"
-    monkeypatch.setattr(patterns, "MEMORY", 0)
+    monkeypatch.setattr(overlaps, "MEMORY", 0)
     blocks = sensitivity(tree, value)
     assert blocks.method == "blocks of the tree"
     assert blocks.value >= exact.value * (1 - 1e-12)
@@ -176,7 +177,7 @@ def test_the_pairwise_route_proves_momentum_with_decay_exact():
 
 
 def test_the_envelope_is_used_when_pairs_are_too_many(monkeypatch):
-    monkeypatch.setattr(patterns, "MEMORY", 0)  # no dynamic programming, which is exact here
+    monkeypatch.setattr(overlaps, "MEMORY", 0)  # no dynamic programming, which is exact here
     c = Toeplitz(np.array([1, 0.1, 0.1, 0.9]), 12)
     pairwise = sensitivity(c, MinSeparation(2, 4))
     monkeypatch.setattr(module, "PAIRWISE_WORK", 4 * 12)
@@ -205,7 +206,7 @@ def test_as_many_bands_as_the_separation_do_not_overlap():
 
 @pytest.mark.parametrize("low", [0.0, -1.0])
 def test_cycles_of_a_gram_matrix_are_those_of_the_dense_one(low, monkeypatch):
-    monkeypatch.setattr(patterns, "MEMORY", 0)
+    monkeypatch.setattr(overlaps, "MEMORY", 0)
     for seed, (n, b) in enumerate([(10, 3), (12, 4), (7, 1)]):
         c = np.tril(np.random.default_rng(seed).uniform(low, 1, (n, n)), -1) + np.eye(n)
         value = FixedCycle(b, -(-n // b))
@@ -228,7 +229,7 @@ def test_cycles_of_a_gram_matrix_are_those_of_the_dense_one(low, monkeypatch):
     ],
 )
 def test_blocks_of_a_tree_are_those_of_the_dense_one(value, exact, monkeypatch):
-    monkeypatch.setattr(patterns, "MEMORY", 0)
+    monkeypatch.setattr(overlaps, "MEMORY", 0)
     for estimator in ("full", "naive"):
         tree = Tree(12, estimator)
         found = sensitivity(tree, value)

@@ -10,10 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import patterns, series
-from rootnoise.causal import CausalMatrix, Dense, Diagonal, Product, Toeplitz
-from rootnoise.participation import FixedCycle, MinSeparation
-from rootnoise.sensitivity import sensitivity
+from rootnoise.causal import CausalMatrix, Dense, Diagonal, Product, Toeplitz, series
+from rootnoise.participation import FixedCycle, MinSeparation, overlaps
+from rootnoise.participation.sensitivity import sensitivity
 
 
 @st.composite
@@ -44,7 +43,7 @@ def test_diagonals_are_those_of_the_gram_matrix(case):
     n, _, _, strategy = case
     x = strategy.dense().T @ strategy.dense()
     lags = range(strategy.bands)
-    for d, diagonal in zip(lags, patterns.gram_diagonals(strategy, lags), strict=True):
+    for d, diagonal in zip(lags, overlaps.gram_diagonals(strategy, lags), strict=True):
         np.testing.assert_allclose(diagonal[d:], np.diag(x, d), atol=1e-9 * x.max())
         assert not diagonal[:d].any()
     assert not np.triu(x, strategy.bands).any() or strategy.bands == n
@@ -55,7 +54,7 @@ def test_diagonals_are_those_of_the_gram_matrix(case):
 def test_the_worst_pattern_is_found(case):
     _, b, k, strategy = case
     c = strategy.dense()
-    found = patterns.worst_pattern(strategy, b, k)
+    found = overlaps.worst_pattern(strategy, b, k)
     assert found is not None
     bound, reached = np.sqrt(found[0]), found[1]
     assert bound == pytest.approx(oracle.sensitivity_at_most(c, b, k, False), rel=1e-9)
@@ -70,7 +69,7 @@ def test_the_worst_cycle_is_found(case):
     if n // b > 6:
         return  # 2^6 signs are enough
     c = strategy.dense()
-    found = patterns.worst_cycle(strategy, b)
+    found = overlaps.worst_cycle(strategy, b)
     assert found is not None
     bound, reached = np.sqrt(found[0]), found[1]
     assert bound == pytest.approx(oracle.sensitivity_at_most(c, b, n, True), rel=1e-9)
@@ -138,7 +137,7 @@ def test_what_takes_too_long_or_too_much_is_bounded(monkeypatch):
         exact = sensitivity(c, value)
         assert exact.exact
         with monkeypatch.context() as m:
-            m.setattr(patterns, "MEMORY", 0)
+            m.setattr(overlaps, "MEMORY", 0)
             bound = sensitivity(Toeplitz(-c.coefficients, 12), value)
         assert (bound.exact, bound.method) == (False, method)
         assert bound.value >= exact.value
@@ -148,7 +147,7 @@ def test_matrices_that_take_too_much_are_bounded_by_rows(monkeypatch):
     rng = np.random.default_rng(2)
     c = Dense(np.tril(rng.uniform(0, 1, (10, 10))) + np.eye(10))
     exact = sensitivity(c, MinSeparation(2, 5))
-    monkeypatch.setattr(patterns, "WORK", 0)
+    monkeypatch.setattr(overlaps, "WORK", 0)
     bound = sensitivity(c, MinSeparation(2, 5))
     assert (exact.exact, bound.exact, bound.method) == (True, False, "rows of the Gram matrix")
     assert bound.value >= exact.value
@@ -157,7 +156,7 @@ def test_matrices_that_take_too_much_are_bounded_by_rows(monkeypatch):
 def test_the_number_of_ages_is_counted_right():
     for b in range(1, 5):
         for oldest in range(-3, 12):
-            assert patterns._count(oldest, b) == len(list(patterns._ages(oldest, b)))
+            assert overlaps._count(oldest, b) == len(list(overlaps._ages(oldest, b)))
 
 
 @pytest.mark.parametrize(

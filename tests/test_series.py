@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from rootnoise import RootnoiseError, series
+from rootnoise import RootnoiseError
+from rootnoise.causal import series
 
 ROOTS = [(1, 0), (1, 0.9), (0.999, 0.9), (0.9, 0.0), (0.99, 0.99), (0.5, 0.4999999), (0.9, 0.999)]
 

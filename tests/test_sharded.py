@@ -6,8 +6,8 @@ import torch
 import sharded_runs
 from parallel_runs import N_STEPS, alone, assert_close, backward, examples, flat, make, results
 from processes import launch
-from rootnoise.clipping import NonFiniteGradientWarning
 from rootnoise.noise import NoiseStream
+from rootnoise.training.clipping import NonFiniteGradientWarning
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

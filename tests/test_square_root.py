@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import adversary
 import oracle
-from rootnoise import series
 from rootnoise._check import RootnoiseError
+from rootnoise.causal import series
 from rootnoise.factorization import factorize, square_root
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, ToeplitzWorkload, prefix_sum

@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from rootnoise import nuclear, theorems
 from rootnoise._check import RootnoiseError
-from rootnoise.certificate import lower_bound
+from rootnoise.bounds import nuclear_norm, theorems
+from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, prefix_sum
@@ -35,7 +35,7 @@ def test_square_root_lies_between_its_bounds(workload):
 
 @pytest.mark.parametrize("workload", GRID, ids=str)
 def test_no_factorization_is_below_the_paper_s_bound(workload):
-    sharper = nuclear.nuclear_norm(workload)[0] / workload.n_steps
+    sharper = nuclear_norm.nuclear_norm(workload)[0] / workload.n_steps
     assert theorems.any_lower(workload) <= sharper * (1 + 1e-9)
 
 

@@ -12,14 +12,20 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError
-from rootnoise.clipping import SLACK, Clip, NonFiniteGradientWarning, clipped_sums, row_norms
+from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.factorization import factorize
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import FixedCycle
-from rootnoise.randomness import Key
-from rootnoise.sampling import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.clipping import (
+    SLACK,
+    Clip,
+    NonFiniteGradientWarning,
+    clipped_sums,
+    row_norms,
+)
 from rootnoise.workload import SGD
 
 N, BATCH, EPOCHS, CLASSES = 24, 4, 3, 5

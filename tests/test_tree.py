@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import oracle
-from rootnoise import causal, gramian
+from rootnoise import causal
 from rootnoise._check import RootnoiseError
-from rootnoise.dyadic import ESTIMATORS, Tree, cycle_squares, error_variances, most_squares
+from rootnoise.causal import streamed_norms
+from rootnoise.causal.tree import ESTIMATORS, Tree, cycle_squares, error_variances, most_squares
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import SGD, prefix_sum
 
 VALUES = json.loads((Path(__file__).parent / "reference" / "values.json").read_text())
@@ -99,7 +100,7 @@ def test_the_map(n, estimator):
         np.testing.assert_allclose(c.apply(y), dense @ y, atol=1e-12)
         np.testing.assert_allclose(c.solve(dense @ y), y, atol=1e-11)
     np.testing.assert_allclose(c.column_norms(), np.linalg.norm(dense, axis=0), rtol=1e-12)
-    np.testing.assert_allclose(gramian.column_norms(c), c.column_norms(), rtol=1e-12)
+    np.testing.assert_allclose(streamed_norms.column_norms(c), c.column_norms(), rtol=1e-12)
     assert c.state_size == math.floor(math.log2(n))
     np.testing.assert_array_equal(causal.from_dict(c.to_dict()).dense(), dense)
 

@@ -20,13 +20,13 @@ from torch.optim.lr_scheduler import (
 )
 
 import oracle
-from rootnoise import causal, gramian, series, workload
+from rootnoise import causal, workload
 from rootnoise._check import RootnoiseError
-from rootnoise.causal import Dense, Inverse, Product, Toeplitz
+from rootnoise.causal import Dense, Inverse, Product, Toeplitz, series, streamed_norms
+from rootnoise.causal.momentum import Descent
 from rootnoise.factorization import factorize
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload
-from rootnoise.workload.descent import Descent
 from rootnoise.workload.optimizer import from_optimizer
 from rootnoise.workload.schedule import sgd_roots
 from rootnoise.workload.triangular import square_root
@@ -187,7 +187,7 @@ def test_ten_thousand_scheduled_steps_take_seconds(bands):
     # P diag(rates) is the rest of the workload once its momentum has met the strategy.
     rows = Product(SGD(n).recurrence, causal.Diagonal(rates))
     m = series.divide(split.noising.column(0), np.array([1.0, -0.9]), n)
-    expected = np.linalg.norm(gramian.row_norms_after(rows, m)) / math.sqrt(n)
+    expected = np.linalg.norm(streamed_norms.row_norms_after(rows, m)) / math.sqrt(n)
     assert rmse == pytest.approx(split.sensitivity(participation).value * expected, rel=1e-12)
 
 
@@ -200,7 +200,7 @@ def test_gramians_are_the_norms(n):
     dense = Dense(np.tril(np.triu(RNG.normal(size=(n, n)), -2)) + 3 * np.eye(n))
     for matrix in (c, Inverse(c), dense, Product(dense, Inverse(c)), Product(Inverse(c), dense)):
         a = matrix.dense()
-        for norms, axis in ((gramian.row_norms, 1), (gramian.column_norms, 0)):
+        for norms, axis in ((streamed_norms.row_norms, 1), (streamed_norms.column_norms, 0)):
             np.testing.assert_allclose(norms(matrix), np.linalg.norm(a, axis=axis), rtol=1e-12)
 
 
@@ -209,7 +209,7 @@ def test_rows_after_a_long_filter(n):
     before = Descent(RNG.uniform(0.1, 1, n), 0.9)
     m = series.sgd_power(1, 0.9, -0.5, n)
     expected = np.linalg.norm(before.dense() @ oracle.lower_toeplitz(m, n), axis=1)
-    np.testing.assert_allclose(gramian.row_norms_after(before, m), expected, rtol=1e-12)
+    np.testing.assert_allclose(streamed_norms.row_norms_after(before, m), expected, rtol=1e-12)
 
 
 # --------------------------------------------------------------------------------- torch optimizers

@@ -6,9 +6,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from processes import kill_at_line, kill_at_state, kill_inside_write
-from rootnoise.lab import plots
-from rootnoise.lab.config import RunConfig
-from rootnoise.lab.run import run
+from rootnoise.runs import curves
+from rootnoise.runs.config import RunConfig
+from rootnoise.runs.run import run
 
 CONFIG = RunConfig(
     dataset="digits",
@@ -38,7 +38,7 @@ FOLDER = ("_files.py", "lab/checkpoint.py", "lab/run.py")
 
 def train(out: Path, every: int | None, config: RunConfig = CONFIG) -> None:
     """Start the run in `out`, or resume it where it has a config.json; without its picture."""
-    plots.learning_curves = _nothing  # type: ignore[assignment]
+    curves.learning_curves = _nothing  # type: ignore[assignment]
     run(config, out, resume=(out / "config.json").exists(), checkpoint_every=every)
 
 

@@ -13,15 +13,24 @@ from rootnoise._check import RootnoiseError
 
 if TYPE_CHECKING:
     from rootnoise.accounting import MonteCarlo, PrivacyCost, noise_multiplier, privacy_cost
-    from rootnoise.buffered import BufferedToeplitz
+    from rootnoise.batches.ledger import Ledger
+    from rootnoise.batches.loader import data_loader
+    from rootnoise.batches.samplers import (
+        BallsInBinsSampler,
+        CyclicPoissonSampler,
+        FixedCycleSampler,
+        MinSeparationSampler,
+        MinSepPoissonSampler,
+        OwnBatches,
+    )
+    from rootnoise.bounds.certificate import Certificate, check, lower_bound
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
-    from rootnoise.certificate import Certificate, check, lower_bound
+    from rootnoise.causal.banded import Banded
+    from rootnoise.causal.buffered import BufferedToeplitz
     from rootnoise.diagnostics import Finding, diagnose
-    from rootnoise.diagonals import Banded
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
     from rootnoise.front_door import make_private
-    from rootnoise.ledger import Ledger
-    from rootnoise.loading import data_loader
+    from rootnoise.keys import Key
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
     from rootnoise.participation import (
@@ -33,17 +42,8 @@ if TYPE_CHECKING:
         Participation,
         SingleParticipation,
     )
+    from rootnoise.participation.sensitivity import Sensitivity
     from rootnoise.planner import Job, plan
-    from rootnoise.randomness import Key
-    from rootnoise.sampling import (
-        BallsInBinsSampler,
-        CyclicPoissonSampler,
-        FixedCycleSampler,
-        MinSeparationSampler,
-        MinSepPoissonSampler,
-        OwnBatches,
-    )
-    from rootnoise.sensitivity import Sensitivity
     from rootnoise.training import PrivateOptimizer, privatize
     from rootnoise.workload import (
         SGD,
@@ -79,10 +79,10 @@ _MODULES = {
     # how to split it, and how good the split is
     "causal": ("CausalMatrix", "Dense", "Diagonal", "Inverse", "Product", "Toeplitz"),
     "factorization": ("Factorization", "default_bands", "factorize", "mechanisms"),
-    "sensitivity": ("Sensitivity",),
-    "buffered": ("BufferedToeplitz",),
-    "diagonals": ("Banded",),
-    "certificate": ("Certificate", "check", "lower_bound"),
+    "participation.sensitivity": ("Sensitivity",),
+    "causal.buffered": ("BufferedToeplitz",),
+    "causal.banded": ("Banded",),
+    "bounds.certificate": ("Certificate", "check", "lower_bound"),
     # privacy
     "accounting": ("MonteCarlo", "PrivacyCost", "noise_multiplier", "privacy_cost"),
     "mechanism": ("Mechanism",),
@@ -90,10 +90,10 @@ _MODULES = {
     "planner": ("Job", "plan"),
     # running
     "front_door": ("make_private",),
-    "randomness": ("Key",),
+    "keys": ("Key",),
     "noise": ("NoiseStream",),
-    "ledger": ("Ledger",),
-    "sampling": (
+    "batches.ledger": ("Ledger",),
+    "batches.samplers": (
         "BallsInBinsSampler",
         "CyclicPoissonSampler",
         "FixedCycleSampler",
@@ -101,7 +101,7 @@ _MODULES = {
         "MinSeparationSampler",
         "OwnBatches",
     ),
-    "loading": ("data_loader",),
+    "batches.loader": ("data_loader",),
     "training": ("PrivateOptimizer", "privatize"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise import accounting, error
+from rootnoise import accounting
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.certificate import Effort
-from rootnoise.factorization import default_bands, factorize
+from rootnoise.bounds.certificate import Effort
+from rootnoise.factorization import default_bands, error, factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation
 from rootnoise.workload import MatrixWorkload

@@ -25,9 +25,17 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
+from rootnoise.batches.loader import data_loader
+from rootnoise.batches.samplers import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    Indices,
+    Sampler,
+)
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
-from rootnoise.loading import data_loader
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
     BallsInBins,
@@ -36,16 +44,8 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import Job, plan
-from rootnoise.randomness import Key
-from rootnoise.sampling import (
-    BallsInBinsSampler,
-    CyclicPoissonSampler,
-    FixedCycleSampler,
-    Indices,
-    Sampler,
-)
-from rootnoise.sensitivity import sensitivity
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import Workload, from_optimizer
 

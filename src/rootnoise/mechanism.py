@@ -16,15 +16,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rootnoise import accounting, causal, error, participation, workload
+from rootnoise import accounting, causal, participation, workload
 from rootnoise._check import RootnoiseError, clip_range, real
 from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
+from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
 from rootnoise.causal import CausalMatrix
-from rootnoise.certificate import Certificate, Effort, lower_bound
-from rootnoise.factorization import Factorization
+from rootnoise.factorization import Factorization, error
 from rootnoise.participation import Participation, PoissonSampling
-from rootnoise.sensitivity import Sensitivity, sensitivity
+from rootnoise.participation.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
 SCHEMA = 1

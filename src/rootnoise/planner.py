@@ -13,7 +13,7 @@ from typing import Any
 
 from rootnoise import _limits, accounting
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.certificate import Certificate, lower_bound
+from rootnoise.bounds.certificate import Certificate, lower_bound
 from rootnoise.diagnostics import Finding, diagnose
 from rootnoise.factorization import Factorization, default_bands, factorize
 from rootnoise.mechanism import Mechanism

@@ -19,7 +19,7 @@ from parts.part import (
 )
 from parts.tables import Row, Tables, column, where
 from rootnoise import SGD, factorize, lower_bound
-from rootnoise.theorems import (
+from rootnoise.bounds.theorems import (
     any_lower,
     bsr_growth,
     repeated_lower,
@@ -30,8 +30,8 @@ from rootnoise.theorems import (
 
 TITLE = "The theorems' bounds"
 INTRO = (
-    "Each bound of `rootnoise.theorems`, which has their proofs, with the measured error between "
-    "them. The certified lower bound is ours, and tighter."
+    "Each bound of `rootnoise.bounds.theorems`, which has their proofs, with the measured error "
+    "between them. The certified lower bound is ours, and tighter."
 )
 CAPTIONS = {
     "bounds.png": "Bounds and measured errors.",

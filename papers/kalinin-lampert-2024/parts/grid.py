@@ -19,9 +19,9 @@ from typing import Any
 from parts.part import Report
 from parts.studies import LABELS, METHODS, Study
 from rootnoise import Mechanism, RootnoiseError
-from rootnoise.lab.config import RunConfig, make_key, make_mechanism, make_sampler
-from rootnoise.lab.data import Dataset, load
-from rootnoise.lab.trainer import Trainer
+from rootnoise.runs.config import RunConfig, make_key, make_mechanism, make_sampler
+from rootnoise.runs.data import Dataset, load
+from rootnoise.runs.trainer import Trainer
 
 TUNING_SEED = 1000
 # Most learning rates tried a cell.

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rootnoise import RootnoiseError
-from rootnoise.lab.config import RunConfig
+from rootnoise.runs.config import RunConfig
 
 BSR, AOF, PLAIN, AMPLIFIED, OUTPUT = "BSR", "AOF", "A·Id", "A·Id amplified", "Id·A"
 # Binary logarithm of the first learning rate of each method, as label: mechanism, exponent.

@@ -37,7 +37,7 @@ from rootnoise.participation import (
     MinSepPoisson,
     Participation,
 )
-from rootnoise.sensitivity import refuse_misfit, sensitivity
+from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 
 # A calibration confirms at most this often; the evaluations share the probability of failure.
 ATTEMPTS = 8

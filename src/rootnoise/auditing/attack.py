@@ -20,6 +20,8 @@ from torch import nn
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.auditing.recompute import DENSE, strategy_of
+from rootnoise.batches.samplers import BallsInBinsSampler, CyclicPoissonSampler, Sampler
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import (
@@ -29,8 +31,6 @@ from rootnoise.participation import (
     MinSeparation,
     MinSepPoisson,
 )
-from rootnoise.randomness import Key
-from rootnoise.sampling import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.training import PrivateOptimizer, privatize
 
 Array = NDArray[np.float64]

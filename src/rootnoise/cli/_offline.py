@@ -14,7 +14,7 @@ def values(
     work: Options, who: Who, split: Split, others: Mapping[str, Any], *, ablation: bool
 ) -> dict[str, Any]:
     """Return the errors of A^(1/2), or of its bands, and of what is broken on purpose."""
-    from rootnoise import offline
+    from rootnoise.factorization import symmetric
 
     given = {**vars(work), **vars(who), **vars(split), **others}
     for name, value in given.items():
@@ -27,7 +27,7 @@ def values(
     if bands == "auto":
         raise RootnoiseError("bands must be an integer with --offline, got auto")
     a = read(work.workload)
-    made = offline.offline_factorization(a, bands)
+    made = symmetric.offline_factorization(a, bands)
     n = len(a)
     largest = float(a.diagonal().max())  # A_ii = <row i of B, column i of C> <= their norms
     result = {
@@ -50,5 +50,5 @@ def values(
     }
     if ablation:
         sizes = sorted({p for p in (1, 2, 4, 8, 16) if p < n})
-        result["ablation"] = [row._asdict() for row in offline.ablation(a, sizes)]
+        result["ablation"] = [row._asdict() for row in symmetric.ablation(a, sizes)]
     return result

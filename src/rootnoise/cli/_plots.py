@@ -35,8 +35,7 @@ POINTS = 2000
 
 def factorization(path: Path, made: Factorization, who: Participation) -> None:
     """Draw the first columns of C and C^-1, and every step's error beside that of identity."""
-    from rootnoise import error
-    from rootnoise.factorization import factorize
+    from rootnoise.factorization import error, factorize
 
     figure, (left, right) = _figure(2)
     lags = np.arange(min(SHOWN, made.n_steps))

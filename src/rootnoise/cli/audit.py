@@ -36,7 +36,7 @@ def audit(
     real optimizer runs again with canaries, and what can be told about them bounds epsilon from
     below: a bound above the claim refutes it.
     """
-    from rootnoise.lab import audit as auditor
+    from rootnoise.runs import audit as auditor
 
     checks = auditor.audit(run_dir, seal)
     if empirical:

@@ -25,8 +25,8 @@ def demo(
     Same data, batches, first weights, epsilon and delta; each way at its own best learning rate,
     three times. rmse is the expected error of the iterates at noise multiplier 1.
     """
-    from rootnoise.lab.demo import DELTA, REPETITIONS
-    from rootnoise.lab.demo import demo as compare
+    from rootnoise.runs.demo import DELTA, REPETITIONS
+    from rootnoise.runs.demo import demo as compare
 
     with _progress.steps("training", quiet=json) as on_step:
         result = compare(out, seed, on_step)

@@ -101,8 +101,8 @@ def factorize(
 
 def _values(result: Factorization, who: Participation, effort: str) -> dict[str, Any]:
     """Return everything that is printed about a factorization."""
-    from rootnoise import error
-    from rootnoise.certificate import lower_bound
+    from rootnoise.bounds.certificate import lower_bound
+    from rootnoise.factorization import error
 
     sens = result.sensitivity(who)
     errors = error.per_step(result.decoder, sens.value)

@@ -106,9 +106,9 @@ def train(
     them the noise can be subtracted. They are deleted when the run ends. Loss and accuracy on the
     training set are not reported: epsilon does not cover them.
     """
-    from rootnoise.lab.checkpoint import RunFolder
-    from rootnoise.lab.config import RunConfig
-    from rootnoise.lab.run import run, stored
+    from rootnoise.runs.config import RunConfig
+    from rootnoise.runs.folder import RunFolder
+    from rootnoise.runs.run import run, stored
 
     settings: dict[str, Any] = {
         "dataset": dataset,

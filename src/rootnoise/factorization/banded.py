@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, minimize
 
-from rootnoise import series
-from rootnoise.causal import Toeplitz
+from rootnoise.causal import Toeplitz, series
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
-from rootnoise.patterns import comb
+from rootnoise.participation.overlaps import comb
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]

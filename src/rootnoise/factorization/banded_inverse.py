@@ -23,9 +23,8 @@ from numpy.typing import NDArray
 from scipy.linalg import toeplitz
 from scipy.optimize import minimize
 
-from rootnoise import series
 from rootnoise._check import real
-from rootnoise.causal import Inverse, Toeplitz
+from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
     OVERFLOW,
     correlate,
@@ -37,7 +36,7 @@ from rootnoise.factorization.banded import (
 )
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
 from rootnoise.participation import Participation
-from rootnoise.sensitivity import sensitivity
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import Workload
 
 Array = NDArray[np.float64]

@@ -23,7 +23,7 @@ from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise._check import integer, real
 from rootnoise.causal import CausalMatrix
-from rootnoise.diagonals import Banded
+from rootnoise.causal.banded import Banded
 from rootnoise.factorization.base import (
     Factorization,
     Progress,

@@ -8,12 +8,12 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
-from rootnoise import error
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product, chain
-from rootnoise.dyadic import Tree, TreeErrors
+from rootnoise.causal.tree import Tree, TreeErrors
+from rootnoise.factorization import error
 from rootnoise.participation import Participation, SingleParticipation
-from rootnoise.sensitivity import Sensitivity, sensitivity
+from rootnoise.participation.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import SGD, Workload
 
 

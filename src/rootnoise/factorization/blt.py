@@ -22,7 +22,7 @@ from scipy.signal import lfilter
 from scipy.special import logit
 
 from rootnoise._check import integer
-from rootnoise.buffered import BufferedToeplitz
+from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, register
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import SGD, Workload

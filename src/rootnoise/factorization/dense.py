@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from rootnoise import dual
 from rootnoise._check import integer, real
+from rootnoise.bounds import dual
 from rootnoise.causal import Dense
 from rootnoise.factorization.base import Factorization, Progress, Search, factorize, register
 from rootnoise.participation import CyclicPoisson, MinSeparation, MinSepPoisson, Participation

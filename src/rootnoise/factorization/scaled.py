@@ -18,9 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from rootnoise import sandwich
 from rootnoise._check import RootnoiseError
-from rootnoise.causal import Diagonal, Product, chain
+from rootnoise.causal import Diagonal, Product, chain, product_norms
 from rootnoise.factorization.base import (
     Factorization,
     Progress,
@@ -138,10 +137,10 @@ def _block_sums(plain: Factorization, epochs: NDArray[np.int64]) -> Array:
     work, noising, norms = plain.workload, plain.noising, plain.strategy.column_norms()
     match chain(Product(work.matrix, Product(Diagonal(norms), noising))):
         case [("toeplitz", a), ("diagonal", g), ("toeplitz", m)]:
-            return sandwich.block_sums(a, g, m, epochs)
+            return product_norms.block_sums(a, g, m, epochs)
     if noising.is_toeplitz and work.recurrence.state_size**2 <= work.n_steps:
-        gram = sandwich.streamed_gram(work.recurrence)
-        return sandwich.block_sums_by_lags(gram, norms, noising.column(0), epochs)
+        gram = product_norms.streamed_gram(work.recurrence)
+        return product_norms.block_sums_by_lags(gram, norms, noising.column(0), epochs)
     b, m = work.matrix.dense(), noising.dense()
     first = np.flatnonzero(np.diff(epochs, prepend=-1))
     rows = np.add.reduceat((b.T @ b) * (m @ m.T) * np.outer(norms, norms), first, axis=0)

@@ -9,9 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 
-from rootnoise import series
 from rootnoise._check import real
-from rootnoise.causal import Inverse, Toeplitz
+from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.base import (
     Factorization,
     Progress,

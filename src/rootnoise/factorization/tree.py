@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rootnoise.dyadic import Tree
+from rootnoise.causal.tree import Tree
 from rootnoise.factorization.base import Factorization, register
 from rootnoise.participation import Participation
 from rootnoise.workload import Workload

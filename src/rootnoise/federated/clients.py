@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.journal import Indices, Journal, first_line, pack, unpack
+from rootnoise.batches.ledger_file import Indices, Journal, first_line, pack, unpack
 from rootnoise.participation import MinSeparation, Participation, SingleParticipation, to_dict
 
 ClientId = str | int

@@ -27,9 +27,10 @@ from rootnoise.federated.clients import ClientId, Clients, checked_id
 from rootnoise.federated.cohorts import Policy, pick
 from rootnoise.federated.store import Store
 from rootnoise.federated.updates import MOST_CLIENTS, Layout, Malformed, from_grid, on_grid
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.noise import Memory, NoiseStream
-from rootnoise.randomness import Key
+from rootnoise.noise import NoiseStream
+from rootnoise.noise.stream import Memory
 from rootnoise.workload import SGD
 
 Weights = dict[str, torch.Tensor]

@@ -27,8 +27,8 @@ import torch
 from rootnoise._check import RootnoiseError, integer
 from rootnoise._files import lock, partial, write_whole
 from rootnoise.federated import clients
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.randomness import Key
 
 DIGEST_SIZE = 32  # bytes of BLAKE2b at the end of state.pt
 STATE, MODEL, KEY = "state.pt", "model.pt", "noise.key"

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise import series
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.causal import Toeplitz
+from rootnoise.causal import Toeplitz, series
 from rootnoise.workload.base import Workload
 from rootnoise.workload.matrix import MatrixWorkload
 from rootnoise.workload.schedule import ScheduledSGD, sgd_roots

@@ -11,8 +11,8 @@ from numpy.typing import ArrayLike
 
 from rootnoise._check import RootnoiseError, integer, real, vector
 from rootnoise.causal import CausalMatrix, Diagonal, Product
+from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import Array, Workload
-from rootnoise.workload.descent import Descent
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
 
 # Where a schedule ends unless told, relative to its peak.

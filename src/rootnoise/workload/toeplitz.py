@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise import series
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.causal import CausalMatrix, Toeplitz
+from rootnoise.causal import CausalMatrix, Toeplitz, series
+from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import Array, Workload
-from rootnoise.workload.descent import Descent
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Who is drawn for a step, and who was?"""

@@ -1,0 +1,1 @@
+"""How good can any split of a workload be?"""

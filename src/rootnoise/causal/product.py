@@ -1,0 +1,129 @@
+"""Products of maps, and what stays cheap where Toeplitz and diagonal ones alternate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import reduce
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from rootnoise._check import RootnoiseError
+from rootnoise.causal import product_norms, streamed_norms
+from rootnoise.causal.base import Array, CausalMatrix
+
+
+@dataclass(frozen=True, eq=False)
+class Product(CausalMatrix):
+    """The product `left @ right`; streaming runs the right map, then the left one.
+
+    Raises:
+        RootnoiseError: the two maps cover different numbers of steps.
+    """
+
+    left: CausalMatrix
+    right: CausalMatrix
+    n_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.left.n_steps != self.right.n_steps:
+            raise RootnoiseError(
+                "factors must cover the same n_steps, "
+                f"got {self.left.n_steps} and {self.right.n_steps}"
+            )
+        object.__setattr__(self, "n_steps", self.left.n_steps)
+
+    def apply(self, x: Array) -> Array:
+        return self.left.apply(self.right.apply(x))
+
+    def solve(self, y: Array) -> Array:
+        return self.right.solve(self.left.solve(y))
+
+    def inverse(self) -> CausalMatrix:
+        return Product(self.right.inverse(), self.left.inverse())
+
+    def row_norms(self) -> Array:
+        parts = chain(self)
+        norms = _row_norms(parts)
+        if norms is None and parts[-1][0] == "toeplitz" and self.state_size**2 > self.n_steps:
+            before = _factors(self)
+            while before[-1].is_toeplitz:
+                before.pop()
+            if sum(factor.state_size for factor in before) ** 2 <= self.n_steps:
+                return streamed_norms.row_norms_after(reduce(Product, before), parts[-1][1])
+        return super().row_norms() if norms is None else norms
+
+    def column_norms(self) -> Array:
+        # Reflected in its anti-diagonal a Toeplitz map stays, a diagonal turns, a product swaps.
+        parts = [(kind, x if kind == "toeplitz" else x[::-1]) for kind, x in chain(self)[::-1]]
+        norms = _row_norms(parts)
+        return super().column_norms() if norms is None else norms[::-1]
+
+    def column(self, j: int) -> Array:
+        return self.left.apply(self.right.column(j))
+
+    @property
+    def is_toeplitz(self) -> bool:
+        return self.left.is_toeplitz and self.right.is_toeplitz
+
+    @property
+    def bands(self) -> int:
+        return min(self.n_steps, self.left.bands + self.right.bands - 1)
+
+    @property
+    def state_size(self) -> int:
+        return self.left.state_size + self.right.state_size
+
+    def block(self, t: int, m: int) -> Array:
+        # States stack as [left; right]: the right map turns [right; x] into [inner; right'], the
+        # left one [left; inner] into [y; left'].
+        left, right = self.left.block(t, m), self.right.block(t, m)
+        s = self.left.state_size
+        inner = np.hstack([np.zeros((right.shape[0], s)), right])
+        outer = left @ np.vstack([np.eye(s, inner.shape[1]), inner[:m]])
+        return np.vstack([outer, inner[m:]])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"type": "product", "left": self.left.to_dict(), "right": self.right.to_dict()}
+
+
+def chain(matrix: CausalMatrix) -> list[tuple[str, Array]]:
+    """Return the first columns and the diagonals that alternate in a product, in order."""
+    n = matrix.n_steps
+    parts: list[tuple[str, Array]] = []
+    for kind, group in groupby(_factors(matrix), key=_kind):
+        vector = np.ones(n) if kind == "diagonal" else np.eye(n, 1)[:, 0]
+        for factor in [] if kind == "other" else list(group)[::-1]:
+            vector = factor.apply(vector)
+        parts.append((kind, vector))
+    return parts
+
+
+def _factors(matrix: CausalMatrix) -> list[CausalMatrix]:
+    if isinstance(matrix, Product):
+        return _factors(matrix.left) + _factors(matrix.right)
+    return [matrix]
+
+
+def _kind(factor: CausalMatrix) -> str:
+    if factor.is_toeplitz:
+        return "toeplitz"
+    return "diagonal" if factor.bands == 1 else "other"
+
+
+def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
+    """Return the row norms of a product of such parts, or None where only its columns can tell."""
+    match parts:
+        case [("diagonal", g)]:
+            return np.abs(g)
+        case [("diagonal", g), *rest]:
+            norms = _row_norms(rest)
+            return None if norms is None else np.abs(g) * norms
+        case [("toeplitz", a)]:
+            return np.asarray(np.sqrt(np.cumsum(a**2)))
+        case [("toeplitz", a), ("diagonal", g)]:
+            return product_norms.row_norms(a, g, np.ones(1))
+        case [("toeplitz", a), ("diagonal", g), ("toeplitz", m)]:
+            return product_norms.row_norms(a, g, m)
+    return None

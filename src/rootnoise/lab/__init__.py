@@ -1,1 +1,0 @@
-"""Data, models and runs behind the commands `train`, `demo` and `audit`."""

@@ -1,0 +1,1 @@
+"""How does a training run go, and what is in its folder?"""

@@ -1,0 +1,298 @@
+"""The audit of a run's folder: everything that it claims, recomputed from its files.
+
+Two lines of defence. Every file is as it was when the run ended: the seal, and a hash for each. And
+what the files say is true: each number once more by a second route (`auditing.recompute`), the
+ledger person by person (`auditing.replay`). The first finds any careless edit, the second a
+consistent one that makes the privacy look better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rootnoise._check import RootnoiseError
+from rootnoise.auditing import recompute
+from rootnoise.auditing.replay import Replay, replay
+from rootnoise.bounds import certificate
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson, MinSepPoisson
+from rootnoise.runs import statement
+from rootnoise.runs.config import RunConfig, claim
+from rootnoise.runs.folder import SECRETS, RunFolder
+from rootnoise.runs.statement import Statement
+
+if TYPE_CHECKING:
+    from rootnoise.auditing.empirical import Verdict
+
+# Sums in another order.
+ROUNDING = 1e-7
+# A lower bound is recomputed up to these steps, its witness is checked: a few seconds.
+MOST_STEPS = 512
+# Deviations of the engine's noise that are no chance: 7 are, for 1000 steps, once in a million.
+NOISE = 7.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold.
+
+    Attributes:
+        name: what was checked.
+        held: whether it holds.
+        stated: what the files say.
+        found: what the auditor found, and how.
+    """
+
+    name: str
+    held: bool
+    stated: str
+    found: str
+
+
+def audit(out: Path, seal: str | None = None) -> list[Check]:
+    """Return every check of the run in `out`, those that fail among them.
+
+    Args:
+        out: the folder of a finished run, its `ledger.bin` included.
+        seal: the seal as it was noted when the run ended; without it, only edits that leave
+            `privacy.json` or the numbers inconsistent are found.
+
+    Raises:
+        RootnoiseError: there is no folder.
+    """
+    return list(checks(out, seal))
+
+
+def empirical(out: Path, canaries: int = 4000, seed: int = 0) -> list[Check]:
+    """Return what attacks on the run's mechanism find: see `auditing.empirical`.
+
+    The real optimizer runs anew with people made up for it; nothing of the run itself is released.
+
+    Raises:
+        RootnoiseError: no folder of a private run, or a mechanism that cannot be attacked.
+    """
+    from rootnoise.auditing.attack import Attack
+    from rootnoise.auditing.empirical import distinguish, one_run
+
+    mechanism = RunFolder(Path(out)).mechanism()
+    attack = Attack(mechanism, canaries, seed)
+    (variance, off), (correlation, far) = attack.variance(), attack.correlation()
+    found = [
+        Check("noise variance", abs(off) < NOISE, "1", f"{variance:.4f} ({off:+.1f} deviations)"),
+        Check("noise correlation", far < NOISE, "0", f"at most {correlation:.3f} ({far:.1f} dev.)"),
+    ]
+    for verdict in (distinguish(attack), one_run(attack)):
+        bound = f"epsilon > {verdict.lower_bound:.3g} ({verdict.detail})"
+        found.append(Check(f"attack: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
+    return found
+
+
+def _claim(verdict: Verdict) -> str:
+    return f"epsilon <= {verdict.claimed:.6g}, refuted wrongly once in {1 / verdict.failure:.0f}"
+
+
+def checks(out: Path, seal: str | None = None) -> Iterator[Check]:
+    """Yield the checks of `audit` one by one, as they are made."""
+    if not Path(out).is_dir():
+        raise RootnoiseError(f"run must be a folder, got {out}")
+    yield from _Audit(Path(out), seal).checks()
+
+
+class _Audit:
+    """The files of one run, and what they say."""
+
+    def __init__(self, path: Path, seal: str | None) -> None:
+        self.folder, self.seal = RunFolder(path), seal
+
+    def checks(self) -> Iterator[Check]:
+        here = self.folder.path
+        finished = (here / "result.json").exists() or not (here / "config.json").exists()
+        if not finished:
+            yield self._unfinished()
+        try:
+            stated = self.folder.statement()
+        except RootnoiseError as reason:
+            yield Check("seal", False, "privacy.json is sealed", str(reason))
+            return
+        found = "matches" if self.seal in (None, stated["seal"]) else f"not {self.seal}"
+        yield Check("seal", found == "matches", stated["seal"], found)
+        try:
+            yield from self._files(stated) if finished else self._bound()
+            config = RunConfig(**self._json("config.json"))
+            yield from self._finished(stated)
+            if config.mechanism == "none":
+                yield _same("claim", stated["claim"], claim(config, None))
+                return
+            mechanism = self.folder.mechanism()
+            yield Check("mechanism.json", True, mechanism.fingerprint[:16], "recomputed")
+            yield from self._statement(stated, config, mechanism)
+            yield from _numbers(mechanism, stated)
+            if finished:
+                result = self._json("result.json")
+                yield _fields("result.json agrees", result, result | _result(mechanism, stated))
+                yield from self._ledger(stated, mechanism)
+        except (RootnoiseError, KeyError, TypeError, OSError, AttributeError, ValueError) as reason:
+            line = " ".join(str(reason).split())
+            yield Check("readable", False, "every file is whole", f"{line:.200}")
+
+    def _unfinished(self) -> Check:
+        """Say that the run has not ended, and how it goes on."""
+        try:
+            found = f"unfinished, {self.folder.checkpoint()['optimizer']['t']} steps are saved"
+        except (RootnoiseError, KeyError, TypeError):
+            found = "unfinished"
+        return Check("finished", False, "result.json", f"{found}; go on by {self.folder.resume}")
+
+    def _bound(self) -> Iterator[Check]:
+        """An unfinished run's files are bound to its checkpoint."""
+        problems = list(self.folder.changed())
+        for problem in problems:
+            yield Check(problem.split()[0], False, "as the run wrote it", problem)
+        if not problems:
+            yield Check("files", True, "as the run wrote them", "bound to checkpoint.pt")
+
+    def _files(self, stated: Statement) -> Iterator[Check]:
+        """Every file is there, as it was, and no other."""
+        vouched: Mapping[str, str] = stated.get("files", {})
+        for name in sorted({*vouched, *self.folder.evidence()}):
+            path = self.folder.path / name
+            found = "missing"
+            if path.is_file():
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+            expected = vouched.get(name, "not of this run")
+            yield Check(name, found == expected, expected[:16], found[:16])
+        text = (self.folder.path / "privacy.md").read_bytes()
+        yield Check(
+            "privacy.md", text == statement.as_markdown(stated), "says the same", "compared"
+        )
+
+    def _finished(self, stated: Statement) -> Iterator[Check]:
+        made, n = stated["steps_made"], stated["sampler"]["n_steps"]
+        yield _same("steps made", made, n)
+        left = [name for name in SECRETS if (self.folder.path / name).exists()]
+        yield Check("secrets are gone", not left, "deleted", ", ".join(left) or "none left")
+
+    def _statement(self, stated: Statement, config: RunConfig, m: Mechanism) -> Iterator[Check]:
+        """What the run says follows from its settings and its mechanism."""
+        yield _same("claim", stated["claim"], claim(config, m))
+        text = (self.folder.path / "claim.txt").read_text()
+        yield _same("claim.txt", text, claim(config, m) + "\n")
+        yield _same("private", stated["private"], config.insecure_noise_seed is None)
+        said = statement.described(m, with_bound=False) | {"error": stated["mechanism"]["error"]}
+        yield _fields("privacy.json follows from mechanism.json", stated["mechanism"], said)
+        sampler, p = stated["sampler"], m.participation
+        chosen = {"delta": m.delta, "clip_norm": m.clip_norm, "batch_size": sampler["batch_size"]}
+        yield _fields("config.json agrees", vars(config), vars(config) | chosen)
+        yield _same("n_steps", sampler["n_steps"], m.n_steps)
+        if isinstance(p, CyclicPoisson):  # from the batch size, not from the number of batches
+            drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]
+            yield _same("sampling probability", p.probability, drawn)
+        if isinstance(p, MinSepPoisson):
+            rate = sampler["batch_size"] / sampler["n_examples"]
+            yield Check("sampling rate", abs(p.rate / rate - 1) < 1e-9, f"{rate:g}", f"{p.rate:g}")
+        assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
+        yield Check("budget", m.epsilon <= config.epsilon, f"{config.epsilon:g}", f"{m.epsilon:g}")
+
+    def _ledger(self, stated: Statement, m: Mechanism) -> Iterator[Check]:
+        path = self.folder.path / "ledger.bin"
+        found: Replay = replay(path, m.participation)
+        theirs = {
+            "participation": stated["mechanism"]["participation"],
+            "n_examples": stated["sampler"]["n_examples"],
+            "steps": stated["steps_made"],
+            "digest": stated["ledger"],
+        }
+        ours = {name: found.header[name] for name in ("participation", "n_examples")}
+        ours |= {"steps": found.steps, "digest": found.digest}
+        yield _fields("ledger.bin is this run's", theirs, ours)
+        detail = found.broken or f"{found.participations} participations, person by person"
+        rule = str(m.participation)
+        yield Check("ledger keeps the participation", found.broken is None, rule, detail)
+        mode = path.stat().st_mode & 0o777
+        yield Check("ledger's mode", mode == 0o600, "600", f"{mode:o}")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        fields = json.loads((self.folder.path / name).read_text())
+        if not isinstance(fields, dict):
+            raise RootnoiseError(f"{name} must hold a JSON object")
+        return fields
+
+
+def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
+    """Sensitivity, epsilon, error and lower bound by a second route."""
+    claimed = m.sensitivity.value
+    sens = recompute.sensitivity_range(m)
+    yield _ranged("sensitivity", claimed, sens, ROUNDING)
+    std = m.noise_multiplier * m.clip_norm * sens.low
+    said = stated["mechanism"]
+    enough = said["noise_std"] >= std * (1 - ROUNDING)
+    yield Check("noise_std", enough, f"{said['noise_std']:.9g}", f">= {std:.9g}")
+    costs = {cost["delta"]: cost["epsilon"] for cost in said["privacy"]}
+    for delta, found in zip(costs, recompute.epsilon_ranges(m, costs), strict=True):
+        yield _ranged(f"epsilon at delta {delta:g}", costs[delta], found, ROUNDING)
+    error = said["error"]
+    if m.n_steps <= recompute.DENSE:
+        found_rmse = recompute.rmse(m)
+        close = math.isclose(error["rmse"], found_rmse, rel_tol=ROUNDING)
+        yield Check("rmse", close, f"{error['rmse']:.9g}", f"{found_rmse:.9g} (dense)")
+    if error["lower_bound"] is not None and m.n_steps <= MOST_STEPS:
+        witness = certificate.lower_bound(m.workload, m.participation)
+        proved = certificate.check(witness, m.workload, m.participation)
+        # Another machine may stop the ascent elsewhere: a bound that is as good is no edit.
+        close = math.isclose(error["lower_bound"], proved, rel_tol=1e-6)
+        yield Check("lower bound", close, f"{error['lower_bound']:.9g}", f"{proved:.9g} (witness)")
+        gap = error["rmse"] / error["lower_bound"] - 1
+        yield _same("gap", error["gap"], gap)
+
+
+def _result(m: Mechanism, stated: Statement) -> dict[str, Any]:
+    """Return what `result.json` must say about privacy."""
+    return {
+        "private": stated["private"],
+        "claim": stated["claim"],
+        "epsilon": m.epsilon,
+        "delta": m.delta,
+        "noise_multiplier": m.noise_multiplier,
+        "clip_norm": m.clip_norm,
+        "sensitivity": m.sensitivity.value,
+        "n_steps": m.n_steps,
+    }
+
+
+def _ranged(name: str, value: float, found: recompute.Range, tolerance: float) -> Check:
+    span = f"{found.low:.9g}" if found.high == found.low else f"{found.low:.9g} to {found.high:.9g}"
+    return Check(name, found.holds(value, tolerance), f"{value:.9g}", f"{span} ({found.method})")
+
+
+def _fields(name: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
+    """Compare field by field; shown are those that differ."""
+    names = sorted({*stated, *found})
+    off = [key for key in names if not _equal(stated.get(key), found.get(key))]
+    said, seen = ({key: fields.get(key) for key in off} for fields in (stated, found))
+    return Check(name, not off, _short(said or f"{len(names)} fields"), _short(seen or "the same"))
+
+
+def _same(name: str, stated: Any, found: Any) -> Check:
+    """Compare; numbers that were recomputed may differ in their last bits."""
+    return Check(name, _equal(stated, found), f"{_short(stated)}", f"{_short(found)}")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, float) and isinstance(b, float):
+        return math.isclose(a, b, rel_tol=1e-9)
+    return type(a) is type(b) and bool(a == b)
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.9g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split())[:80]

@@ -1,0 +1,223 @@
+"""One training run: refuse what does not fit, train, and keep its folder.
+
+Reported are accuracies on the test set alone. Loss and accuracy on the training set are computed
+from the raw data, and epsilon does not cover them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.batches.ledger_file import Journal, pack
+from rootnoise.runs import curves
+from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
+from rootnoise.runs.data import load
+from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.statement import Statement, begun, refuse_other, statement
+from rootnoise.runs.trainer import OnStep, Trainer
+from rootnoise.training import PrivateOptimizer
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives; None where there is no privacy.
+
+    `accuracy` is on the test set after the last step, `private` says whether `epsilon` is claimed,
+    and `seconds` is the time of training, over all resumptions.
+    """
+
+    dataset: str
+    model: str
+    mechanism: str
+    sampling: str
+    accuracy: float
+    private: bool
+    epsilon: float | None
+    delta: float | None
+    noise_multiplier: float | None
+    clip_norm: float | None
+    sensitivity: float | None
+    rmse: float | None
+    n_steps: int
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    decay: float
+    bands: int | None
+    memory_rows: int | None
+    seconds: float
+    claim: str
+    out: str
+
+
+def run(
+    config: RunConfig,
+    out: Path,
+    *,
+    data_dir: Path | None = None,
+    resume: bool = False,
+    checkpoint_every: int | None = None,
+    on_step: OnStep | None = None,
+) -> Result:
+    """Train and evaluate, or continue to; all that can be refused is refused before `out` is made.
+
+    Args:
+        config: dataset, model and mechanism by name: those of `factorize`, dpsgd (independent noise
+            under Poisson sampling), or none (no clipping, no noise). With sampling "auto", dpsgd
+            samples by Poisson and everything else runs in fixed cycles. `seed` fixes the order of
+            the data and the first weights. Noise comes from OS entropy, unless
+            `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
+        out: a new or empty folder; `lab.checkpoint` lists its files.
+        data_dir: where the data set's files are.
+        resume: continue the unfinished run in `out`, with the same config.
+        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
+        on_step: called after every step.
+
+    Raises:
+        RootnoiseError: settings that do not fit each other, the data or the folder.
+    """
+    if checkpoint_every is not None:
+        integer("checkpoint_every", checkpoint_every, 1)
+    curves.check()
+    with RunFolder(out) as folder:
+        trainer, stated = _begin(config, folder, data_dir, resume)
+        try:
+            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+        except OSError as reason:
+            name = Path(reason.filename).name if reason.filename else str(folder.path)
+            rule, got = f"{name} must be writable", reason.strerror
+        except RootnoiseError as reason:
+            # Of the ledger, which cannot be written.
+            if not isinstance(reason.__context__, OSError) and "full disk" not in str(reason):
+                raise
+            rule, got = "ledger.bin must be writable", str(reason).rsplit(": ", 1)[-1]
+        raise RootnoiseError(
+            f"{rule}, got {got}; the last checkpoint is whole: make room and {folder.resume}"
+        )
+
+
+def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
+    """Return the settings of the unfinished run in `out`.
+
+    Args:
+        out: its folder.
+        given: settings that must be those of the run, by name.
+
+    Raises:
+        RootnoiseError: no unfinished run, one of which a file was changed, or other settings.
+    """
+    with RunFolder(out) as folder:
+        folder.reopen(given)
+        return RunConfig(**folder.config())
+
+
+def _to_the_end(
+    config: RunConfig,
+    folder: RunFolder,
+    trainer: Trainer,
+    stated: Statement,
+    every: int | None,
+    on_step: OnStep | None,
+) -> Result:
+    folder.write_metrics(trainer.history)
+    while trainer.t < trainer.sampler.n_steps:
+        trainer.epoch(on_step, every)
+        folder.save_checkpoint(trainer.state_dict())
+        folder.write_metrics(trainer.history)
+    title = f"{config.mechanism} on {config.dataset}"
+    curve = [entry["test_accuracy"] for entry in trainer.history]
+    curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
+    optimizer = trainer.optimizer
+    ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
+    result = _result(config, trainer, folder.path)
+    weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
+    folder.finish(weights, asdict(result), stated, ledger)
+    return result
+
+
+def _begin(
+    config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
+) -> tuple[Trainer, Statement]:
+    """Return the new or resumed run, its checkpoint on disk, and what it states."""
+    settings = asdict(config)
+    folder.reopen(settings) if resume else folder.refuse_used()
+    data = load(config.dataset, data_dir)
+    sampler = make_sampler(config, data.n_train)
+    private = config.mechanism != "none"
+    mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
+    key = folder.key() if resume else make_key(config)
+    if resume:
+        stated = folder.statement()
+        refuse_other(stated, config, sampler, mechanism, key)
+    else:
+        stated = statement(config, sampler, mechanism, key)
+    trainer = Trainer(config, data, sampler, mechanism, key)
+    if resume:
+        trainer.load_state_dict(folder.checkpoint())
+        if stated != begun(stated) and trainer.t < sampler.n_steps:
+            rule = "privacy.json must not be of a run that has ended"
+            raise RootnoiseError(f"{rule}, got step {trainer.t} of {sampler.n_steps}")
+    else:
+        folder.create(settings, stated, mechanism, key, trainer.state_dict())
+    if isinstance(trainer.optimizer, PrivateOptimizer):
+        path = folder.path / "ledger.bin"
+        trainer.optimizer.ledger.keep(path)
+        if resume:
+            _refuse_other_future(path, trainer)
+    return trainer, stated
+
+
+def _refuse_other_future(path: Path, trainer: Trainer) -> None:
+    """Refuse a ledger whose steps past the checkpoint are not the ones that will be made anew.
+
+    There are some where a crash came between two checkpoints. One is written at the end of each
+    epoch before a step of the next, so that a ledger that reaches further had a later one.
+    """
+    journal, sampler, t = Journal(path), trainer.sampler, trainer.t
+    later = islice(journal.records(), t, None)  # `keep` has compared those before
+    for step, record in enumerate(later, t):
+        if step >= trainer.epoch_end:
+            raise RootnoiseError(
+                f"checkpoint.pt must be the last one of the run, got step {t} where ledger.bin "
+                f"holds step {step} of a later epoch"
+            )
+        if record != pack(sampler.batch(step)):
+            raise RootnoiseError(f"ledger.bin must hold the run's own batches, got others {path}")
+
+
+def _result(config: RunConfig, trainer: Trainer, out: Path) -> Result:
+    optimizer, last = trainer.optimizer, trainer.history[-1]
+    rows, mechanism = None, None
+    if isinstance(optimizer, PrivateOptimizer):
+        rows, mechanism = optimizer.stream.memory_rows, optimizer.mechanism
+    return Result(
+        dataset=config.dataset,
+        model=config.model,
+        mechanism=config.mechanism,
+        sampling=config.sampling,
+        accuracy=last["test_accuracy"],
+        private=mechanism is not None and config.insecure_noise_seed is None,
+        epsilon=mechanism.epsilon if mechanism else None,
+        delta=mechanism.delta if mechanism else None,
+        noise_multiplier=mechanism.noise_multiplier if mechanism else None,
+        clip_norm=mechanism.clip_norm if mechanism else None,
+        sensitivity=mechanism.sensitivity.value if mechanism else None,
+        rmse=mechanism.rmse if mechanism else None,
+        n_steps=trainer.sampler.n_steps,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        momentum=config.momentum,
+        decay=config.decay,
+        bands=mechanism.strategy.bands if mechanism else None,
+        memory_rows=rows,
+        seconds=last["seconds"],
+        claim=claim(config, mechanism),
+        out=str(out),
+    )

@@ -1,0 +1,241 @@
+"""What a run says about its privacy: `privacy.json` for machines, `privacy.md` for people.
+
+Both are written before the first step, and once more at the end with the steps made, the digest of
+the ledger and the hash of every other file. Their last line, the seal, is a hash of all the rest.
+Keep it elsewhere, and no later edit of the folder, however consistent, goes unseen.
+
+No statistic of the run's own noise is among it: whoever knew as much as the length of Z could tell
+with and without a person apart by the length of what remains of the release.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rootnoise
+from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger import Ledger
+from rootnoise.batches.samplers import Sampler
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import to_dict
+from rootnoise.runs.config import RunConfig, claim
+
+SCHEMA = 1
+PACKAGES = ("numpy", "scipy", "torch", "opacus", "dp-accounting")
+# Epsilon is stated at the run's delta, and at delta times each of these.
+FACTORS = (100.0, 0.01)
+# A lower bound takes a few seconds up to these steps; `rootnoise factorize` gives it beyond.
+MOST_STEPS = 1024
+
+Statement = dict[str, Any]
+
+
+def statement(
+    config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
+) -> Statement:
+    """Return what can be said before the first step."""
+    stated: Statement = {
+        "schema": SCHEMA,
+        **_facts(config, sampler, mechanism, key),
+        "steps_made": 0,
+        "versions": versions(),
+    }
+    if mechanism is not None:
+        stated["mechanism"] = described(mechanism)
+    return sealed(stated)
+
+
+def _facts(
+    config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
+) -> dict[str, Any]:
+    """Return what a statement says at once about the parts that train."""
+    facts = {
+        "claim": claim(config, mechanism),
+        "private": mechanism is not None and config.insecure_noise_seed is None,
+        "sampler": {
+            "type": type(sampler).__name__,
+            "n_examples": sampler.n_examples,
+            "batch_size": sampler.batch_size,
+            "n_steps": sampler.n_steps,
+        },
+    }
+    return facts if mechanism is None else facts | {"key_id": key.id}
+
+
+def refuse_other(
+    stated: Statement, config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
+) -> None:
+    """Refuse a statement that does not speak of the parts that a resumed run trains with.
+
+    Raises:
+        RootnoiseError: another claim, sampler, key or mechanism, or one beyond the budget.
+    """
+    facts = _facts(config, sampler, mechanism, key)
+    for name, value in facts.items():
+        if stated.get(name) != value:
+            rule = f"privacy.json must state the {name} of the run, {value!r}"
+            raise RootnoiseError(f"{rule}, got {stated.get(name)!r}")
+    if mechanism is None:
+        return
+    described_as = stated.get("mechanism", {}).get("fingerprint")
+    if described_as != mechanism.fingerprint:
+        rule = f"privacy.json must describe mechanism.json, {mechanism.fingerprint:.16}"
+        raise RootnoiseError(f"{rule}, got {described_as!s:.16}")
+    assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
+    ours = (config.delta, config.clip_norm)
+    if mechanism.epsilon > config.epsilon or (mechanism.delta, mechanism.clip_norm) != ours:
+        rule = (
+            f"mechanism.json must keep epsilon <= {config.epsilon:g}, delta {config.delta:g} and "
+            f"clip norm {config.clip_norm:g} of config.json"
+        )
+        got = f"{mechanism.epsilon:g}, {mechanism.delta:g} and {mechanism.clip_norm:g}"
+        raise RootnoiseError(f"{rule}, got {got}")
+
+
+def begun(stated: Statement) -> Statement:
+    """Return the statement as it was before the first step: what `completed` adds is taken away."""
+    added = ("files", "ledger")
+    rest = {name: value for name, value in stated.items() if name not in added}
+    return sealed(rest | {"steps_made": 0})
+
+
+def completed(stated: Statement, ledger: Ledger | None, files: Mapping[str, bytes]) -> Statement:
+    """Return the statement of a run that has made all its steps and left these files."""
+    done = stated | {
+        "steps_made": stated["sampler"]["n_steps"],
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+    }
+    if ledger is not None:
+        done |= {"steps_made": ledger.t, "ledger": ledger.digest}
+    return sealed(done)
+
+
+def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any]:
+    """Return unit, relation, participation, noise, and epsilon at several deltas."""
+    sens, delta = mechanism.sensitivity, mechanism.delta
+    others = [replace(mechanism, delta=f * delta).privacy for f in FACTORS if f * delta < 1]
+    costs = sorted([mechanism.privacy, *others], key=lambda cost: -cost.delta)
+    return {
+        "name": mechanism.name,
+        "fingerprint": mechanism.fingerprint,
+        "unit": "one record",
+        "relation": "add-or-remove" if mechanism.participation.amplified else "zero-out",
+        "participation": to_dict(mechanism.participation),
+        "n_steps": mechanism.n_steps,
+        "bands": mechanism.strategy.bands,
+        "clip_norm": mechanism.clip_norm,
+        "sensitivity": asdict(sens),
+        "noise_multiplier": mechanism.noise_multiplier,
+        "noise_std": mechanism.noise_std,
+        "privacy": [asdict(cost) for cost in costs],
+        "error": error_of(mechanism) if with_bound else None,
+    }
+
+
+def error_of(mechanism: Mechanism) -> dict[str, float | None]:
+    """Return rmse, lower bound and gap; the last two None where they take long."""
+    if mechanism.n_steps > MOST_STEPS:
+        return {"rmse": mechanism.rmse, "lower_bound": None, "gap": None}
+    bound = mechanism.certificate()
+    return {
+        "rmse": mechanism.rmse,
+        "lower_bound": bound.value,
+        "gap": bound.gap(mechanism.rmse),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return what computed this."""
+    own = {"rootnoise": rootnoise.__version__, "python": platform.python_version()}
+    return own | {name: version(name) for name in PACKAGES}
+
+
+def sealed(stated: Statement) -> Statement:
+    """Return the statement with its seal: SHA-256 of all the rest as canonical JSON."""
+    rest = {name: value for name, value in stated.items() if name != "seal"}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return rest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def read(path: Path) -> Statement:
+    """Return the statement of a `privacy.json` as it was sealed.
+
+    Raises:
+        RootnoiseError: the file cannot be read, or its seal is broken.
+    """
+    try:
+        stated = json.loads(path.read_bytes())
+    except OSError as reason:
+        raise RootnoiseError(f"privacy.json must be readable, got {reason.strerror}") from None
+    except ValueError as reason:
+        raise RootnoiseError(f"privacy.json must hold JSON, got {reason}") from None
+    if not isinstance(stated, dict) or stated.get("seal") != sealed(stated)["seal"]:
+        raise RootnoiseError(f"privacy.json must be as it was sealed, got an edited one in {path}")
+    return stated
+
+
+def as_json(stated: Statement) -> bytes:
+    """Return the content of `privacy.json`."""
+    return json.dumps(stated, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def as_markdown(stated: Statement) -> bytes:
+    """Return the content of `privacy.md`."""
+    lines = ["# Privacy of this run", "", stated["claim"], ""]
+    sampler, made = stated["sampler"], stated["steps_made"]
+    rows = {
+        "steps made": f"{made} of {sampler['n_steps']}",
+        "batches": "{type}, {n_examples} records, {batch_size} a step".format(**sampler),
+    }
+    if "mechanism" in stated:
+        lines += [*_table("delta | epsilon | exact | method", *_epsilons(stated)), ""]
+        rows |= _rows(stated["mechanism"]) | {"key id": stated["key_id"]}
+    if "ledger" in stated:
+        rows["ledger digest"] = stated["ledger"]
+    rows["computed by"] = ", ".join(f"{name} {v}" for name, v in stated["versions"].items())
+    lines += _table("what | value", *(f"{name} | {value}" for name, value in rows.items()))
+    if "ledger" in stated:
+        lines += ["", LEDGER]
+    return "\n".join([*lines, "", f"Seal: {stated['seal']}", ""]).encode()
+
+
+LEDGER = (
+    "`ledger.bin` is for the auditor. It says who took part in which step; under random sampling "
+    "the epsilon above does not hold against whoever reads it. Leave it out of what you publish: "
+    "its digest, salted, tells nothing."
+)
+
+
+def _epsilons(stated: Statement) -> list[str]:
+    return [
+        f"{cost['delta']:.6g} | {cost['epsilon']:.9g} | "
+        f"{'yes' if cost['exact'] else 'upper bound'} | {cost['method']}"
+        for cost in stated["mechanism"]["privacy"]
+    ]
+
+
+def _rows(mechanism: Mapping[str, Any]) -> dict[str, str]:
+    """Return the fields of `described` as words, epsilons left out."""
+    rows = {}
+    for name, value in mechanism.items():
+        if name == "privacy":
+            continue
+        inner = value.items() if isinstance(value, dict) else ((None, value),)
+        rows[name.replace("_", " ")] = ", ".join(
+            (f"{k}: " if k else "") + (f"{v:.9g}" if isinstance(v, float) else str(v))
+            for k, v in inner
+        )
+    return rows
+
+
+def _table(head: str, *rows: str) -> list[str]:
+    rule = " | ".join("---" for _ in head.split(" | "))
+    return [f"| {row} |" for row in (head, rule, *rows)]

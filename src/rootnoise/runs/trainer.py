@@ -1,0 +1,232 @@
+"""Model, batches and optimizer of one run, driven epoch by epoch."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from rootnoise import _limits
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.batches.samplers import Sampler
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.runs.config import RunConfig, rates
+from rootnoise.runs.data import Dataset
+from rootnoise.runs.models import build
+from rootnoise.training import PrivateOptimizer, privatize
+
+# Called after every step with the step's number (from 1), n_steps, and the last test accuracy.
+OnStep = Callable[[int, int, float | None], None]
+
+EVALUATION_BATCH = 2000
+
+
+class SurroundingsWarning(RuntimeWarning):
+    """A run is resumed where arithmetic may round differently."""
+
+
+class Trainer:
+    """Model, batches and optimizer of one run, step by step.
+
+    Attributes:
+        t: steps made.
+        history: one entry an evaluation, of "epoch", "step", "test_accuracy" and "seconds".
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        sampler: Sampler,
+        mechanism: Mechanism | None,
+        key: Key | None = None,
+    ) -> None:
+        self.data, self.sampler = data, sampler
+        self._device = _device(config.device)
+        model = build(config.model, data.input_shape, data.n_classes, config.seed)
+        self.model = model.to(self._device)
+        sgd = torch.optim.SGD(
+            self.model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+        self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
+        self.module: nn.Module
+        self.optimizer: PrivateOptimizer | _PlainOptimizer
+        if mechanism is None:
+            self.module = self.model
+            self.optimizer = _PlainOptimizer(sgd, sampler, config.decay)
+        else:
+            self._refuse_memory(config, mechanism)
+            wrapped = privatize(self.model, "sum")
+            self.module = wrapped
+            self.optimizer = PrivateOptimizer(
+                sgd, wrapped, mechanism, sampler, key, decay=config.decay
+            )
+        self.history: list[dict[str, Any]] = []
+        self._seconds = 0.0
+
+    def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
+        """Refuse a run whose noise and per-sample gradients do not fit; on a GPU it will say so."""
+        if self._device.type != "cpu":
+            return
+        size = sum(p.numel() for p in self.model.parameters())
+        rows = mechanism.noising.state_size
+        # float32; a checkpoint holds the rows once more, in the state and in its bytes.
+        needed = 4.0 * size * (3 * rows + config.batch_size)
+        what = f"{rows} rows of noise and {config.batch_size} gradients of {size} parameters"
+        _limits.memory(what, needed, "fewer bands or a smaller batch")
+
+    @property
+    def t(self) -> int:
+        """Steps made."""
+        return self.optimizer.t
+
+    @property
+    def epoch_end(self) -> int:
+        """The steps made when the epoch of the next step ends."""
+        per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
+        return min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
+
+    def epoch(self, on_step: OnStep | None = None, most: int | None = None) -> None:
+        """Train to the end of the epoch, evaluate on the test set, and add to `history`.
+
+        With `most`, stop after that many steps if the epoch does not end before.
+        """
+        start, end = time.perf_counter(), self.epoch_end
+        stop = end if most is None else min(self.t + most, end)
+        accuracy = self.history[-1]["test_accuracy"] if self.history else None
+        with warnings.catch_warnings():
+            # torch, on Opacus's hooks: the first layer's input, the data, needs no gradient.
+            warnings.filterwarnings("ignore", "Full backward hook is firing")
+            while self.t < stop:
+                self._step()
+                if on_step is not None:
+                    on_step(self.t, self.sampler.n_steps, accuracy)
+        self._seconds += time.perf_counter() - start
+        if stop < end:
+            return
+        entry = {"epoch": len(self.history) + 1, "step": self.t, "test_accuracy": self.accuracy()}
+        self.history.append(entry | {"seconds": self._seconds})
+
+    @cached_property
+    def _data(self) -> str:
+        """A hash of the training set; as secret as the checkpoint that it goes into."""
+        digest = hashlib.blake2b(digest_size=16)
+        for tensor in (self.data.train_inputs, self.data.train_labels):
+            digest.update(tensor.contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def _step(self) -> None:
+        batch = self.sampler.batch(self.t)
+        self.optimizer.zero_grad()
+        if batch.size:
+            index = torch.from_numpy(batch)
+            logits = self.module(self.data.train_inputs[index].to(self._device))
+            labels = self.data.train_labels[index].to(self._device)
+            loss = cross_entropy(logits, labels, reduction="sum")
+            torch.autograd.backward(loss)
+        for group in self._sgd.param_groups:
+            group["lr"] = float(self._lr[self.t])
+        self.optimizer.step(batch)
+
+    def accuracy(self) -> float:
+        """Return the share of test examples that the model gets right."""
+        self.model.eval()
+        with torch.no_grad():
+            inputs = torch.split(self.data.test_inputs, EVALUATION_BATCH)
+            logits = [self.model(part.to(self._device)) for part in inputs]
+            guesses = torch.cat(logits).argmax(1).cpu()
+        self.model.train()
+        return float((guesses == self.data.test_labels).double().mean())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, but the key."""
+        return {
+            "version": 1,
+            "data": self._data,
+            "surroundings": surroundings(self._device),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": self.history,
+            "seconds": self._seconds,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue a saved run.
+
+        The bits are those of the uninterrupted run in the same surroundings; others are warned of.
+        They do not touch privacy: steps past the checkpoint have released nothing.
+
+        Raises:
+            RootnoiseError: the state is not of this run, or the training set has changed.
+        """
+        if state.get("data") != self._data:
+            raise RootnoiseError("training set must be the one the run began with, got another")
+        then, now = state.get("surroundings"), surroundings(self._device)
+        if then != now:
+            warnings.warn(
+                f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "
+                "of the weights will not be those of an uninterrupted run",
+                SurroundingsWarning,
+                stacklevel=2,
+            )
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.model.load_state_dict(state["model"])
+            self.history, self._seconds = list(state["history"]), float(state["seconds"])
+        except (KeyError, TypeError, RuntimeError) as reason:
+            line = " ".join(str(reason).split())
+            raise RootnoiseError(f"checkpoint must fit this run, got {line:.120}") from None
+
+
+def surroundings(device: torch.device) -> str:
+    """Return what the last bits of a run depend on besides its settings, in one line."""
+    cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    line = f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"
+    return line if device.type == "cpu" else f"{line}, {torch.cuda.get_device_name(device)}"
+
+
+def _device(name: str) -> torch.device:
+    """Return a device by name, or refuse one that is not here."""
+    device = torch.device(name)
+    n_gpus = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= n_gpus:
+        rule = f"device must be one that torch finds here ({n_gpus} GPUs)"
+        raise RootnoiseError(f"{rule}, got {name}")
+    return device
+
+
+class _PlainOptimizer:
+    """The twin of PrivateOptimizer without clipping and noise: same divisor, same decay."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, sampler: Sampler, decay: float) -> None:
+        self.optimizer, self.sampler, self.decay, self.t = optimizer, sampler, decay, 0
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self, indices: object) -> None:
+        with torch.no_grad():
+            for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+                p.grad.div_(self.sampler.batch_size)
+                p.mul_(self.decay)
+        self.optimizer.step()
+        self.t += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self.t, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.t = integer("saved t", state["t"], 0, self.sampler.n_steps)

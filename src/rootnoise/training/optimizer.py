@@ -1,0 +1,486 @@
+"""Clipped, summed and noised gradients for a torch optimizer.
+
+Opacus computes the per-sample gradients; everything that epsilon depends on happens in
+`PrivateOptimizer.step`, in one order: check the batch, clip, sum, add the noise of the step, divide
+by the expected batch size. What the inner optimizer makes of that gradient is post-processing.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import ArrayLike
+from opacus import GradSampleModule
+from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
+from opacus.validators import ModuleValidator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.batches.ledger import Ledger
+from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.noise import NoiseStream
+from rootnoise.training.clipping import Clip
+from rootnoise.training.guards import ForwardGuard
+from rootnoise.training.probe import Probe
+from rootnoise.training.ranks import Indices, Ranks
+from rootnoise.training.replicated import Copies
+from rootnoise.training.reuse import Releases
+from rootnoise.training.sharded import ShardedGradSampleModule, Shards
+
+
+def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSampleModule:
+    """Return `model` wrapped by Opacus, so that backward leaves per-sample gradients.
+
+    A model that `fully_shard` (FSDP2) has cut up is wrapped after that; see `shards`.
+
+    Args:
+        model: in training mode, each output row a function of its own input row alone. The loss
+            must be a sum or mean of one term per example, each of its own output row alone: no
+            pairs within the batch, and no division by what the batch holds (its tokens that are
+            no padding, say). `PrivateOptimizer` probes both.
+        loss_reduction: what the loss does over the batch, "mean" (torch's default) or "sum". A
+            wrong one scales gradients by the batch size before they are clipped; privacy does not
+            depend on it.
+
+    Raises:
+        RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
+            that mixes examples or remembers them (BatchNorm, running statistics) or rewrites its
+            weights (`max_norm`); of a sharded model also what `ShardedGradSampleModule` refuses.
+    """
+    if loss_reduction not in ("mean", "sum"):
+        raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
+    if isinstance(model, AbstractGradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
+        raise RootnoiseError(f"model must be a plain module, got {type(model).__name__} of Opacus")
+    if isinstance(model, DistributedDataParallel):  # it would add up raw gradients
+        rule = "model must be a plain module (PrivateOptimizer takes the process group)"
+        raise RootnoiseError(f"{rule}, got DistributedDataParallel")
+    _check_layers(model)
+    # torch tells every loop that the first layer's input, the data, needs no gradient.
+    warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
+    if isinstance(model, FSDPModule):
+        return ShardedGradSampleModule(model, loss_reduction)
+    return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
+
+
+class PrivateOptimizer:
+    """A torch optimizer that sees only clipped, summed and noised gradients.
+
+    A step sets every gradient to (sum of the batch's clipped gradients + noise_std (C^-1 Z)_t) /
+    sampler.batch_size: the divisor is the expected batch size, never the actual one.
+
+    torch.optim.SGD with the workload's momentum is what the noise is optimised for. Any other
+    optimizer has the same guarantee (it is post-processing), but the workload, and so the error
+    that the mechanism reports, is not its own.
+
+    Args:
+        optimizer: holds each trainable parameter of `module` exactly once.
+        module: from `privatize`, or Opacus's own GradSampleModule.
+        mechanism: calibrated for sampler.participation and sampler.n_steps.
+        sampler: whose batches are used: every step takes exactly its batch. `OwnBatches` declares
+            others, where the ledger can check all that epsilon supposes.
+        key: fixes the noise; fresh from OS entropy when None.
+        decay: alpha in (0, 1]; parameters are multiplied by it before each inner step, so that SGD
+            makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
+        process_group: the ranks of a data-parallel run, each with its own copy of `module`.
+            Weights, key and sampler seed become rank 0's; each rank clips and sums its part of the
+            batch, and the noise is added once, each rank making its own part of it. A sharded
+            model brings its own group; its weights stay as they are.
+        independence: "probed": steps 0, 1, 2, 4, 8 and so on are played again, before anything is
+            released, with half of the batch replaced (see `probe`); layers and losses that mix
+            examples are refused. "assumed": you have seen to it, and the claim says so.
+        probe_every: probe every so many steps as well; 0 for none.
+
+    Attributes:
+        t: steps made.
+        non_finite: per-sample gradients of this process so far that were not finite and counted as
+            zero. The number is computed from raw data: it is not covered by the guarantee.
+
+    Raises:
+        RootnoiseError: parts that do not fit each other, or a model that `privatize` refuses.
+
+    >>> from rootnoise.factorization import factorize
+    >>> from rootnoise.batches.samplers import FixedCycleSampler
+    >>> from rootnoise.workload import SGD
+    >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
+    >>> workload, cycle = SGD(sampler.n_steps, momentum=0.9), sampler.participation
+    >>> bsr = factorize(workload, cycle, "bsr")
+    >>> mechanism = Mechanism.calibrate(bsr, cycle, epsilon=2.0, delta=1e-5)
+    >>> module = privatize(nn.Linear(3, 2))
+    >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
+    >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
+    >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
+    >>> for batch in sampler:
+    ...     optimizer.zero_grad()
+    ...     nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+    ...     optimizer.step(batch)
+    >>> optimizer.t
+    6
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        module: AbstractGradSampleModule,
+        mechanism: Mechanism,
+        sampler: Sampler,
+        key: Key | None = None,
+        *,
+        decay: float = 1.0,
+        process_group: dist.ProcessGroup | None = None,
+        independence: str = "probed",
+        probe_every: int = 0,
+    ) -> None:
+        if independence not in ("probed", "assumed"):
+            raise RootnoiseError(f"independence must be probed or assumed, got {independence!r}")
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+            optimizer, DPOptimizer | torch.optim.LBFGS
+        ):
+            kind = type(optimizer).__name__
+            raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
+        if not isinstance(module, AbstractGradSampleModule):
+            kind = type(module).__name__
+            raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
+        _check_layers(module)
+        check_sampler(sampler, mechanism.participation, mechanism.n_steps)
+        self.optimizer, self.module, self.sampler = optimizer, module, sampler
+        self.decay = real("decay", decay, above=0, at_most=1)
+        self._mechanism = mechanism
+        self._parameters = _parameters(optimizer, module)
+        self._layout = self._current_layout()
+        self._place: Copies | Shards
+        if isinstance(module, ShardedGradSampleModule):
+            self._place = Shards(module)
+        else:
+            self._place = Copies(module, Ranks(process_group))
+        self._ranks = self._place.ranks
+        self._watch(independence, integer("probe_every", probe_every, 0))
+        self._clip = Clip.of(mechanism, sampler.n_examples)
+        self.ledger = Ledger(mechanism.participation, sampler.n_examples)
+        self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
+        self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
+        self.t = 0
+        self.non_finite = 0
+        self._process = os.getpid()
+
+    @property
+    def mechanism(self) -> Mechanism:
+        """What noise and clip norm follow; another one cannot be put in its place."""
+        return self._mechanism
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse copies: two optimizers would give one noise to two gradients."""
+        raise RootnoiseError(
+            "private optimizer must not be copied or pickled, got an attempt: save its state_dict"
+        )
+
+    def _watch(self, independence: str, every: int) -> None:
+        """Put the guard of passes, and the probe if wanted, on the model.
+
+        They hang on its hooks, and autograd's graph holds those where no garbage collector sees
+        them: so they know the model and its parameters, and not this optimizer.
+        """
+        module, parameters, sharded = self.module, self._parameters, isinstance(self._place, Shards)
+        model = module._module
+
+        @contextmanager
+        def quiet() -> Iterator[None]:
+            hooks = getattr(module, "hooks_enabled", False)
+            guard.off, module.hooks_enabled = True, False
+            try:
+                yield
+            finally:
+                guard.off, module.hooks_enabled = False, hooks
+
+        self._probe: Probe | None = None
+        if independence == "probed":
+            self._probe = Probe(model, quiet, sharded=sharded, every=every)
+        self._guard = guard = ForwardGuard(
+            model,
+            partial(_discard, module, parameters),
+            observer=self._probe,
+            left=lambda: [getattr(p, "grad_sample", None) for p in parameters],
+            fixed=dict(module.named_parameters()) if sharded else None,
+        )
+
+    def claim(self) -> str:
+        """Return the mechanism's claim, and whether independence of examples was probed.
+
+        Only steps that this process has made count as probed.
+        """
+        if self._probe is None:
+            seen = "was assumed, not probed"
+        elif self._probe.probed:
+            n, last = len(self._probe.probed), self._probe.probed[-1]
+            seen = f"was probed at {n} of this process's steps, last at its step {last}"
+        else:
+            seen = "has not been probed yet"
+        return (
+            f"{self.mechanism.claim()} That each example's gradient depends on no other example of "
+            f"its batch {seen}."
+        )
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, per-sample ones included, and the passes that made them.
+
+        Call it once a step, before backward: a forward without backward stays until the next one.
+        """
+        self._guard.clear()
+        for p in self._parameters:
+            p.grad_sample = None  # type: ignore[attr-defined]
+        for p in self.module.parameters():
+            p.grad = None
+
+    def step(self, indices: ArrayLike) -> None:
+        """Make step `t` with the per-sample gradients of the examples `indices`.
+
+        Args:
+            indices: the batch of the last backward, integers in [0, n_examples), one for each of
+                its rows. Empty: the gradient is noise alone, and no backward is needed. With a
+                process group: this rank's part of the batch, which may be empty.
+
+        Raises:
+            RootnoiseError: a closure; the mechanism's steps are used up; indices that, joined over
+                the ranks, are not the sampler's batch of this step, break the participation or do
+                not match the per-sample gradients; not exactly one backward in training mode since
+                the last step; parameters that were added, removed, frozen or reshaped; a step that
+                was broken off before; another live optimizer of this key and mechanism that has
+                released other bits in this step. Nothing has been released then. With a process
+                group, all ranks raise together.
+        """
+        try:
+            part = self._checked(indices)
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        batch = self._ranks.batch(self.t, part)
+        if self._probe is not None and isinstance(self._place, Shards):
+            self._probe_together(self._probe, part.size)
+        try:
+            own = type(self.sampler) is OwnBatches
+            self.ledger.admit(self.t, batch, None if own else self.sampler.batch(self.t))
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
+        with torch.no_grad():
+            total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
+            try:
+                self._releases.check(self.t, total)
+            except RootnoiseError as refusal:
+                self._ranks.refuse(refusal)
+            self._ranks.agree(self.t)
+            self.non_finite += bad
+            self._place.write(total / self.sampler.batch_size)
+            if self.decay != 1:
+                for p in self._parameters:
+                    p.mul_(self.decay)
+        self._guard.reset()
+        if self._probe is not None:
+            self._probe.next()
+        self.optimizer.step()
+        self.t += 1
+
+    def _probe_together(self, probe: Probe, rows: int) -> None:
+        """Probe a sharded model, for whose forward every rank is needed."""
+        try:
+            probe.run(rows)
+        except RootnoiseError as refusal:
+            self._ranks.refuse(refusal)
+        self._ranks.agree(self.t)
+
+    def _checked(self, indices: ArrayLike) -> Indices:
+        """Return this process's part of the batch, or refuse it, or what backward has left."""
+        if callable(indices):
+            raise RootnoiseError("step must get the indices of the batch, got a closure")
+        if os.getpid() != self._process:
+            raise RootnoiseError(
+                "step must run in the process that made the optimizer, got a fork of it: both "
+                "would use one noise"
+            )
+        try:
+            integer("t", self.t, 0, self.mechanism.n_steps - 1, high_name="n_steps - 1")
+        except RootnoiseError as rule:
+            raise RootnoiseError(
+                f"{rule}: the mechanism's steps are used up; calibrate one for all the steps to be "
+                "made, since more of them need more noise from the first on"
+            ) from None
+        self._check_whole()
+        check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
+        integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
+        parameters = _parameters(self.optimizer, self.module)
+        same = len(parameters) == len(self._parameters) and all(
+            p is q for p, q in zip(parameters, self._parameters, strict=True)
+        )
+        if not same or self._current_layout() != self._layout:
+            raise RootnoiseError("trainable parameters must stay those of the first step")
+        if isinstance(indices, torch.Tensor):
+            indices = indices.numpy(force=True)
+        rows = np.size(indices)
+        self._place.check(rows)
+        self._guard.check(rows)
+        part = self.ledger.checked(indices)
+        if self._probe is not None and not isinstance(self._place, Shards):
+            self._probe.run(rows)
+        return part
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
+
+        It holds recent noise and the sampler's seed: keep it as secret as the key. With a process
+        group every rank must call it; what it returns is the same on each but for `non_finite`, and
+        any number of ranks can load it. Of a sharded model each rank returns its own part, for
+        `torch.distributed.checkpoint`.
+
+        Raises:
+            RootnoiseError: a step was broken off by an exception.
+        """
+        self._check_whole()
+        noise = self.stream.state_dict()
+        noise |= {name: self._place.save(noise[name], most) for name, most in self._rows().items()}
+        return {
+            "version": 1,
+            "t": self.t,
+            "non_finite": self.non_finite,
+            "decay": self.decay,
+            "layout": self._layout,
+            "optimizer": self._place.optimizer_state(self.optimizer),
+            "noise": noise,
+            "ledger": self.ledger.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue a saved run, bit by bit, given its key; the model's weights are loaded apart.
+
+        Raises:
+            RootnoiseError: this optimizer has made a step, or its ledger has a file (`keep` comes
+                after), or the saved one had another mechanism
+                (any of its fields), key, sampler, decay or layout. Nothing has changed then.
+        """
+        if self.t or self.ledger.t or self.stream.t:
+            raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
+        self.ledger.check_unkept()
+        for name, ours in {"version": 1, "decay": self.decay, "layout": self._layout}.items():
+            if state.get(name) != ours:
+                raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")
+        t = integer("saved t", state.get("t", -1), 0, self.mechanism.n_steps)
+        bad = integer("saved non_finite", state.get("non_finite", -1), 0)
+        # Into fresh copies first, so that a refusal leaves everything as it was.
+        stream = self._new_stream(self.stream.key)
+        ledger = Ledger(self.ledger.participation, self.ledger.n_examples)
+        sampler = copy.copy(self.sampler)
+        parts: dict[str, Any] = {"noise": stream, "ledger": ledger, "sampler": sampler}
+        for name, part in parts.items():
+            if not isinstance(state.get(name), Mapping):
+                raise RootnoiseError(f"saved {name} must be a mapping, got {state.get(name)!r:.80}")
+            part.load_state_dict(self._own(state[name]) if part is stream else state[name])
+        if not stream.t == ledger.t == t:
+            raise RootnoiseError(
+                f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
+            )
+        try:
+            self._place.load_optimizer_state(self.optimizer, state["optimizer"])
+        except (KeyError, TypeError, ValueError) as reason:
+            raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
+        self.sampler.load_state_dict(state["sampler"])
+        self.stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
+
+    def _new_stream(self, key: Key) -> NoiseStream:
+        size = sum(p.numel() for p in self._parameters)
+        where = self._parameters[0].device
+        return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
+
+    def _rows(self) -> dict[str, int]:
+        """Return the tensors of a saved stream, a column a position, with their most rows."""
+        return {"state": self.mechanism.noising.state_size, "ready": self.stream.block_steps}
+
+    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a saved state of the whole noise, cut to what this process holds."""
+        unread = integer("saved noise's made", noise.get("made", -1)) - integer(
+            "saved noise's t", noise.get("t", -1)
+        )
+        rows = {"state": self.mechanism.noising.state_size, "ready": unread}
+        own = {name: self._place.load(name, noise.get(name), n) for name, n in rows.items()}
+        return dict(noise) | own
+
+    def _follow_first(self, key: Key) -> Key:
+        """Take over rank 0's weights, sampler seed and ledger salt, and return its key."""
+        if self._ranks.size == 1:
+            return key
+        self._ranks.same("mechanism", self.mechanism.fingerprint)
+        self._ranks.same("parameters", self._layout)
+        self._ranks.same("decay", self.decay)
+        states = [self.sampler.state_dict(), self.ledger.state_dict(), key.secret]
+        sampler, ledger, secret = self._ranks.first(states)
+        self.sampler.load_state_dict(sampler)
+        self.ledger.load_state_dict(ledger)
+        self._place.begin()
+        return Key(secret)
+
+    def _current_layout(self) -> list[list[Any]]:
+        """Return [name, shape] of each trainable parameter, which fixes its place in the noise."""
+        named = self.module.named_parameters()
+        return [[name, list(p.shape)] for name, p in named if p.requires_grad]
+
+    def _check_whole(self) -> None:
+        if not self.t == self.ledger.t == self.stream.t:
+            raise RootnoiseError(
+                f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
+                f"{self.stream.t}): resume from a saved state"
+            )
+
+
+def _discard(module: AbstractGradSampleModule, parameters: list[nn.Parameter]) -> None:
+    """Drop what Opacus keeps of passes that are not used."""
+    if isinstance(module, ShardedGradSampleModule):
+        module.kept.clear()
+    for layer in module.modules():
+        for name in ("activations", "max_batch_len"):
+            vars(layer).pop(name, None)
+    for p in parameters:
+        p.grad_sample, p._forward_counter = None, 0  # type: ignore[attr-defined]
+        vars(p).pop("_current_grad_sample", None)
+
+
+def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not held or sorted(held) != sorted(map(id, trainable)):
+        known = len(set(held) & set(map(id, trainable)))
+        raise RootnoiseError(
+            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
+            f"and no other, got {len(held)}, among them {known} of these"
+        )
+    if not all(p.is_floating_point() for p in trainable):
+        raise RootnoiseError("parameters must be real floating-point numbers")
+    return trainable
+
+
+def _check_layers(model: nn.Module) -> None:
+    """Refuse layers that mix the examples of a batch, or whose buffers remember them un-noised."""
+    for name, layer in model.named_modules():
+        mixes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        if mixes or getattr(layer, "track_running_stats", False):
+            rule = "must not mix examples or keep running statistics"
+            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {type(layer).__name__}")
+        if getattr(layer, "max_norm", None) is not None:
+            rule = "must not rewrite its weights in forward, by the batch and without noise"
+            got = f"{type(layer).__name__} with max_norm={layer.max_norm}"
+            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {got}")
+    errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
+    if errors:
+        reason = " ".join(str(errors[0]).split())
+        raise RootnoiseError(f"model must pass Opacus's checks, got {reason}")

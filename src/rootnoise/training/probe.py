@@ -1,0 +1,396 @@
+"""Whether each example's gradient is its own: tried on a real batch, with the others replaced.
+
+Noise hides one clipped gradient. Where the gradients of others depend on the same record, through
+a layer or a loss that mixes the batch, one record moves all of them, and the claim is void. So now
+and then a step is played again, before anything is released, on the same weights and random
+numbers, with half of the batch replaced by examples of the other half: what the model makes of the
+examples that stayed, forward and backward, must stay as it was.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from rootnoise._check import RootnoiseError
+from rootnoise.training.guards import tensors_of
+from rootnoise.training.tape import Surroundings, Tape
+
+# Rows that depend on themselves alone are the same bits, or differ by how a kernel splits its sums:
+# a few units in the last place of the row's largest number. Mixing below this is not seen.
+TOLERANCE = 100  # times the type's epsilon, at most 0.05
+FLOOR = 1e-3  # a row counts as at least this large, beside the largest row
+CURE = "or take the duty upon you by independence='assumed'"
+
+INTERNAL = vars(nn.Module()).keys()  # FSDP2 swaps parameters there
+_Errors = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class Probe:
+    """Replays steps with half of the batch replaced; an observer of a `ForwardGuard`.
+
+    A step is probed if its number is 0, a power of two or a multiple of `every`, and so is each one
+    until a probe has shown something: a batch of one example, or of equal ones, cannot.
+
+    Args:
+        model: whose layers are compared.
+        quiet: a context in which passes of the model leave no per-sample gradients.
+        sharded: the ranks hold parts of the model. Then every rank must come to `run` at the same
+            steps, backward is compared at the model's outputs alone, and a step that shows nothing
+            is not made up for.
+        every: see above; 0 for powers of two alone.
+
+    Attributes:
+        probed: steps made at which a probe passed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        quiet: Callable[[], AbstractContextManager[Any]],
+        *,
+        sharded: bool = False,
+        every: int = 0,
+    ) -> None:
+        self._model, self._quiet, self._sharded, self._every = model, quiet, sharded, every
+        self.probed: list[int] = []
+        self._t = 0
+        self._passed = False
+        self._step: _Step | None = None
+
+    @property
+    def due(self) -> bool:
+        """Whether the next step is to be probed."""
+        t = self._t
+        planned = t & (t - 1) == 0 or (self._every > 0 and t % self._every == 0)
+        return planned or not (self.probed or self._sharded)
+
+    def next(self) -> None:
+        """A step was made."""
+        if self._passed:
+            self.probed.append(self._t)
+        self._t += 1
+        self._passed = False
+
+    def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A training forward begins: keep its inputs and the state of the generators."""
+        self.drop()
+        self._passed = False
+        if self.due:
+            self._step = _Step(args, kwargs)
+
+    def leave(self, output: Any) -> None:
+        """It has ended: record what becomes of its output."""
+        if self._step is not None:
+            self._step.begin(output)
+
+    def drop(self) -> None:
+        """The forward is not used any more."""
+        if self._step is not None:
+            self._step.tape.stop()
+        self._step = None
+
+    def run(self, rows: int) -> None:
+        """Probe the step whose forward and backward have just run, if it is due.
+
+        Raises:
+            RootnoiseError: a layer, or the loss, mixes the examples of the batch, or the step
+                cannot be replayed.
+        """
+        step, self._step = self._step, None
+        if step is None:
+            return
+        step.tape.stop()
+        if rows < 2 and not self._sharded:
+            return
+        with self._unmoved(step.tape):
+            step.tape.finish()
+            self._passed = self._compare(step, rows)
+
+    def _compare(self, step: _Step, rows: int) -> bool:
+        """Replay the step as it was and with either half replaced, and refuse what differs."""
+        known = {id(t) for t in [*self._model.parameters(), *self._model.buffers()]}
+        first = _Trace(self._model, rows, not self._sharded)
+        sources: list[torch.Tensor | None] = [None, *_sources(rows, self._t)]
+        shown, refusal = 0, ""
+        for source in sources:  # all of them, even when one has failed: other ranks wait in forward
+            trace = first if source is None else _Trace(self._model, rows, not self._sharded)
+            try:
+                changed = step.play(trace, source, known)
+            except RootnoiseError as reason:
+                refusal = refusal or f"{reason} ({CURE})"
+                continue
+            except _Errors as reason:
+                line = " ".join(str(reason).split())
+                rule = "step must run again for the probe of independence"
+                refusal = refusal or f"{rule}, got {type(reason).__name__} {line:.100} ({CURE})"
+                continue
+            if source is None:
+                refusal = refusal or trace.unlike(step)
+            elif changed:
+                shown += 1
+                refusal = refusal or trace.mixing(first, source, step.tape.name)
+        if refusal:
+            raise RootnoiseError(refusal)
+        return shown == 2
+
+    @contextmanager
+    def _unmoved(self, tape: Tape) -> Iterator[None]:
+        """Leave generators and the plain attributes of modules as they are now."""
+        now = Surroundings.now()
+        generators = [(g, g.get_state()) for g in tape.generators()]
+        plain = [_Attributes(module) for module in self._model.modules()]
+        try:
+            with self._quiet():
+                yield
+        finally:
+            with now.again():
+                pass
+            for generator, state in generators:
+                generator.set_state(state)
+            for attributes in plain:
+                attributes.restore()
+
+
+class _Step:
+    """A recorded step: inputs, generators, outputs, their gradients, and the way to the loss."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        leaves, self._spec = tree_flatten((args, kwargs))
+        self._leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
+        self._surroundings = Surroundings.now()
+        self.tape = Tape()
+        self.outputs: list[torch.Tensor] = []
+        self.gradients: dict[int, torch.Tensor] = {}
+
+    def begin(self, output: Any) -> None:
+        """Keep what forward returned, and record."""
+        outputs = tensors_of(output)
+        self.outputs = [t.detach().clone() for t in outputs]
+        for i, t in enumerate(outputs):
+            if t.requires_grad:
+                t.register_hook(partial(self.gradients.__setitem__, i))  # type: ignore[no-untyped-call]
+        self.tape.start(outputs)
+
+    def play(self, trace: _Trace, source: torch.Tensor | None, known: set[int]) -> bool:
+        """Run forward and loss, with examples replaced by others; return whether that changed any.
+
+        Raises:
+            RootnoiseError: inputs that hold no row an example, or as of `Tape.play`.
+        """
+        rows, leaves, changed, fits = trace.rows, list(self._leaves), False, False
+        for i, x in enumerate(leaves):
+            if isinstance(x, torch.Tensor) and x.dim() and len(x) == rows:
+                fits = True
+                if source is not None:
+                    leaves[i] = x[source.to(x.device)]
+                    changed |= not torch.equal(leaves[i], x)
+        args, kwargs = tree_unflatten(
+            [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves], self._spec
+        )
+        outputs = tensors_of(trace.forward(args, kwargs, self._surroundings))
+        if not fits:
+            rule = "one tensor that the model gets must have one row an example"
+            raise RootnoiseError(f"{rule} ({rows}), got none")
+        if self.tape.trouble:
+            raise RootnoiseError(f"loss must be made in a few steps, {self.tape.trouble}")
+        if len(outputs) != len(self.outputs):
+            raise RootnoiseError("forward must return as many tensors again")
+        given = outputs
+        if not trace.deep:
+            outputs = [t.detach().requires_grad_(t.is_floating_point()) for t in outputs]
+            given = [t.clone() for t in outputs]  # a loss may write to what forward returned
+        loss, weight, more = self.tape.play(given, rows, source, known)
+        trace.backward(loss, weight, outputs)
+        return changed or more
+
+
+class _Trace:
+    """What the layers of a model made of a batch, forward and backward, in the order of the calls.
+
+    Args:
+        model: whose layers.
+        rows: examples.
+        deep: compare gradients inside the model as well, not at its outputs alone.
+    """
+
+    def __init__(self, model: nn.Module, rows: int, deep: bool) -> None:
+        self.rows, self._model, self.deep = rows, model, deep
+        self.seen: list[tuple[str, torch.Tensor]] = []
+        self.gradients: list[tuple[str, torch.Tensor | None]] = []
+        self.outputs: list[torch.Tensor] = []
+        self.output_gradients: list[torch.Tensor | None] = []
+        self._tracked: list[tuple[str, torch.Tensor]] = []
+
+    def forward(self, args: Any, kwargs: Any, surroundings: Surroundings) -> Any:
+        """Run the model, and keep inputs and outputs of its layers."""
+        handles = []
+        for name, layer in self._model.named_modules():
+            own = any(p.requires_grad for p in layer.parameters(recurse=False))
+            if own or layer is self._model or not any(layer.children()):
+                place = f"layer {name or 'model'} ({_kind(layer)})"
+                if layer is not self._model:
+                    handles.append(layer.register_forward_pre_hook(partial(self._before, place)))
+                handles.append(layer.register_forward_hook(partial(self._after, place, own)))
+        try:
+            with surroundings.again(), torch.set_grad_enabled(self.deep):
+                output = self._model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.outputs = [t.detach().clone() for t in tensors_of(output)]
+        return output
+
+    def _before(self, place: str, layer: nn.Module, args: Any) -> None:
+        self._keep(f"what feeds {place}", tensors_of(args))
+
+    def _after(self, place: str, own: bool, layer: nn.Module, args: Any, output: Any) -> None:
+        outputs = tensors_of(output)
+        self._keep(place, outputs)
+        if own and self.deep:
+            self._tracked += [(place, t) for t in outputs if t.requires_grad]
+
+    def _keep(self, place: str, tensors: list[torch.Tensor]) -> None:
+        self.seen += [
+            (place, t.detach().clone()) for t in tensors if t.dim() and len(t) == self.rows
+        ]
+
+    def backward(
+        self, loss: torch.Tensor, weight: torch.Tensor | None, outputs: list[torch.Tensor]
+    ) -> None:
+        """Keep the gradients of the loss at the model's outputs and at its layers' outputs."""
+        ends = [t for t in outputs if t.requires_grad]
+        targets = [*ends, *(t for _, t in self._tracked)]
+        found = torch.autograd.grad(loss, targets, weight, allow_unused=True)
+        by_end = iter(found[: len(ends)])
+        self.output_gradients = [next(by_end) if t.requires_grad else None for t in outputs]
+        places = [place for place, _ in self._tracked]
+        shapes = [t.shape for _, t in self._tracked]
+        self.gradients = [
+            (place, g)
+            for place, shape, g in zip(places, shapes, found[len(ends) :], strict=True)
+            if shape and shape[0] == self.rows
+        ]
+        self._tracked = []
+        for t, g in zip(outputs, self.output_gradients, strict=True):
+            if (
+                not self.deep
+                and g is not None
+                and not (t.dim() and len(t) % max(self.rows, 1) == 0)
+            ):
+                rule = "loss of a sharded model must be made of rows that forward returns"
+                raise RootnoiseError(f"{rule}, got shape {tuple(t.shape)}")
+
+    def unlike(self, step: _Step) -> str:
+        """Say how the replay of a step as it was differs from the step."""
+        all_rows = torch.ones(self.rows, dtype=torch.bool)
+        for old, new in zip(step.outputs, self.outputs, strict=True):
+            if _differ(old, new, self.rows, all_rows):
+                return (
+                    "forward must return the same again for the same batch, got something else: it "
+                    "keeps what it has seen, or draws numbers outside of torch's generator "
+                    f"({CURE})"
+                )
+        for i, g in step.gradients.items():
+            if _differ(g, self.output_gradients[i], self.rows, all_rows):
+                return f"loss must be made by torch's own functions, got one that is not ({CURE})"
+        return ""
+
+    def mixing(self, first: _Trace, source: torch.Tensor, loss: str) -> str:
+        """Say what makes the examples that stayed depend on those that were replaced."""
+        kept = source == torch.arange(self.rows)
+        rule = "must not mix the examples of a batch"
+        if [place for place, _ in self.seen] != [place for place, _ in first.seen]:
+            return f"forward {rule}, got other layers called for other examples ({CURE})"
+        for (place, old), (_, new) in zip(first.seen, self.seen, strict=True):
+            if _differ(old, new, self.rows, kept):
+                got = "one example's values changed when others were replaced"
+                return f"{place} {rule}: {got} ({CURE})"
+        got = "one example's gradient changed when others were replaced"
+        ends = zip(first.output_gradients, self.output_gradients, strict=True)
+        if any(_differ(a, b, self.rows, kept) for a, b in ends):
+            return f"loss ({loss}) {rule}: {got} ({CURE})"
+        pairs = list(zip(first.gradients, self.gradients, strict=True))
+        for (place, a), (_, b) in reversed(pairs):
+            if _differ(a, b, self.rows, kept):
+                return f"loss, or what follows {place}, {rule}: {got} ({CURE})"
+        return ""
+
+
+class _Attributes:
+    """The plain tensors and containers that a module holds, to be put back."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._values = module, self._plain(module)
+        self._copies: dict[str, Any] = {}
+        for name, value in self._values.items():
+            if isinstance(value, torch.Tensor):
+                self._copies[name] = value.detach().clone()
+            elif isinstance(value, list | dict | set | deque):
+                self._copies[name] = value.copy()
+
+    @staticmethod
+    def _plain(module: nn.Module) -> dict[str, Any]:
+        return {name: value for name, value in vars(module).items() if name not in INTERNAL}
+
+    def restore(self) -> None:
+        for name in self._plain(self._module).keys() - self._values.keys():
+            del vars(self._module)[name]
+        vars(self._module).update(self._values)
+        for name, saved in self._copies.items():
+            value = self._values[name]
+            if isinstance(value, torch.Tensor):
+                if not torch.equal(value, saved):
+                    value.detach().copy_(saved)
+            else:
+                value.clear()
+                value.extend(saved) if isinstance(value, list | deque) else value.update(saved)
+
+
+def _sources(rows: int, t: int) -> list[torch.Tensor]:
+    """Return whose place each example takes, for a random half that stays and for the other one."""
+    if rows < 2:
+        return [torch.arange(rows)] * 2
+    generator = np.random.default_rng([rows, t])  # halves need no secrecy
+    order = generator.permutation(rows)
+    sources = []
+    for stays in (order[: rows // 2], order[rows // 2 :]):
+        source = generator.choice(stays, rows)
+        source[stays] = stays
+        sources.append(torch.from_numpy(source))
+    return sources
+
+
+def _differ(
+    old: torch.Tensor | None, new: torch.Tensor | None, rows: int, kept: torch.Tensor
+) -> bool:
+    """Whether the kept examples' rows of two tensors differ by more than rounding."""
+    if old is None or new is None:
+        one = old if new is None else new
+        return one is not None and bool(one.count_nonzero())
+    if old.shape != new.shape:
+        return True
+    if not old.dim() or not len(old) or len(old) % rows:
+        return False
+    a, b = (t.detach().reshape(rows, -1)[kept.to(t.device)] for t in (old, new))
+    if not a.is_floating_point() or not a.numel():
+        return not torch.equal(a, b)
+    tolerance = min(TOLERANCE * torch.finfo(a.dtype).eps, 0.05)
+    a, b = a.double(), b.double()
+    same = (a == b) | (a.isnan() & b.isnan())
+    off = torch.where(same, 0.0, a - b).abs().amax(1)
+    size = torch.where(a.isfinite(), a, 0.0).abs().amax(1)
+    size = size.clamp(min=FLOOR * float(size.max()))
+    return not bool((off <= tolerance * size).all())
+
+
+def _kind(layer: nn.Module) -> str:
+    return type(layer).__name__

@@ -21,19 +21,19 @@ CONFIG = RunConfig(
 )
 RUN = (
     "_files.py",
-    "blockplan.py",
-    "clipping.py",
-    "copies.py",
-    "engine.py",
-    "journal.py",
-    "ledger.py",
-    "noise.py",
-    "training.py",
-    "lab/checkpoint.py",
-    "lab/trainer.py",
-    "lab/run.py",
+    "noise/blockplan.py",
+    "training/clipping.py",
+    "training/replicated.py",
+    "noise/engine.py",
+    "batches/ledger_file.py",
+    "batches/ledger.py",
+    "noise/stream.py",
+    "training/optimizer.py",
+    "runs/folder.py",
+    "runs/trainer.py",
+    "runs/run.py",
 )
-FOLDER = ("_files.py", "lab/checkpoint.py", "lab/run.py")
+FOLDER = ("_files.py", "runs/folder.py", "runs/run.py")
 
 
 def train(out: Path, every: int | None, config: RunConfig = CONFIG) -> None:

@@ -53,24 +53,3 @@ def steps(title: str, quiet: bool) -> Iterator[Callable[[int, int, float | None]
             bar.update(task, completed=step, total=n_steps, accuracy=shown)
 
         yield update
-
-
-@contextmanager
-def pieces(quiet: bool) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar and yield its update(piece, pieces, label); silent unless at a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=None)
-
-        def update(piece: int, n_pieces: int, label: str) -> None:
-            bar.update(task, completed=piece, total=n_pieces, description=label)
-
-        yield update

@@ -36,7 +36,6 @@ import io
 import json
 import os
 import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ from typing import Any
 import torch
 
 from rootnoise._check import RootnoiseError
-from rootnoise._files import partial, write_whole
+from rootnoise._files import lock, partial, write_whole
 from rootnoise.batches.ledger import Ledger
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
@@ -200,19 +199,8 @@ class RunFolder:
     def _acquire(self) -> None:
         """Take the lock, which dies with the process: two live runs would share one key."""
         self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                msvcrt.locking(self._lock, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RootnoiseError(
-                f"out must not be in use by another run, got {self.path}"
-            ) from None
+        if not lock(self._lock):
+            raise RootnoiseError(f"out must not be in use by another run, got {self.path}")
 
     def mechanism(self) -> Mechanism:
         """Read the run's mechanism, recomputed and compared.

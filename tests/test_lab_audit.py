@@ -173,6 +173,7 @@ FORGERIES: dict[str, tuple[list[Any], str]] = {
     ),
     "rmse": (["privacy.json", "mechanism", "error", "rmse", lambda x: x * 0.99], "rmse"),
     "private": (["privacy.json", "private", False], "private"),
+    "independence": (["privacy.json", "independence", "proved for every loss"], "independence"),
     "ledger's digest": (["privacy.json", "ledger", "00" * 32], "ledger.bin is this run's"),
     "people": (["privacy.json", "sampler", "n_examples", 99999], "ledger.bin is this run's"),
     "budget": (["config.json", "epsilon", 0.5], "budget"),

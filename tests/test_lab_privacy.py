@@ -28,6 +28,7 @@ def test_the_statement_has_all_that_an_auditor_asks_for(finished):
     said = stated["mechanism"]
     assert stated["private"] is True
     assert stated["claim"] == mechanism.claim()
+    assert stated["independence"].startswith("That each example's gradient depends on no other")
     assert (said["name"], said["fingerprint"]) == (mechanism.name, mechanism.fingerprint)
     assert said["unit"] == "one record"
     poisson = mechanism.name == "identity"
@@ -68,6 +69,7 @@ def test_people_read_the_same(finished):
     stated, text = (finished / "privacy.json"), (finished / "privacy.md").read_text()
     content = json.loads(stated.read_text())
     assert content["claim"] in text
+    assert content["independence"] in text
     assert f"Seal: {content['seal']}" in text
     assert f"{content['mechanism']['noise_std']:.9g}" in text
     assert content["key_id"] in text

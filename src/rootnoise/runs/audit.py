@@ -184,6 +184,7 @@ class _Audit:
         text = (self.folder.path / "claim.txt").read_text()
         yield _same("claim.txt", text, claim(config, m) + "\n")
         yield _same("private", stated["private"], config.insecure_noise_seed is None)
+        yield _same("independence", stated["independence"], statement.INDEPENDENCE)
         said = statement.described(m, with_bound=False) | {"error": stated["mechanism"]["error"]}
         yield _fields("privacy.json follows from mechanism.json", stated["mechanism"], said)
         sampler, p = stated["sampler"], m.participation

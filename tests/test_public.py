@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import pkgutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import rootnoise
+
+GUARD = "TYPE_CHECKING"
 
 
 def test_every_exported_name_exists():
@@ -24,9 +27,17 @@ def test_no_name_is_that_of_a_submodule():
 
 
 def test_type_checkers_and_users_see_the_same_names():
-    source = Path(rootnoise.__file__).read_text()
-    for name in rootnoise._HOMES:
-        assert source.count(name) >= 3, f"{name} is missing under TYPE_CHECKING"
+    tree = ast.parse(Path(rootnoise.__file__).read_text())
+    (block,) = [
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == GUARD
+    ]
+    typed = {
+        name.asname or name.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for name in node.names
+    }
+    assert typed == {name: f"rootnoise.{home}" for name, home in rootnoise._HOMES.items()}
     assert set(rootnoise.__all__) == {*rootnoise._HOMES, "RootnoiseError", "__version__"}
 
 

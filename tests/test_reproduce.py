@@ -13,17 +13,18 @@ import numpy as np
 import pytest
 
 import reproduce
-from parts import accuracy, bounds, errors, grid, limits, runtime, tables
+from parts import accuracy, errors, grid, limits, runtime, tables
 from parts.grid import TUNING_SEED, Grid
 from parts.page import load
 from parts.part import (
     BEYOND,
+    FULL,
     NOT,
     PARTLY,
     REPRODUCED,
     SMALLER,
-    WORKLOADS,
     Settings,
+    Size,
     participation,
 )
 from parts.studies import HERE, METHODS, STUDIES, Study
@@ -64,9 +65,9 @@ def test_committed_numbers_agree_with_independent_ones(table):
 @pytest.mark.parametrize("kind", ["single", "repeated"])
 def test_numbers_computed_now_agree_with_independent_ones(kind):
     checked = 0
-    for alpha, beta in WORKLOADS:
+    for alpha, beta in FULL.workloads:
         who = participation(kind, 200)
-        for method, (name, options) in errors.methods(kind, 200, quick=True).items():
+        for method, (name, options) in errors.methods(kind, 200, dense=200).items():
             key = {"alpha": alpha, "beta": beta, "participation": kind, "n": 200, "method": method}
             for value in EXPECTED["values"]:
                 if value["where"] == key:
@@ -103,24 +104,30 @@ def test_committed_accuracies_are_those_of_the_committed_runs():
 # ---------------------------------------------------------------------------- parts and the page
 
 
+TINY = Size(
+    workloads=((1.0, 0.0), (0.999, 0.0)),
+    errors=(100, 500),
+    dense=100,
+    scan=500,
+    bands=(1, 100),
+    tight=0,
+    single=(10, 100, 100_000),
+    repeated=(200, 100_000),
+    runtime=(50, 100, 200, 400),
+    seconds=1.0,
+    epsilons=(0.1, 8.0),
+    epochs=(1,),
+    structure=FixedCycle(10, 5),
+    narrow=FixedCycle(20, 3),
+    narrow_bands=(1, 4, 20),
+    studies=("quick",),
+)
+
+
 @pytest.fixture
 def small(monkeypatch):
     """Every part in a second or so."""
-    monkeypatch.setattr(errors, "QUICK_STEPS", (100, 500))
-    monkeypatch.setattr(errors, "SCAN", 500)
-    monkeypatch.setattr(errors, "WORKLOADS", ((1.0, 0.0),))
-    monkeypatch.setattr(errors, "QUICK_DENSE", 100)
-    monkeypatch.setattr(errors, "BANDS", (1, 100))
-    monkeypatch.setattr(bounds, "WORKLOADS", ((1.0, 0.0), (0.999, 0.0)))
-    monkeypatch.setattr(bounds, "QUICK_STEPS", (10, 100, 100_000))
-    monkeypatch.setattr(bounds, "QUICK_CYCLES", (200, 100_000))
-    monkeypatch.setattr(runtime, "QUICK_STEPS", (50, 100, 200, 400))
-    monkeypatch.setattr(limits, "QUICK_EPSILONS", (0.1, 8.0))
-    monkeypatch.setattr(limits, "QUICK_EPOCHS", (1,))
-    monkeypatch.setattr(limits, "BANDS", (1, 4, 20))
-    monkeypatch.setattr(limits, "CYCLE", FixedCycle(20, 3))
-    monkeypatch.setattr(limits, "N", 50)
-    monkeypatch.setattr(limits, "PERIOD", 10)
+    monkeypatch.setattr(reproduce, "QUICK", TINY)
     fake = {"n_steps": 8, "rmse": 1.0, "cpu_seconds": 0.0}
     better = {"bsr": 0.9, "dense": 0.9, "dpsgd": 0.8, "identity": 0.7, "workload": 0.5}
     monkeypatch.setattr(
@@ -326,11 +333,11 @@ def test_summary_takes_the_sample_deviation_and_leaves_out_the_tuning_seed():
 
 
 def test_limits_measure_a_foreign_strategy_on_the_true_workload():
-    who = FixedCycle(limits.PERIOD, limits.N // limits.PERIOD)
+    who, n = FixedCycle(50, 5), 250
     (row,) = limits._mismatch(0.9, who)
-    a, c = SGD(limits.N, 0.9).matrix.dense(), factorize(SGD(limits.N), who, "bsr").strategy.dense()
-    sens = max(np.linalg.norm(c[:, i :: limits.PERIOD].sum(1)) for i in range(limits.PERIOD))
-    dense = sens * np.linalg.norm(a @ np.linalg.inv(c)) / limits.N**0.5
+    a, c = SGD(n, 0.9).matrix.dense(), factorize(SGD(n), who, "bsr").strategy.dense()
+    sens = max(np.linalg.norm(c[:, i :: who.period].sum(1)) for i in range(who.period))
+    dense = sens * np.linalg.norm(a @ np.linalg.inv(c)) / n**0.5
     assert row["for momentum 0"] == pytest.approx(dense, rel=1e-9)
     assert row["loss"] > 0
 

@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from parts import accuracy, bounds, errors, limits, runtime, tables
 from parts.page import load, write_page
-from parts.part import Part, Report, Settings
+from parts.part import FULL, QUICK, Part, Report, Settings
 from rootnoise import RootnoiseError
 
 PARTS: dict[str, Part] = {
@@ -51,7 +51,7 @@ def reproduce(
     """
     try:
         names = chosen(part, study or [])
-        settings = Settings(out, quick, tuple(study or ()), data_dir, device)
+        settings = Settings(out, QUICK if quick else FULL, tuple(study or ()), data_dir, device)
         if "accuracy" in names:
             accuracy.check(settings)
         for name in names:

@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from parts.figures import COLOURS, Panels, line, plain
 from parts.part import (
     SEPARATION,
-    WORKLOADS,
     Claim,
     Report,
     Settings,
@@ -17,7 +16,7 @@ from parts.part import (
     judged,
     participation,
 )
-from parts.tables import Row, Tables, column, where
+from parts.tables import Row, Tables, column, where, workloads
 from rootnoise import SGD, factorize, lower_bound
 from rootnoise.bounds.theorems import (
     any_lower,
@@ -40,19 +39,15 @@ CAPTIONS = {
 
 METHODS = {"single": "square-root", "repeated": "bsr"}
 TITLES = {"single": "square root, one participation", "repeated": "BSR, p = b = 100, k = n / 100"}
-STEPS = (10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000)
-QUICK_STEPS = (10, 100, 1000, 10_000, 1_000_000)
-CYCLES = (200, 500, 1000, 2000, 5000, 10_000, 100_000, 1_000_000)
-QUICK_CYCLES = (200, 1000, 10_000, 1_000_000)
 
 
 def compute(settings: Settings, report: Report) -> Tables:
     """Return "single": the square root between its bounds; "repeated": BSR with p = b."""
-    steps, cycles = (QUICK_STEPS, QUICK_CYCLES) if settings.quick else (STEPS, CYCLES)
-    work = [("single", n) for n in steps] + [("repeated", n) for n in cycles]
+    size = settings.size
+    work = [("single", n) for n in size.single] + [("repeated", n) for n in size.repeated]
     cases = [
         (f"bounds, alpha {a:g}, beta {b:g}, {kind}, {n:,} steps", (SGD(n, b, a), kind))
-        for a, b in WORKLOADS
+        for a, b in size.workloads
         for kind, n in work
     ]
     tables: Tables = {"single": [], "repeated": []}
@@ -94,7 +89,8 @@ def claims(tables: Tables) -> list[Claim]:
         if r["n"] > 1
     )
     ends = {
-        (a, b): [where(single, alpha=a, beta=b)[i]["gap"] for i in (0, -1)] for a, b in WORKLOADS
+        (a, b): [where(single, alpha=a, beta=b)[i]["gap"] for i in (0, -1)]
+        for a, b in workloads(single)
     }
     largest = max(r["n"] for r in single)
     closing = ", ".join(f"{first:.1%} to {last:.2%}" for first, last in ends.values())
@@ -141,7 +137,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
             for row in where(tables[kind], alpha=a, beta=b)
         ]
         for kind, title in TITLES.items()
-        for a, b in WORKLOADS
+        for a, b in workloads(tables["single"])
     }
 
 
@@ -159,11 +155,12 @@ LINES = {
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Return bounds.png and gap.png."""
-    bounds = Panels(2, len(WORKLOADS), "steps n", "expected error")
+    pairs = workloads(tables["single"])
+    bounds = Panels(2, len(pairs), "steps n", "expected error")
     gap = Panels(1, 2, "steps n", "per cent above the certified bound")
-    cases = [(kind, index) for kind in TITLES for index in range(len(WORKLOADS))]
+    cases = [(kind, index) for kind in TITLES for index in range(len(pairs))]
     for axes, (kind, index) in zip(bounds.panels, cases, strict=True):
-        alpha, beta = WORKLOADS[index]
+        alpha, beta = pairs[index]
         workload = f"α = {alpha:g}, β = {beta:g}"
         rows = where(tables[kind], alpha=alpha, beta=beta)
         n = column(rows, "n")

@@ -11,7 +11,6 @@ from parts.part import (
     BEYOND,
     PARTLY,
     SEPARATION,
-    WORKLOADS,
     Claim,
     Report,
     Settings,
@@ -19,7 +18,7 @@ from parts.part import (
     judged,
     participation,
 )
-from parts.tables import Row, Tables, cell, column, percent, where
+from parts.tables import Row, Tables, cell, column, percent, where, workloads
 from rootnoise import SGD, factorize, lower_bound
 
 TITLE = "Expected approximation error"
@@ -33,15 +32,8 @@ CAPTIONS = {
     "bandwidth.png": "Bands at n = 1000, b = 100, k = 10; dotted is p = b.",
 }
 
-STEPS = (100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 1_000_000)
-QUICK_STEPS = (100, 200, 500, 1000, 10_000)
-# Steps that the dense optimum goes to: 10 n^3 multiply-adds an iteration.
-DENSE, QUICK_DENSE = 1000, 200
 # An epoch-scaled strategy needs a k x k matrix.
 SCALED = 100_000
-# Bands of the scan, at these steps.
-BANDS = (1, 2, 4, 8, 16, 32, 64, 100, 150, 200, 300, 500, 1000)
-SCAN = 1000
 
 WHO = {"single": "one participation", "repeated": "b = 100, k = n / 100"}
 SCANNED = ("BSR", "BISR")
@@ -49,8 +41,11 @@ SCANNED = ("BSR", "BISR")
 AOF, OURS = "AOF (dense)", ("bsr-gamma", "epoch-scaled bsr-gamma")
 
 
-def methods(kind: str, n: int, quick: bool) -> dict[str, tuple[str, dict[str, object]]]:
-    """Return the mechanism and the options of each method that reaches n steps, by label."""
+def methods(kind: str, n: int, dense: int) -> dict[str, tuple[str, dict[str, object]]]:
+    """Return the mechanism and the options of each method that reaches n steps, by label.
+
+    The dense optimum goes to `dense` steps.
+    """
     chosen: dict[str, tuple[str, dict[str, object]]] = {
         "A·Id (DP-SGD)": ("identity", {}),
         "Id·A": ("workload", {}),
@@ -65,30 +60,33 @@ def methods(kind: str, n: int, quick: bool) -> dict[str, tuple[str, dict[str, ob
         if n <= 10_000:
             chosen["BSR (best p)"] = ("bsr", {"bands": "auto"})
         chosen[OURS[0]] = ("bsr-gamma", {})
-    if n <= (QUICK_DENSE if quick else DENSE):
+    if n <= dense:
         chosen[AOF] = ("dense", {})
     return chosen
 
 
 def compute(settings: Settings, report: Report) -> Tables:
     """Return the tables "errors" and "bandwidth"."""
+    size = settings.size
     points = [
         (f"errors, alpha {alpha:g}, beta {beta:g}, {kind}, {n:,} steps", (alpha, beta, kind, n))
-        for alpha, beta in WORKLOADS
+        for alpha, beta in size.workloads
         for kind in WHO
-        for n in (QUICK_STEPS if settings.quick else STEPS)
+        for n in size.errors
     ]
     errors: list[Row] = []
     bandwidth: list[Row] = []
     for alpha, beta, kind, n in counted(points, report):
         workload, who = SGD(n, beta, alpha), participation(kind, n)
-        effort = "tight" if n <= 1000 and not settings.quick else "fast"
+        effort = "tight" if n <= size.tight else "fast"
         bound = lower_bound(workload, who, effort).value
         same = {"alpha": alpha, "beta": beta, "participation": kind, "n": n}
-        cases = [(errors, name, *how) for name, how in methods(kind, n, settings.quick).items()]
-        if n == SCAN:
+        cases = [(errors, name, *how) for name, how in methods(kind, n, size.dense).items()]
+        if n == size.scan:
             cases += [
-                (bandwidth, name, name.lower(), {"bands": p}) for name in SCANNED for p in BANDS
+                (bandwidth, name, name.lower(), {"bands": p})
+                for name in SCANNED
+                for p in size.bands
             ]
         for table, label, name, options in cases:
             made = factorize(workload, who, name, **options)
@@ -147,7 +145,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
         f"Error, alpha = {alpha:g}, beta = {beta:g}, {who}": pivot(
             where(tables["errors"], alpha=alpha, beta=beta, participation=kind)
         )
-        for alpha, beta in WORKLOADS
+        for alpha, beta in workloads(tables["errors"])
         for kind, who in WHO.items()
     }
     scanned = where(tables["bandwidth"], participation="repeated")
@@ -155,7 +153,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
         {"method": m, "bands": p}
         | {f"({row['alpha']:g}, {row['beta']:g})": 100 * row["gap"] for row in rows}
         for m in SCANNED
-        for p in BANDS
+        for p in dict.fromkeys(row["bands"] for row in scanned)
         if (rows := where(scanned, method=m, bands=p))
     ]
     return shown
@@ -178,8 +176,9 @@ def pivot(rows: list[Row]) -> list[Row]:
 def draw(tables: Tables) -> dict[str, Figure]:
     """Return errors.png and bandwidth.png."""
     y = "expected error / bound on any factorization"
-    errors = Panels(2, len(WORKLOADS), "steps n", y)
-    panels = [(a, b, kind) for kind in WHO for a, b in WORKLOADS]
+    pairs = workloads(tables["errors"])
+    errors = Panels(2, len(pairs), "steps n", y)
+    panels = [(a, b, kind) for kind in WHO for a, b in pairs]
     for axes, (alpha, beta, kind) in zip(errors.panels, panels, strict=True):
         rows = where(tables["errors"], alpha=alpha, beta=beta, participation=kind)
         for label in dict.fromkeys(row["method"] for row in tables["errors"]):
@@ -187,9 +186,9 @@ def draw(tables: Tables) -> dict[str, Figure]:
             line(axes, column(own, "n"), column(own, "gap") + 1, label)
         axes.set(xscale="log", yscale="log", title=f"α = {alpha:g}, β = {beta:g}\n{WHO[kind]}")
         plain(axes.yaxis, (1, 1.5, 2, 5, 10, 100))
-    bandwidth = Panels(1, len(WORKLOADS), "bands p", "per cent above the bound")
+    bandwidth = Panels(1, len(pairs), "bands p", "per cent above the bound")
     scanned = where(tables["bandwidth"], participation="repeated")
-    for axes, (alpha, beta) in zip(bandwidth.panels, WORKLOADS, strict=True):
+    for axes, (alpha, beta) in zip(bandwidth.panels, pairs, strict=True):
         for label in SCANNED:
             own = where(scanned, alpha=alpha, beta=beta, method=label)
             line(axes, column(own, "bands"), 100 * column(own, "gap"), label)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from parts.figures import Panels, line, plain
-from parts.part import Claim, Report, Settings, counted, gap, judged
+from parts.part import FULL, Claim, Report, Settings, counted, gap, judged
 from parts.studies import AMPLIFIED
 from parts.tables import Row, Tables, column, percent, where
 from rootnoise import (
@@ -35,13 +35,8 @@ CAPTIONS = {
     "budgets.png": "Error over that of BSR by budget: below 1 is better than BSR.",
 }
 
-# The workloads of `structure`: 5 epochs of 50 steps.
-N, PERIOD = 250, 50
-BANDS, CYCLE = (1, 2, 4, 8, 16, 32, 64, 100), FixedCycle(100, 10)
 # Of 60,000 examples, 600 a step.
 EXAMPLES, BATCH = 60_000, 600
-EPSILONS, QUICK_EPSILONS = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0), (0.1, 1.0, 8.0)
-EPOCHS, QUICK_EPOCHS = (1, 5, 10, 20, 50), (1, 10)
 DELTA = 1e-5
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
     "BSR": ("bsr", {}),
@@ -59,34 +54,36 @@ NARROW = {
 }
 
 
-def workloads() -> dict[str, Workload]:
-    """Return what is computed, from the assumed structure to none."""
-    t = np.arange(N) / N
+def workloads(n: int) -> dict[str, Workload]:
+    """Return what is computed of n steps, from the assumed structure to none."""
+    t = np.arange(n) / n
     generator = np.random.default_rng(0)
-    shuffled = np.tril(generator.uniform(0, 1, (N, N))) + np.eye(N)
+    shuffled = np.tril(generator.uniform(0, 1, (n, n))) + np.eye(n)
     return {
-        "SGD, momentum 0.9 (as assumed)": SGD(N, 0.9),
+        "SGD, momentum 0.9 (as assumed)": SGD(n, 0.9),
         "cosine schedule to zero": ScheduledSGD((1 + np.cos(np.pi * t)) / 2, 0.9),
         "warm-up, then linear to zero": ScheduledSGD(np.minimum(10 * t + 0.02, 1 - t), 0.9),
-        "random learning rate each step": ScheduledSGD(generator.uniform(0.05, 1, N), 0.9),
+        "random learning rate each step": ScheduledSGD(generator.uniform(0.05, 1, n), 0.9),
         "random triangular matrix": MatrixWorkload(shuffled),
     }
 
 
 def compute(settings: Settings, report: Report) -> Tables:
     """Return "structure", "mismatch", "narrow" and "budgets"."""
-    who = FixedCycle(PERIOD, N // PERIOD)
-    epsilons, epochs = (QUICK_EPSILONS, QUICK_EPOCHS) if settings.quick else (EPSILONS, EPOCHS)
+    size = settings.size
+    who = size.structure
     work: dict[str, dict[str, Callable[[], list[Row]]]] = {
         "structure": {
             f"workload: {label}": partial(_structure, label, workload, who)
-            for label, workload in workloads().items()
+            for label, workload in workloads(who.period * who.epochs).items()
         },
         "mismatch": {
             f"momentum {beta:g} unknown": partial(_mismatch, beta, who) for beta in (0.5, 0.9, 0.99)
         },
-        "narrow": {"narrow bands": partial(_narrow, CYCLE)},
-        "budgets": {f"budgets, {k} epochs": partial(_budgets, k, epsilons) for k in epochs},
+        "narrow": {"narrow bands": partial(_narrow, size.narrow, size.narrow_bands)},
+        "budgets": {
+            f"budgets, {k} epochs": partial(_budgets, k, size.epsilons) for k in size.epochs
+        },
     }
     cases = [(label, (title, made)) for title in work for label, made in work[title].items()]
     tables: Tables = {title: [] for title in work}
@@ -110,19 +107,20 @@ def _structure(label: str, workload: Workload, who: FixedCycle) -> list[Row]:
 
 def _mismatch(beta: float, who: FixedCycle) -> list[Row]:
     """Return what it costs to factorize prefix sums, and then to train with momentum."""
-    truth = SGD(N, beta)
+    n = who.period * who.epochs
+    truth = SGD(n, beta)
     matched = factorize(truth, who, "bsr").rmse(who)
-    rmse = Factorization("bsr", truth, factorize(SGD(N), who, "bsr").strategy).rmse(who)
+    rmse = Factorization("bsr", truth, factorize(SGD(n), who, "bsr").strategy).rmse(who)
     same = {"momentum": beta, "matched": matched}
     return [same | {"for momentum 0": rmse, "loss": rmse / matched - 1}]
 
 
-def _narrow(who: FixedCycle) -> list[Row]:
+def _narrow(who: FixedCycle, bands: tuple[int, ...]) -> list[Row]:
     workload = SGD(who.period * who.epochs, 0.9)
     bound = lower_bound(workload, who).value
     return [
         {"method": label, "bands": p, "gap": gap(workload, who, bound, name, bands=p)}
-        for p in BANDS
+        for p in bands
         for label, name in NARROW.items()
     ]
 
@@ -151,7 +149,7 @@ def _budgets(epochs: int, epsilons: tuple[float, ...]) -> list[Row]:
 def claims(tables: Tables) -> list[Claim]:
     """Say what was found at each limit that the paper names."""
     gaps = {(r["workload"], r["method"]): r["gap"] for r in tables["structure"]}
-    labels = list(workloads())
+    labels = list(dict.fromkeys(row["workload"] for row in tables["structure"]))
     foreign = {label: gaps[label, "BSR"] for label in labels}
     worse = all(foreign[label] > foreign[labels[0]] for label in labels[1:])
     narrow = where(tables["narrow"], method="BSR")
@@ -206,7 +204,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
     structure: list[Row] = [
         {"workload": label}
         | {r["method"]: percent(r["gap"]) for r in where(tables["structure"], workload=label)}
-        for label in workloads()
+        for label in dict.fromkeys(row["workload"] for row in tables["structure"])
     ]
     budgets: list[Row] = []
     for row in where(tables["budgets"], method="BSR"):
@@ -215,7 +213,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
         budgets.append(same | {r["method"]: r["error"] for r in rows})
     narrow: list[Row] = [
         {"bands": p} | {r["method"]: percent(r["gap"]) for r in where(tables["narrow"], bands=p)}
-        for p in BANDS
+        for p in dict.fromkeys(row["bands"] for row in tables["narrow"])
     ]
     return {
         "Workloads, 5 epochs of 50 steps: error above the certified bound": structure,
@@ -242,6 +240,6 @@ def draw(tables: Tables) -> dict[str, Figure]:
             rows = where(tables["budgets"], epochs=k, method=label)
             line(axes, column(rows, "epsilon"), column(rows, "error") / base, label)
         axes.set(xscale="log", yscale="log", title=f"{k} epoch" + "s" * (k > 1))
-        plain(axes.xaxis, EPSILONS)
+        plain(axes.xaxis, FULL.epsilons)
         plain(axes.yaxis, (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10))
     return {"narrow.png": bands.done(), "budgets.png": panels.done()}

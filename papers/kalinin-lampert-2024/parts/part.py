@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from matplotlib.figure import Figure
 
-from parts.studies import Study, find
+from parts.studies import HERE, Study, find
 from parts.tables import Row, Tables
 from rootnoise import FixedCycle, Participation, SingleParticipation, Workload, factorize
 
@@ -22,11 +22,66 @@ PARTLY = "reproduced in part"
 NOT = "not reproduced"
 BEYOND = "ours, not in the paper"
 
-# alpha (decay), beta (momentum)
-WORKLOADS = ((1.0, 0.0), (0.999, 0.0), (1.0, 0.9), (0.9999, 0.9))
 # Steps of the cycle of repeated participation, in which every sensitivity is exact and the dense
 # optimum is known. For p <= b it is also that of a minimal separation, as in the paper.
 SEPARATION = 100
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much the parts compute; the defaults are those of the page.
+
+    Attributes:
+        workloads: alpha (decay) and beta (momentum) of each.
+        errors: steps n of the table of errors.
+        dense: steps that the dense optimum goes to: 10 n^3 multiply-adds an iteration.
+        scan: the n at which all `bands` are tried.
+        bands: of that scan.
+        tight: steps up to which the certified bound is solved to the end.
+        single: steps of the theorems on one participation.
+        repeated: steps of those on a cycle.
+        runtime: steps of the timings.
+        seconds: a method goes on to the next n while it took at most this long.
+        epsilons: budgets at the limits.
+        epochs: passes over the data at the limits.
+        structure: the participation of foreign workloads.
+        narrow: that of narrow bands, and the `narrow_bands` tried.
+        studies: of accuracy, by name: those of two CPU cores.
+    """
+
+    workloads: tuple[tuple[float, float], ...] = (
+        (1.0, 0.0), (0.999, 0.0), (1.0, 0.9), (0.9999, 0.9),
+    )  # fmt: skip
+    errors: tuple[int, ...] = (100, 200, 500, 1000, 2000, 5000, 10_000, 100_000, 1_000_000)
+    dense: int = 1000
+    scan: int = 1000
+    bands: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 100, 150, 200, 300, 500, 1000)
+    tight: int = 1000
+    single: tuple[int, ...] = (10, 30, 100, 300, 1000, 3000, 10_000, 100_000, 1_000_000)
+    repeated: tuple[int, ...] = (200, 500, 1000, 2000, 5000, 10_000, 100_000, 1_000_000)
+    runtime: tuple[int, ...] = (50, 100, 200, 500, 1000, 2000, 10_000, 100_000, 1_000_000)
+    seconds: float = 5.0
+    epsilons: tuple[float, ...] = (0.01, 0.1, 0.5, 1.0, 2.0, 4.0, 8.0)
+    epochs: tuple[int, ...] = (1, 5, 10, 20, 50)
+    structure: FixedCycle = field(default_factory=lambda: FixedCycle(50, 5))
+    narrow: FixedCycle = field(default_factory=lambda: FixedCycle(100, 10))
+    narrow_bands: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 100)
+    studies: tuple[str, ...] = HERE
+
+
+FULL = Size()
+QUICK = Size(
+    errors=(100, 200, 500, 1000, 10_000),
+    dense=200,
+    tight=0,
+    single=(10, 100, 1000, 10_000, 1_000_000),
+    repeated=(200, 1000, 10_000, 1_000_000),
+    runtime=(100, 200, 500, 1000, 100_000),
+    seconds=1.0,
+    epsilons=(0.1, 1.0, 8.0),
+    epochs=(1, 10),
+    studies=("quick",),
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +90,8 @@ class Settings:
 
     Attributes:
         out: folder for what it leaves.
-        quick: fewer points, so that all parts take minutes.
-        names: of `studies`; those of two CPU cores where empty.
+        size: how much is computed.
+        names: of `studies`; those of `size` where empty.
         data_dir: where data sets are.
         device: of the runs that train, "cpu" or a GPU such as "cuda".
 
@@ -45,7 +100,7 @@ class Settings:
     """
 
     out: Path
-    quick: bool = False
+    size: Size = FULL
     names: tuple[str, ...] = ()
     data_dir: Path | None = None
     device: str = "cpu"
@@ -57,7 +112,7 @@ class Settings:
     @property
     def studies(self) -> list[Study]:
         """The studies of accuracy that are run."""
-        return find(self.names, self.quick)
+        return find(self.names or self.size.studies)
 
 
 @dataclass(frozen=True)

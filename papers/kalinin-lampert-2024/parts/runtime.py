@@ -24,10 +24,6 @@ INTRO = (
 )
 CAPTIONS = {"runtime.png": "Seconds over n, with the fitted exponents."}
 
-STEPS = (50, 100, 200, 500, 1000, 2000, 10_000, 100_000, 1_000_000)
-QUICK_STEPS = (100, 200, 500, 1000, 100_000)
-# A method goes on to the next n while it took at most this long.
-SECONDS, QUICK_SECONDS = 5.0, 1.0
 BSR, AOF = "BSR", "AOF (dense)"
 GRAM, SQRTM = "eigendecomposition of AᵀA", "scipy.linalg.sqrtm(A)"
 WHO = SingleParticipation()
@@ -48,7 +44,7 @@ METHODS: dict[str, Callable[[SGD], object]] = {
 
 def compute(settings: Settings, report: Report) -> Tables:
     """Return "runtime": CPU seconds on one BLAS thread, the best of three where under a second."""
-    limit, steps = (QUICK_SECONDS, QUICK_STEPS) if settings.quick else (SECONDS, STEPS)
+    limit, steps = settings.size.seconds, settings.size.runtime
     cases = [(f"runtime, {label}, {n:,} steps", (label, n)) for label in METHODS for n in steps]
     rows: list[Row] = []
     with threadpool_limits(limits=1):

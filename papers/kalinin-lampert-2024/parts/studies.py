@@ -93,8 +93,8 @@ STUDIES = {
 HERE = ("digits", "one-epoch", "digits-cnn", "digits-transformer", "several-epochs", "fashion-cnn")
 
 
-def find(names: Sequence[str], quick: bool) -> list[Study]:
-    """Return the studies of these names, by default those of two CPU cores.
+def find(names: Sequence[str]) -> list[Study]:
+    """Return the studies of these names.
 
     Raises:
         RootnoiseError: an unknown name.
@@ -102,4 +102,4 @@ def find(names: Sequence[str], quick: bool) -> list[Study]:
     for name in names:
         if name not in STUDIES:
             raise RootnoiseError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
-    return [STUDIES[name] for name in names or (("quick",) if quick else HERE)]
+    return [STUDIES[name] for name in names]

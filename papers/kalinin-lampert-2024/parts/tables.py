@@ -20,6 +20,11 @@ def where(rows: Iterable[Row], **fields: Any) -> list[Row]:
     return [row for row in rows if all(row[name] == value for name, value in fields.items())]
 
 
+def workloads(rows: list[Row]) -> list[tuple[float, float]]:
+    """Return the alpha and beta of the rows, each pair once and in order."""
+    return list(dict.fromkeys((row["alpha"], row["beta"]) for row in rows))
+
+
 def column(rows: Iterable[Row], name: str) -> NDArray[np.float64]:
     """Return one column, shape (rows,)."""
     return np.array([row[name] for row in rows], float)

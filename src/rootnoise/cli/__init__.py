@@ -15,6 +15,7 @@ from rootnoise.cli.demo import demo
 from rootnoise.cli.diagnose import diagnose
 from rootnoise.cli.factorize import factorize
 from rootnoise.cli.plan import plan
+from rootnoise.cli.report import compare, report
 from rootnoise.cli.train import train
 
 # The base of every usage error; typer names it differently from one release to the next.
@@ -29,7 +30,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, factorize, account, diagnose, train, audit, demo):
+for command in (plan, factorize, account, diagnose, train, report, compare, audit, demo):
     app.command()(command)
 
 

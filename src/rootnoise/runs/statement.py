@@ -36,8 +36,8 @@ FACTORS = (100.0, 0.01)
 MOST_STEPS = 1024
 # How the condition that no test of the batches can show is held: `PrivateOptimizer` probes it.
 INDEPENDENCE = (
-    "That each example's gradient depends on no other example of its batch is probed at steps 0, 1, "
-    "2, 4, 8, ... of each start, before their release; a step that mixes examples ends the run."
+    "That each example's gradient depends on no other example of its batch is probed at steps 0, "
+    "1, 2, 4, 8, ... of each start, before their release; a step that mixes examples ends the run."
 )
 
 Statement = dict[str, Any]

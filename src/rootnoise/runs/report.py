@@ -1,0 +1,309 @@
+"""One self-contained page of HTML about a run, or about several: nothing is loaded from elsewhere.
+
+It is drawn from what the run has released and from the mechanism; never from the ledger, which
+under random sampling must not be shown, nor from the training set.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rootnoise._check import RootnoiseError
+from rootnoise.diagnostics import diagnose
+from rootnoise.mechanism import Mechanism
+from rootnoise.runs import pictures, statement
+from rootnoise.runs.config import RunConfig
+
+# Steps up to which `diagnose` answers within seconds.
+DIAGNOSED = 2048
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 1.5rem auto; padding: 0 1rem;
+  color: CanvasText; background: Canvas; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+.claim { border-left: 4px solid #0072B2; padding: .3rem 1rem; background: var(--soft); }
+.none { border-color: #D55E00; }
+.big { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; padding: 0; list-style: none; }
+.big b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
+  gap: 1rem 2rem; }
+figure { margin: 0; break-inside: avoid; } figcaption { font-size: .9rem; }
+svg { width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; vertical-align: top; }
+td:first-child, th:first-child { white-space: nowrap; }
+.scroll { overflow-x: auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
+  padding: .6rem 1rem; }
+dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
+@media print { body { max-width: none; } h2 { break-after: avoid; } }
+"""
+
+TRUST = (
+    (
+        "Rests on the code",
+        "that epsilon and delta hold for the mechanism, which rootnoise audit recomputes by "
+        "second routes from the files of this folder.",
+    ),
+    (
+        "Rests on whoever ran it",
+        "that the training set was this one and one person is one record; that choices made by "
+        "looking at the data, such as tuning, are paid for elsewhere; that the key is secret.",
+    ),
+    (
+        "Is not in the claim",
+        "the test accuracy, which is computed on other people's data; the pictures, which are "
+        "drawn from the plan; and this page, which proves nothing by itself.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a report is made of.
+
+    Attributes:
+        name: what to call the run.
+        config: its settings.
+        stated: what it says about its privacy.
+        mechanism: None without privacy.
+        history: its evaluations.
+        result: None before its end.
+    """
+
+    name: str
+    config: RunConfig
+    stated: Mapping[str, Any]
+    mechanism: Mechanism | None
+    history: Sequence[Mapping[str, Any]]
+    result: Mapping[str, Any] | None
+
+
+def read(folder: Path) -> Run:
+    """Read the run in a folder.
+
+    Raises:
+        RootnoiseError: no run, or a file that is not as it was sealed.
+    """
+    try:
+        config = RunConfig(**json.loads((folder / "config.json").read_bytes()))
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        history = [json.loads(line) for line in lines]
+        last = folder / "result.json"
+        result = json.loads(last.read_bytes()) if last.exists() else None
+    except (OSError, TypeError, ValueError) as reason:
+        line = " ".join(str(reason).split())
+        raise RootnoiseError(f"run must be readable, got {folder}: {line:.100}") from None
+    stated = statement.read(folder / "privacy.json")
+    private = config.mechanism != "none"
+    mechanism = Mechanism.load(folder / "mechanism.json") if private else None
+    if mechanism is not None and stated["mechanism"]["fingerprint"] != mechanism.fingerprint:
+        raise RootnoiseError(f"privacy.json must describe mechanism.json, got others in {folder}")
+    return Run(folder.resolve().name, config, stated, mechanism, history, result)
+
+
+def page(run: Run) -> str:
+    """Return the page about one run."""
+    c = run.config
+    parts = [
+        f"<h1>{escape(f'{c.mechanism} on {c.dataset}')}</h1>",
+        _claim(run),
+        f'<ul class="big">{"".join(_numbers(run))}</ul>',
+        f'<div class="pictures">{"".join(_pictures(run))}</div>',
+        "<h2>What could be better</h2>",
+        _findings(run),
+        "<h2>What to trust</h2>",
+        _definitions(TRUST),
+        "<h2>In numbers</h2>",
+        _table(("what", "value"), _rows(run)),
+        "<h2>Make it again</h2>",
+        f"<pre>{escape(command(c))}</pre>",
+    ]
+    return _document(f"{c.mechanism} on {c.dataset}: a private run", parts)
+
+
+def comparison(runs: Sequence[Run]) -> str:
+    """Return one page about several runs: their curves together, and a table."""
+    labels = _labels(runs)
+    rows = [
+        (
+            label,
+            run.config.mechanism,
+            _number(None if run.mechanism is None else run.mechanism.epsilon),
+            _number(None if run.mechanism is None else run.mechanism.delta),
+            _percent(run),
+            _number(None if run.mechanism is None else run.mechanism.rmse),
+        )
+        for label, run in zip(labels, runs, strict=True)
+    ]
+    curves = {label: run.history for label, run in zip(labels, runs, strict=True)}
+    heads = ("run", "mechanism", "epsilon", "delta", "test accuracy", "rmse at noise 1")
+    claims = [(label, run.stated["claim"]) for label, run in zip(labels, runs, strict=True)]
+    parts = [
+        f"<h1>{len(runs)} runs compared</h1>",
+        f'<div class="pictures">{_figure(pictures.accuracy(curves), "Test accuracy.")}</div>',
+        "<h2>In numbers</h2>",
+        _table(heads, rows),
+        "<h2>What each claims</h2>",
+        _definitions(claims),
+    ]
+    return _document(f"{len(runs)} runs compared", parts)
+
+
+def command(config: RunConfig) -> str:
+    """Return the command that makes a run of these settings, those at their defaults left out."""
+    words = ["rootnoise", "train"]
+    for field in fields(config):
+        value = getattr(config, field.name)
+        said = field.default if field.name != "sampling" else _sampling(config)
+        if value != said and value is not None:
+            words += [f"--{field.name.replace('_', '-')}", f"{value}"]
+    return shlex.join([*words, "--out", "again"])
+
+
+def _sampling(config: RunConfig) -> str:
+    return "poisson" if config.mechanism == "dpsgd" else "fixed-cycle"
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    names = [run.name for run in runs]
+    return [f"{name} ({i})" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+
+
+def _claim(run: Run) -> str:
+    kind = "claim" if run.stated["private"] else "claim none"
+    said = [run.stated["claim"], run.stated.get("independence", "")]
+    text = "</p><p>".join(escape(sentence) for sentence in said if sentence)
+    return f'<div class="{kind}"><p>{text}</p></div>'
+
+
+def _numbers(run: Run) -> Iterator[str]:
+    values = {"test accuracy": _percent(run)}
+    if run.mechanism is not None:
+        m = run.mechanism
+        values |= {"epsilon": f"{m.epsilon:.4g}", "delta": f"{m.delta:g}"}
+        values["noise multiplier"] = f"{m.noise_multiplier:.4g}"
+    made, n = run.stated["steps_made"], run.stated["sampler"]["n_steps"]
+    if run.result is None:
+        made = run.history[-1]["step"] if run.history else 0
+    values["steps"] = f"{made} of {n}"
+    for name, value in values.items():
+        yield f"<li><b>{escape(value)}</b>{name}</li>"
+
+
+def _percent(run: Run) -> str:
+    return f"{100 * run.history[-1]['test_accuracy']:.1f} %" if run.history else "none yet"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.5g}"
+
+
+def _pictures(run: Run) -> Iterator[str]:
+    if run.history:
+        yield _figure(pictures.accuracy({run.name: run.history}), "Accuracy on the test set.")
+    m = run.mechanism
+    if m is None:
+        return
+    described = run.stated["mechanism"]
+    yield _figure(
+        pictures.privacy(m, described["privacy"]),
+        "The same noise at other deltas: epsilon and delta are two readings of one guarantee.",
+    )
+    bound = (described.get("error") or {}).get("lower_bound")
+    gap = (described.get("error") or {}).get("gap")
+    more = "" if gap is None else f" No factorization is better by more than {100 * gap:.1f} %."
+    yield _figure(
+        pictures.errors(m, bound),
+        f"How far the noise is expected to move the iterate of each step.{more}",
+    )
+    yield _figure(
+        pictures.heatmap(m),
+        "C inverse, which turns independent draws into the noise of the steps.",
+    )
+    yield _figure(
+        pictures.autocorrelation(m),
+        "Neighbouring steps' noise is opposed, and partly cancels."
+        if m.strategy.bands > 1
+        else "Independent noise: no step takes back what another added.",
+    )
+    yield _figure(
+        pictures.participation(m),
+        "When a record may take part, by the plan; who did is for the auditor alone.",
+    )
+
+
+def _findings(run: Run) -> str:
+    if run.mechanism is None:
+        return "<p>Without a mechanism there is nothing to diagnose.</p>"
+    if run.mechanism.n_steps > DIAGNOSED:
+        return "<p>More steps than are diagnosed here: see <code>rootnoise diagnose</code>.</p>"
+    sampler = run.stated["sampler"]
+    found = diagnose(
+        run.mechanism, batch_size=sampler["batch_size"], n_examples=sampler["n_examples"]
+    )
+    if not found:
+        return "<p>Nothing was found.</p>"
+    return _definitions([(f"{each.message}", each.remedy) for each in found])
+
+
+def _rows(run: Run) -> Iterator[tuple[str, str]]:
+    for field in fields(run.config):
+        value = getattr(run.config, field.name)
+        if value is not None:
+            yield field.name.replace("_", " "), f"{value}"
+    if run.mechanism is not None:
+        m, sens = run.mechanism, run.mechanism.sensitivity
+        yield "sensitivity", f"{sens.value:.9g} ({'exact' if sens.exact else 'upper bound'})"
+        yield "standard deviation of Z", f"{m.noise_std:.9g}"
+        yield "fingerprint", m.fingerprint
+        yield "memory", f"{m.noising.state_size} noise vectors of the model's size"
+    if run.result is not None:
+        yield "seconds of training", f"{run.result['seconds']:.1f}"
+    yield "seal of the folder", str(run.stated["seal"])
+    yield "computed by", ", ".join(f"{k} {v}" for k, v in run.stated["versions"].items())
+
+
+def _figure(svg: str, caption: str) -> str:
+    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
+
+
+def _definitions(pairs: Sequence[tuple[str, str]]) -> str:
+    return f"<dl>{''.join(f'<dt>{escape(a)}</dt><dd>{escape(b)}</dd>' for a, b in pairs)}</dl>"
+
+
+def _table(heads: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
+    )
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="scroll">{table}</div>'
+
+
+def _document(title: str, parts: Sequence[str]) -> str:
+    body = "\n".join(parts)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+{body}
+</main>
+</body>
+</html>
+"""

@@ -100,7 +100,7 @@ def calibrated(name: str, n_steps: int, **options: Any) -> rn.Mechanism:
 def described(mechanism: rn.Mechanism) -> dict[str, Any]:
     """The file of a mechanism, its fingerprint, and what its strategy comes to."""
     return {
-        "fields": mechanism.to_dict(),
+        "fields": mechanism.certify().to_dict(),
         "fingerprint": mechanism.fingerprint,
         "strategy": mechanism.strategy.dense().tolist(),
         "noise_std": mechanism.noise_std,
@@ -120,7 +120,7 @@ def drawn(mechanism: rn.Mechanism, size: int) -> dict[str, Any]:
 
 def streamed(mechanism: rn.Mechanism) -> dict[str, Any]:
     return {
-        "fields": mechanism.to_dict(),
+        "fields": mechanism.certify().to_dict(),
         "sizes": {str(size): drawn(mechanism, size) for size in SIZES},
     }
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from itertools import islice
 
 import numpy as np
@@ -33,7 +33,7 @@ SAFETY = 1e-9
 OBJECTIVES = ("rmse", "max")
 
 
-class Effort(Enum):
+class Effort(StrEnum):
     """How hard to try: the steps of the largest dense problem, and when to stop."""
 
     FAST = "fast"

@@ -29,7 +29,7 @@ STREAMS = {
 N_STREAM = 200
 SIZES = (1, 7, 4099)
 SHOWN = slice(None, None, 137)
-VALUES = {
+VALUES: dict[str, list[Any]] = {
     "workload": [
         rn.SGD(4, momentum=0.9, decay=0.99),
         rn.ToeplitzWorkload([1.0, 0.3, 0.0]),

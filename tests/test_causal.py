@@ -8,6 +8,7 @@ import pytest
 from rootnoise import RootnoiseError, causal
 from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz, series
 from rootnoise.causal.banded import Banded
+from rootnoise.causal.tree import TreeErrors
 
 N = 20
 RNG = np.random.default_rng(5)
@@ -131,6 +132,19 @@ def test_inverse_of_an_inverse_is_the_map():
         (
             lambda: causal.from_dict({**BANDED.to_dict(), "more": 1}),
             "matrix must be a known causal map, got {'type': 'toeplitz'",
+        ),
+        (lambda: causal.from_dict([1.0]), r"matrix must be a known causal map, got \[1.0\]"),
+        (
+            lambda: causal.from_dict({"type": "inverse", "base": 3}),
+            "matrix must be a known causal map, got {'type': 'inverse'",
+        ),
+        (
+            lambda: causal.from_dict({"type": "inverse", "base": {"type": "dense"}}),
+            "matrix must be a known causal map, got {'type': 'dense'}",
+        ),
+        (
+            lambda: TreeErrors(BANDED, BANDED).to_dict(),
+            r"matrix must be a known causal map, got TreeErrors\(",
         ),
     ],
 )

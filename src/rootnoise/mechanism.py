@@ -19,6 +19,7 @@ from typing import Any
 from rootnoise import accounting, causal, participation, workload
 from rootnoise._check import RootnoiseError, clip_range, real
 from rootnoise._files import write_whole
+from rootnoise._values import set_fields
 from rootnoise.accounting import PrivacyCost
 from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
 from rootnoise.causal import CausalMatrix
@@ -82,17 +83,18 @@ class Mechanism:
     privacy: PrivacyCost = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("noise_multiplier", "clip_norm"):
-            object.__setattr__(self, name, real(name, getattr(self, name), above=0))
-        clip_range(self.clip_norm)
-        object.__setattr__(self, "delta", real("delta", self.delta, above=0, below=1))
+        set_fields(
+            self,
+            noise_multiplier=real("noise_multiplier", self.noise_multiplier, above=0),
+            clip_norm=clip_range(real("clip_norm", self.clip_norm, above=0)),
+            delta=real("delta", self.delta, above=0, below=1),
+        )
         if self.strategy.n_steps != self.workload.n_steps:
             raise RootnoiseError(
                 f"strategy must cover the workload's n_steps={self.workload.n_steps}, "
                 f"got {self.strategy.n_steps}"
             )
         sens = sensitivity(self.strategy, self.participation)
-        object.__setattr__(self, "sensitivity", sens)
         cost = accounting.privacy_cost(
             self.participation,
             self.n_steps,
@@ -100,7 +102,7 @@ class Mechanism:
             self.delta,
             strategy=self.strategy,
         )
-        object.__setattr__(self, "privacy", cost)
+        set_fields(self, sensitivity=sens, privacy=cost)
 
     @classmethod
     def calibrate(

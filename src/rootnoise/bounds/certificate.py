@@ -19,11 +19,10 @@ from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array
 from rootnoise.bounds import coarse_to_fine, dual, long_runs, nuclear_norm
 from rootnoise.participation import FixedCycle, Participation, PoissonSampling, SingleParticipation
 from rootnoise.workload import Workload
-
-Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
 # What float64 may have lost where nothing is checked: 40 times what was seen up to n = 1e8.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -25,7 +24,6 @@ from rootnoise.participation import (
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
 
-RNG = np.random.default_rng(7)
 DECAYS, WEIGHTS = np.array([0.3, 0.999, 0.9]), np.array([0.05, 0.2, 0.3])
 
 
@@ -38,12 +36,13 @@ def who(n: int, b: int, k: int) -> Participation:
 
 @pytest.mark.parametrize("n", [1, 2, 30])
 def test_the_map_is_its_coefficients(n):
+    rng = np.random.default_rng(7)
     c = BufferedToeplitz(DECAYS, WEIGHTS, n)
     powers = DECAYS ** np.arange(n - 1)[:, np.newaxis]
     expected = oracle.lower_toeplitz(np.append(1, powers @ WEIGHTS), n)
     np.testing.assert_allclose(c.coefficients, expected[:, 0], rtol=1e-14)
     np.testing.assert_allclose(c.dense(), expected, atol=1e-15)
-    x = RNG.normal(size=(n, 3))
+    x = rng.normal(size=(n, 3))
     for y in (x, x[:, 0]):
         np.testing.assert_allclose(c.apply(y), expected @ y, atol=1e-14)
         np.testing.assert_allclose(c.solve(expected @ y), y, atol=1e-13)
@@ -55,10 +54,11 @@ def test_the_map_is_its_coefficients(n):
 
 @pytest.mark.parametrize("m", [1, 4, 30])
 def test_both_ways_stream_with_a_row_a_buffer(m):
+    rng = np.random.default_rng(7)
     c = BufferedToeplitz(DECAYS, WEIGHTS, 30)
     for matrix in (c, c.inverse()):
         assert matrix.state_size == 3
-        x, state, out = RNG.normal(size=(30, 2)), np.zeros((3, 2)), []
+        x, state, out = rng.normal(size=(30, 2)), np.zeros((3, 2)), []
         for t in range(0, 30, m):
             rows = x[t : t + m]
             result = matrix.block(t, len(rows)) @ np.vstack([state, rows])
@@ -75,8 +75,9 @@ def test_poles_and_zeros_interlace():
 
 
 def test_a_million_steps_forwards_and_backwards():
+    rng = np.random.default_rng(7)
     c = BufferedToeplitz([1 - 1e-6, 0.99993, 0.998, 0.77], [0.003, 0.007, 0.03, 0.3], 10**6)
-    x = RNG.normal(size=10**6)
+    x = rng.normal(size=10**6)
     np.testing.assert_allclose(c.solve(c.apply(x)), x, atol=1e-10)
     assert np.all(np.diff(c.coefficients) < 0)
     assert sensitivity(c, MinSeparation(1000, 1000)).exact
@@ -185,12 +186,10 @@ def test_schedules_take_their_neighbour_and_other_toeplitz_workloads_are_fine():
     assert factorize(averages, mechanism="blt", buffers=2).rmse(SingleParticipation()) < 0.2
 
 
-def test_a_million_steps_take_seconds():
+def test_a_million_steps():
     n, participation = 10**6, MinSeparation(1000, 1000)
-    started = time.process_time()
     split = factorize(prefix_sum(n), participation, "blt", buffers=2)
     rmse = split.rmse(participation)
-    assert time.process_time() - started < 20
     assert split.sensitivity(participation).exact
     assert rmse == pytest.approx(781.67624, rel=1e-6)
     objective = module._Objective(prefix_sum(n), participation)

@@ -8,14 +8,16 @@ import pytest
 from rootnoise import RootnoiseError, causal
 from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz, series
 from rootnoise.causal.banded import Banded
+from rootnoise.causal.tree import TreeErrors
 
 N = 20
-RNG = np.random.default_rng(5)
 BANDED = Toeplitz(series.sgd_power(1, 0.9, 0.5, 6), N)
 FULL = Toeplitz(series.sgd_power(0.99, 0.3, 0.5, N), N)
-SCALES = Diagonal(RNG.uniform(0.5, 2, N))
-LOWER = Dense(np.tril(RNG.normal(size=(N, N))) + 4 * np.eye(N))
-FREE = Banded(RNG.uniform(0.2, 1, (4, N)) * np.array([[3], [1], [1], [1]]))
+# No random numbers at import: they would depend on what was imported before.
+WAVES = np.sin(np.add.outer(np.arange(N) ** 2, 7 * np.arange(N)))  # in no order
+SCALES = Diagonal(1.25 + 0.75 * WAVES[0])
+LOWER = Dense(np.tril(WAVES) + 4 * np.eye(N))
+FREE = Banded((0.6 + 0.4 * WAVES[:4]) * np.array([[3], [1], [1], [1]]))
 NARROW = Dense(np.tril(LOWER.entries) - np.tril(LOWER.entries, -3))
 
 MAPS = {
@@ -40,7 +42,8 @@ each_map = pytest.mark.parametrize("m", MAPS.values(), ids=MAPS.keys())
 
 @each_map
 def test_apply_and_solve_are_the_dense_ones(m):
-    x = RNG.normal(size=(N, 3))
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(N, 3))
     dense = m.dense()
     assert dense.shape == (N, N)
     assert not np.triu(dense, 1).any()
@@ -70,7 +73,8 @@ def test_columns_norms_and_bands(m):
 @each_map
 @pytest.mark.parametrize("m_steps", [1, 3, 7, N])
 def test_streaming_is_the_dense_product(m, m_steps):
-    x = RNG.normal(size=(N, 2))
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(N, 2))
     state, outputs = np.zeros((m.state_size, 2)), []
     for t in range(0, N, m_steps):
         count = min(m_steps, N - t)
@@ -90,9 +94,10 @@ def test_round_trip_through_primitives(m):
 
 
 def test_long_maps_use_ffts_and_agree_with_filters(monkeypatch):
+    rng = np.random.default_rng(5)
     n = 3 * series.DIRECT
     m = Toeplitz(series.sgd_power(1, 0.9, 0.5, 500), n)
-    x = RNG.normal(size=(n, 2))
+    x = rng.normal(size=(n, 2))
     y = m.apply(x)
     by_filter = m.solve(y)
     monkeypatch.setattr(series, "FILTER_WORK", 0)
@@ -131,6 +136,19 @@ def test_inverse_of_an_inverse_is_the_map():
         (
             lambda: causal.from_dict({**BANDED.to_dict(), "more": 1}),
             "matrix must be a known causal map, got {'type': 'toeplitz'",
+        ),
+        (lambda: causal.from_dict([1.0]), r"matrix must be a known causal map, got \[1.0\]"),
+        (
+            lambda: causal.from_dict({"type": "inverse", "base": 3}),
+            "matrix must be a known causal map, got {'type': 'inverse'",
+        ),
+        (
+            lambda: causal.from_dict({"type": "inverse", "base": {"type": "dense"}}),
+            "matrix must be a known causal map, got {'type': 'dense'}",
+        ),
+        (
+            lambda: TreeErrors(BANDED, BANDED).to_dict(),
+            r"matrix must be a known causal map, got TreeErrors\(",
         ),
     ],
 )

@@ -23,8 +23,8 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.participation import MinSeparation
 from rootnoise.workload import SGD, ScheduledSGD, ToeplitzWorkload, learning_rates
 
-RNG = np.random.default_rng(7)
-LOWER = np.tril(RNG.normal(size=(12, 12)), -1) + np.diag(RNG.uniform(1, 2, 12))
+WAVES = np.sin(np.add.outer(np.arange(12) ** 2, 7 * np.arange(12)))  # in no order
+LOWER = np.tril(WAVES, -1) + np.diag(1.5 + 0.5 * WAVES[0])
 GRAM = 0.9 ** np.abs(np.subtract.outer(np.arange(32.0), np.arange(32.0)))
 
 
@@ -129,7 +129,8 @@ def way(optimizer, parameters, gradients, scheduler=None):
     ids=str,
 )
 def test_torch_sgd_is_what_torch_does(settings, schedule):
-    n, gradients = 20, RNG.normal(size=20)
+    rng = np.random.default_rng(7)
+    n, gradients = 20, rng.normal(size=20)
     work = Options(optimizer="sgd", schedule=schedule, **settings).value(n)
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     rates = learning_rates("linear", n)
@@ -148,7 +149,8 @@ def test_torch_sgd_is_what_torch_does(settings, schedule):
 
 @pytest.mark.parametrize(("name", "kind"), [("adam", "Adam"), ("adamw", "AdamW")])
 def test_adam_is_its_first_moment(name, kind):
-    n, gradients = 15, RNG.normal(size=15)
+    rng = np.random.default_rng(7)
+    n, gradients = 15, rng.normal(size=15)
     work = Options(optimizer=name, momentum=0.8, lr=0.1, weight_decay=0.2).value(n)
     parameter = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     big = 1e9  # a constant denominator
@@ -216,7 +218,8 @@ def test_described_workloads_come_back(call, work):
 
 
 def test_a_schedule_from_a_file(call):
-    rates = RNG.uniform(size=10)
+    rng = np.random.default_rng(7)
+    rates = rng.uniform(size=10)
     np.savetxt("rates.csv", rates)
     result = answer(call, "factorize --schedule rates.csv --momentum 0.5 --mechanism identity")
     a = ScheduledSGD(rates, 0.5).matrix.dense()

@@ -52,3 +52,22 @@ def test_noise_is_as_recorded(name):
             actual["values"], expected["values"], atol=1e-4 * scale, rtol=1e-5
         )
         np.testing.assert_allclose(actual["squares"], expected["squares"], rtol=1e-4)
+
+
+@pytest.mark.skipif(
+    GOLDEN["bits"]["processor"] != golden.processor(),
+    reason="the last bit of a logarithm is that of another processor",
+)
+@pytest.mark.parametrize("name", golden.STREAMS)
+def test_noise_is_as_recorded_to_the_last_bit(name):
+    mechanism = rn.Mechanism.from_dict(GOLDEN["noise"][name]["fields"])
+    for size, expected in GOLDEN["bits"]["sha256"][name].items():
+        assert golden.bits(mechanism, int(size)) == expected
+
+
+@pytest.mark.parametrize("room", golden.VALUES)
+def test_values_are_written_and_read_as_recorded(room):
+    texts = [golden.written(room, value) for value in golden.VALUES[room]]
+    assert texts == GOLDEN["texts"][room]
+    again = [golden.written(room, golden.READ[room](json.loads(text))) for text in texts]
+    assert again == texts

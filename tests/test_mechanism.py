@@ -90,7 +90,7 @@ def edits(tree, path=()):
         yield (*path, key), other
 
 
-FILE = json.loads(json.dumps(make().to_dict()))
+FILE = json.loads(json.dumps(make().certify().to_dict()))
 EDITS = list(edits(FILE))
 
 
@@ -249,7 +249,7 @@ def test_gap_is_that_of_the_certificate():
 
 def test_the_file_holds_the_gap_and_loading_believes_it(tmp_path, monkeypatch):
     made = make()
-    made.save(tmp_path / "m.json")
+    made.certify().save(tmp_path / "m.json")
     held = json.loads((tmp_path / "m.json").read_text())["optimality"]
     bound = lower_bound(SGD(40, 0.9), CYCLE).value
     assert held["rmse"] == made.rmse
@@ -265,6 +265,35 @@ def test_the_file_holds_the_gap_and_loading_believes_it(tmp_path, monkeypatch):
         assert loaded.optimality.gap == held["gap"]
         assert loaded.to_dict() == made.to_dict()
     loaded.verify()
+
+
+def test_saving_and_loading_solve_no_bound(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the bound takes seconds")
+
+    monkeypatch.setattr(mechanism, "lower_bound", refuse)
+    make().save(tmp_path / "m.json")
+    loaded = Mechanism.load(tmp_path / "m.json")
+    loaded.verify()  # it holds nothing that loading did not recompute
+    assert loaded.to_dict() == make().to_dict()
+    assert "optimality" not in loaded.to_dict()
+
+
+def test_the_bound_is_solved_once(monkeypatch):
+    solved = []
+
+    def count(workload, participation, effort):
+        solved.append(effort)
+        return lower_bound(workload, participation, effort)
+
+    monkeypatch.setattr(mechanism, "lower_bound", count)
+    made = make().certify()
+    assert made.gap() == made.optimality.gap
+    made.certificate("fast")
+    made.verify()
+    assert solved == ["fast"]
+    made.gap("tight")
+    assert solved == ["fast", "tight"]
 
 
 def test_the_bound_does_not_enter_the_noise():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -162,12 +160,10 @@ def test_the_number_of_ages_is_counted_right():
 @pytest.mark.parametrize(
     ("n", "b", "k", "p"), [(10_000, 100, 100, 200), (1000, 10, 100, 30), (1000, 100, 10, 250)]
 )
-def test_long_runs_take_a_second(n, b, k, p):
+def test_long_runs(n, b, k, p):
     c = series.sgd_power(1, 0, 0.5, p)
     c[p // 2] *= 2  # neither rising nor falling
-    started = time.process_time()
     found = sensitivity(Toeplitz(c, n), MinSeparation(b, k))
-    assert time.process_time() - started < 10
     assert found.exact
     first = np.linalg.norm(Toeplitz(c, n).dense()[:, : k * b : b].sum(axis=1)) if n < 2000 else 0.0
     assert found.value >= first * (1 - 1e-12)

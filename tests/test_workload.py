@@ -69,3 +69,10 @@ def test_round_trip(made):
 def test_refusals(call, line):
     with pytest.raises(RootnoiseError, match=line):
         call()
+
+
+def test_a_long_toeplitz_workload_is_written_as_it_was_given():
+    a = 1 + np.random.default_rng(0).random(2100)  # longer ones are convolved by FFT, which rounds
+    fields = ToeplitzWorkload(a).to_dict()
+    assert fields["coefficients"] == a.tolist()
+    assert workload.from_dict(fields).to_dict() == fields

@@ -7,17 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._values import Array
 from rootnoise.bounds.certificate import Effort
 from rootnoise.factorization import default_bands, error, factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation
 from rootnoise.workload import MatrixWorkload
-
-Array = NDArray[np.float64]
 
 # Strategies of p bands whose error falls with p up to the separation b.
 BANDED = ("bsr", "bsr-gamma", "banded")

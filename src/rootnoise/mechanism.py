@@ -19,6 +19,7 @@ from typing import Any
 from rootnoise import accounting, causal, participation, workload
 from rootnoise._check import RootnoiseError, clip_range, real
 from rootnoise._files import write_whole
+from rootnoise._values import set_fields
 from rootnoise.accounting import PrivacyCost
 from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
 from rootnoise.causal import CausalMatrix
@@ -82,17 +83,18 @@ class Mechanism:
     privacy: PrivacyCost = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("noise_multiplier", "clip_norm"):
-            object.__setattr__(self, name, real(name, getattr(self, name), above=0))
-        clip_range(self.clip_norm)
-        object.__setattr__(self, "delta", real("delta", self.delta, above=0, below=1))
+        set_fields(
+            self,
+            noise_multiplier=real("noise_multiplier", self.noise_multiplier, above=0),
+            clip_norm=clip_range(real("clip_norm", self.clip_norm, above=0)),
+            delta=real("delta", self.delta, above=0, below=1),
+        )
         if self.strategy.n_steps != self.workload.n_steps:
             raise RootnoiseError(
                 f"strategy must cover the workload's n_steps={self.workload.n_steps}, "
                 f"got {self.strategy.n_steps}"
             )
         sens = sensitivity(self.strategy, self.participation)
-        object.__setattr__(self, "sensitivity", sens)
         cost = accounting.privacy_cost(
             self.participation,
             self.n_steps,
@@ -100,7 +102,7 @@ class Mechanism:
             self.delta,
             strategy=self.strategy,
         )
-        object.__setattr__(self, "privacy", cost)
+        set_fields(self, sensitivity=sens, privacy=cost)
 
     @classmethod
     def calibrate(
@@ -154,7 +156,7 @@ class Mechanism:
             delta,
             clip_norm,
         )
-        mechanism.__dict__["_factorization"] = factorization  # it may know its decoder
+        vars(mechanism)["_factorization"] = factorization  # it may know its decoder
         return mechanism
 
     @property
@@ -188,16 +190,37 @@ class Mechanism:
 
     @cached_property
     def optimality(self) -> Optimality:
-        """How good it is: computed on demand, or as the file held them: see `verify`."""
+        """How good it is: computed on demand, or as the file held it: see `verify`."""
         return Optimality(self.rmse, self.certificate().value)
 
+    def certify(self) -> Mechanism:
+        """Return this mechanism, whose file now holds its `optimality`; it takes seconds.
+
+        >>> from rootnoise.factorization import factorize
+        >>> from rootnoise.participation import SingleParticipation
+        >>> from rootnoise.workload import prefix_sum
+        >>> who = SingleParticipation()
+        >>> made = Mechanism.calibrate(factorize(prefix_sum(8), who), who, epsilon=1, delta=1e-5)
+        >>> "optimality" in made.to_dict(), "optimality" in made.certify().to_dict()
+        (False, True)
+        """
+        _ = self.optimality
+        return self
+
+    @cached_property
+    def _certificates(self) -> dict[str, Certificate]:
+        return {}
+
     def certificate(self, effort: Effort | str = Effort.FAST) -> Certificate:
-        """Return the lower bound on the rmse of every factorization, computed on demand.
+        """Return the lower bound on the rmse of every factorization, solved once on demand.
 
         Raises:
             RootnoiseError: another effort than those of `lower_bound`.
         """
-        return lower_bound(self.workload, self.participation, effort)
+        if effort not in self._certificates:
+            found = lower_bound(self.workload, self.participation, effort)
+            self._certificates[effort] = found
+        return self._certificates[effort]
 
     def gap(self, effort: Effort | str = Effort.FAST) -> float:
         """Return rmse / lower bound - 1: no factorization can be better by more than this.
@@ -244,7 +267,12 @@ class Mechanism:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that the file holds: definition, derived numbers, claim and fingerprint."""
+        """Return all that the file holds: definition, derived numbers, claim and fingerprint.
+
+        And the `optimality` of a mechanism that knows it, from its file or by `certify`.
+        """
+        known = vars(self).get("optimality")
+        optimality = {"optimality": asdict(known) | {"gap": known.gap}} if known else {}
         return {
             "schema": SCHEMA,
             "definition": self._definition(),
@@ -258,7 +286,7 @@ class Mechanism:
                 "epsilon_exact": self.privacy.exact,
                 "epsilon_method": self.privacy.method,
             },
-            "optimality": asdict(self.optimality) | {"gap": self.optimality.gap},
+            **optimality,
             "claim": self.claim(),
             "fingerprint": self.fingerprint,
         }
@@ -267,8 +295,9 @@ class Mechanism:
     def from_dict(cls, fields: dict[str, Any]) -> Mechanism:
         """Rebuild a mechanism, recompute what follows from its definition, and refuse a mismatch.
 
-        Of `optimality`, whose bound takes seconds, only the gap is recomputed, from the other two:
-        it says nothing about privacy, and does not enter the fingerprint. `verify` does the rest.
+        Of `optimality`, if the file holds it, only the gap is recomputed, from the other two: the
+        bound takes seconds, says nothing about privacy, and does not enter the fingerprint.
+        `verify` recomputes it.
 
         Raises:
             RootnoiseError: another schema, a missing or extra field, or any number that was edited.
@@ -288,16 +317,21 @@ class Mechanism:
             raise RootnoiseError(
                 f"definition must hold exactly a mechanism's fields, got {reason}"
             ) from None
-        mechanism.__dict__["optimality"] = _held(fields.get("optimality"))
+        if "optimality" in fields:
+            vars(mechanism)["optimality"] = _held(fields["optimality"])
         _refuse_edits(mechanism.to_dict(), fields, "")
         return mechanism
 
     def verify(self) -> None:
-        """Recompute rmse and lower bound too, and refuse others; it takes seconds.
+        """Recompute the `optimality` that the file held, and refuse another; it takes seconds.
+
+        Where there is none there is nothing to verify: loading has recomputed all the rest.
 
         Raises:
             RootnoiseError: what the mechanism holds is not what its definition gives.
         """
+        if "optimality" not in vars(self):
+            return
         again = Optimality(self.rmse, self.certificate().value)
         for name, tolerance in (("rmse", 1e-6), ("lower_bound", REPEATS)):
             expected, held = getattr(again, name), getattr(self.optimality, name)
@@ -308,7 +342,7 @@ class Mechanism:
                 )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the mechanism as JSON, atomically.
+        """Write the mechanism as JSON, atomically; with its optimality after `certify`.
 
         Raises:
             RootnoiseError: the file exists and `overwrite` is False, or it cannot be written.
@@ -370,9 +404,9 @@ def _refuse_edits(expected: Any, found: Any, where: str) -> None:
         for key, value in expected.items():
             _refuse_edits(value, found[key], f"{where}.{key}" if where else key)
         return
-    # The definition is compared through the fingerprint's inputs: it was read from this very file.
+    # The definition was read from this very file, so that it is compared with itself.
     same = found == expected and type(found) is type(expected)
-    # Of the optimality all was read, but for one division that rounds alike everywhere.
+    # Of the optimality only the gap is computed anew, by IEEE arithmetic that is the same anywhere.
     exact = where.startswith("optimality")
     if not same and not exact and isinstance(expected, float) and isinstance(found, int | float):
         same = math.isclose(expected, found, rel_tol=1e-9)

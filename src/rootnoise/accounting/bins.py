@@ -9,11 +9,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from rootnoise._values import Array
 from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix
-
-Array = NDArray[np.float64]
 
 # Entries of the largest array of a block, 32 MB.
 BLOCK = 2**22

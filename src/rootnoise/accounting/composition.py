@@ -33,11 +33,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.fft import irfft, rfft
 from scipy.optimize import minimize_scalar
 
-Array = NDArray[np.float64]
+from rootnoise._values import Array
 
 UNIT = 2.0**-53
 # eta in units of u: 1 + 4 sqrt 2 = 6.7 for twiddle factors right to u.

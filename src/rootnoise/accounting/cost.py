@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rootnoise._check import integer, real
+from rootnoise._values import set_fields
 
 # Called with what is being tried: a noise multiplier, and the epsilon found for it.
 Progress = Callable[[float, float], None]
@@ -29,9 +30,12 @@ class MonteCarlo:
     failure: float = 1e-6
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "samples", integer("samples", self.samples, 1000))
-        object.__setattr__(self, "seed", integer("seed", self.seed, 0))
-        object.__setattr__(self, "failure", real("failure", self.failure, above=0, at_most=0.5))
+        set_fields(
+            self,
+            samples=integer("samples", self.samples, 1000),
+            seed=integer("seed", self.seed, 0),
+            failure=real("failure", self.failure, above=0, at_most=0.5),
+        )
 
 
 @dataclass(frozen=True)

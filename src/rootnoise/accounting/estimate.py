@@ -30,13 +30,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from rootnoise._values import Array
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 
-Array = NDArray[np.float64]
 Samples = tuple[Array, Array]
 
 # Powers theta and tau to choose from: a factor of 1.25 between two costs little of the range.

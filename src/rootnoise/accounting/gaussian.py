@@ -9,15 +9,13 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import erfcx, ndtr
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array
 from rootnoise.accounting import subsampled
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.cost import Progress
-
-Array = NDArray[np.float64]
 
 # The formula of delta is right to 1e-12 (against 60 digits); delta is met with so much to spare.
 MARGIN = 1e-11

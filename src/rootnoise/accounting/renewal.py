@@ -12,9 +12,8 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from rootnoise._values import Array
 
 
 @dataclass(frozen=True, eq=False)

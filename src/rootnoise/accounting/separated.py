@@ -20,14 +20,12 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rootnoise._values import Array
 from rootnoise.accounting import renewal
 from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix
-
-Array = NDArray[np.float64]
 
 # Entries of the largest array of a block, 16 MB.
 BLOCK = 2**21

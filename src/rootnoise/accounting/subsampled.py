@@ -21,12 +21,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import log_ndtr
 
+from rootnoise._values import Array
 from rootnoise.accounting.composition import UNIT, Losses
-
-Array = NDArray[np.float64]
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(6)
 # Longest piece, in sigma: the rule's remainder stays below 1e-15 of the mass.

@@ -19,6 +19,7 @@ from scipy import special
 from torch import nn
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._values import Array
 from rootnoise.auditing.recompute import DENSE, strategy_of
 from rootnoise.batches.samplers import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.keys import Key
@@ -32,8 +33,6 @@ from rootnoise.participation import (
     MinSepPoisson,
 )
 from rootnoise.training import PrivateOptimizer, privatize
-
-Array = NDArray[np.float64]
 
 # A covariance of n steps is learned from at least so many times n canaries that are out.
 LEARN = 20

@@ -9,14 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rootnoise.auditing import bounds, recompute
 from rootnoise.auditing.attack import Attack, Trials
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson
-
-Array = NDArray[np.float64]
 
 # Where a trade-off is held against the curve of a mechanism.
 EPSILONS = np.concatenate([np.linspace(0.0, 2.0, 41), np.linspace(2.25, 20.0, 72)])

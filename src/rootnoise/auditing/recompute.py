@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import fft, integrate, optimize, special, stats
 from scipy.linalg import solve_triangular
 
+from rootnoise._values import Array
 from rootnoise.causal import CausalMatrix
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
@@ -28,7 +28,6 @@ from rootnoise.participation import (
     Participation,
 )
 
-Array = NDArray[np.float64]
 # A grid, the mass of each loss on it, and the mass beyond.
 Losses = tuple[Array, Array, float]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from itertools import islice
 
 import numpy as np
@@ -19,11 +19,10 @@ from scipy import linalg
 from threadpoolctl import threadpool_limits
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array
 from rootnoise.bounds import coarse_to_fine, dual, long_runs, nuclear_norm
 from rootnoise.participation import FixedCycle, Participation, PoissonSampling, SingleParticipation
 from rootnoise.workload import Workload
-
-Array = NDArray[np.float64]
 
 EPS = float(np.finfo(np.float64).eps)
 # What float64 may have lost where nothing is checked: 40 times what was seen up to n = 1e8.
@@ -33,7 +32,7 @@ SAFETY = 1e-9
 OBJECTIVES = ("rmse", "max")
 
 
-class Effort(Enum):
+class Effort(StrEnum):
     """How hard to try: the steps of the largest dense problem, and when to stop."""
 
     FAST = "fast"

@@ -13,11 +13,11 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
+from rootnoise._values import Array
 from rootnoise.bounds import dual
 from rootnoise.bounds.dual import Factors, Patterns
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 
-Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 
 # From here on joining pays: an iteration takes 15 ms at this size and 90 ms at twice as much.

@@ -32,6 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from rootnoise._values import Array
 from rootnoise.participation import (
     MinSeparation,
     Participation,
@@ -39,7 +40,6 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 
-Array = NDArray[np.float64]
 # Patterns of k steps each, shape (g, k); a tuple of them for every k.
 Patterns = tuple[NDArray[np.intp], ...]
 # R_p of every pattern, lower-triangular, shape (g, k, k).

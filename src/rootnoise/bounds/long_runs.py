@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, signal
 
+from rootnoise._values import Array
 from rootnoise.bounds import nuclear_norm
 from rootnoise.bounds.dual import DOUBT, Patterns, Problem, cycles, patterns
 from rootnoise.causal import CausalMatrix
@@ -39,8 +40,6 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 from rootnoise.workload import SGD, Workload
-
-Array = NDArray[np.float64]
 
 # Pieces of a period: at least so many where patterns drift, where they do not, and in all epochs.
 DRIFTING, STILL, LEAST = 4, 2, 16

@@ -6,13 +6,11 @@ It bounds every factorization that is private for one participation: rmse >= |A|
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import fft
 
+from rootnoise._values import Array
 from rootnoise.causal import Toeplitz
 from rootnoise.workload import SGD, Workload
-
-Array = NDArray[np.float64]
 
 # A singular value decomposition of this size takes 0.4 s on one core.
 DENSE = 1024

@@ -1,9 +1,8 @@
 """Which causal (lower-triangular) maps are there, and how do they act, invert and stream?"""
 
-from rootnoise.causal.base import CausalMatrix, Inverse, readable
+from rootnoise.causal.base import MAPS, CausalMatrix, Inverse
 from rootnoise.causal.elementary import Dense, Diagonal, Toeplitz
 from rootnoise.causal.product import Product, chain
-from rootnoise.causal.reading import from_dict
 
 __all__ = [
     "CausalMatrix",
@@ -14,5 +13,6 @@ __all__ = [
     "Toeplitz",
     "chain",
     "from_dict",
-    "readable",
 ]
+
+from_dict = MAPS.from_dict

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import lapack
 
 from rootnoise._check import RootnoiseError, matrix
-from rootnoise.causal.base import CausalMatrix, readable
+from rootnoise._values import Array, set_fields
+from rootnoise.causal.base import MAPS, CausalMatrix
 
-Array = NDArray[np.float64]
 
-
-@readable("banded")
+@MAPS.add("banded", diagonals=list)
 @dataclass(frozen=True, eq=False)
 class Banded(CausalMatrix):
     """Lower-triangular with p diagonals: entry (t + j, t) is diagonals[j, t].
@@ -48,8 +45,7 @@ class Banded(CausalMatrix):
         outside = np.add.outer(np.arange(p), np.arange(n)) >= n
         diagonals = np.asfortranarray(np.where(outside, 0.0, diagonals))
         diagonals.flags.writeable = False
-        object.__setattr__(self, "diagonals", diagonals)
-        object.__setattr__(self, "n_steps", n)
+        set_fields(self, diagonals=diagonals, n_steps=n)
 
     @property
     def bands(self) -> int:
@@ -81,6 +77,3 @@ class Banded(CausalMatrix):
             block[rows, s - j + rows] = diagonal[t - j + rows]
         block[m:, m:] = np.eye(s)
         return block
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "banded", "diagonals": self.diagonals.tolist()}

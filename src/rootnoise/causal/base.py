@@ -8,19 +8,16 @@ and products stream by algebra on the blocks of their parts, so the noise engine
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
+from rootnoise._values import Array, Kinds, set_fields
 from rootnoise.causal import series, streamed_norms
-
-Array = NDArray[np.float64]
-M = TypeVar("M", bound="CausalMatrix")
 
 
 class CausalMatrix(ABC):
@@ -63,9 +60,9 @@ class CausalMatrix(ABC):
         maps it is the same at every t.
         """
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description, read back by `from_dict`."""
+        return MAPS.to_dict(self)
 
     def inverse(self) -> CausalMatrix:
         """Return the inverse map."""
@@ -113,6 +110,10 @@ class CausalMatrix(ABC):
             yield self.apply(np.eye(n, min(width, n - first), -first))
 
 
+MAPS: Kinds[CausalMatrix] = Kinds("matrix must be a known causal map")
+
+
+@MAPS.add("inverse", base=dict)
 @dataclass(frozen=True, eq=False)
 class Inverse(CausalMatrix):
     """The inverse of another map; it streams by solving the block of its base for the inputs."""
@@ -121,7 +122,7 @@ class Inverse(CausalMatrix):
     n_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "n_steps", self.base.n_steps)
+        set_fields(self, n_steps=self.base.n_steps)
 
     def apply(self, x: Array) -> Array:
         return self.base.solve(x)
@@ -150,19 +151,3 @@ class Inverse(CausalMatrix):
         h, j, f, g = base[:m, :s], base[:m, s:], base[m:, :s], base[m:, s:]
         x = solve_triangular(j, np.hstack([-h, np.eye(m)]), lower=True)
         return np.vstack([x, np.hstack([f, np.zeros((s, m))]) + g @ x])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "inverse", "base": self.base.to_dict()}
-
-
-_READERS: dict[str, Callable[..., CausalMatrix]] = {}
-
-
-def readable(kind: str) -> Callable[[type[M]], type[M]]:
-    """Let `from_dict` read a map of another module, by calling its class on the fields."""
-
-    def add(matrix: type[M]) -> type[M]:
-        _READERS[kind] = matrix
-        return matrix
-
-    return add

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import eigvalsh, toeplitz
 from scipy.signal import lfilter
 
 from rootnoise._check import RootnoiseError, integer, vector
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import series
-from rootnoise.causal.base import CausalMatrix, readable
-
-Array = NDArray[np.float64]
+from rootnoise.causal.base import MAPS, CausalMatrix
 
 
-@readable("buffered")
+@MAPS.add("buffered", n_steps=int, decays=list, weights=list)
 @dataclass(frozen=True, eq=False)
 class BufferedToeplitz(CausalMatrix):
     """The map with coefficients 1 and sum_i omega_i theta_i^(j-1); its state is one row a buffer.
@@ -56,8 +53,7 @@ class BufferedToeplitz(CausalMatrix):
                 f"got {omega.tolist()} with sum {(omega / theta).sum():g}"
             )
         order = np.argsort(-theta)
-        object.__setattr__(self, "decays", theta[order])
-        object.__setattr__(self, "weights", omega[order])
+        set_fields(self, decays=theta[order], weights=omega[order])
 
     @cached_property
     def coefficients(self) -> Array:
@@ -101,12 +97,3 @@ class BufferedToeplitz(CausalMatrix):
         column = np.append(1.0, heard[: m - 1].sum(axis=1))
         within = toeplitz(column, np.zeros(m))
         return np.block([[heard, within], [np.diag(powers[m]), powers[m - 1 :: -1].T]])
-
-    def to_dict(self) -> dict[str, Any]:
-        decays, weights = self.decays.tolist(), self.weights.tolist()
-        return {
-            "type": "buffered",
-            "n_steps": self.n_steps,
-            "decays": decays,
-            "weights": weights,
-        }

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from scipy import fft, signal
 from scipy.linalg import solve_triangular, toeplitz
 
 from rootnoise._check import RootnoiseError, integer, matrix, vector
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import series
-from rootnoise.causal.base import Array, CausalMatrix
+from rootnoise.causal.base import MAPS, CausalMatrix
 
 
+@MAPS.add("toeplitz", n_steps=int, leading=list)
 @dataclass(frozen=True, eq=False)
 class Toeplitz(CausalMatrix):
     """Lower-triangular Toeplitz: entry (i, j) is leading[i - j]; banded when they are fewer than n.
@@ -41,7 +42,7 @@ class Toeplitz(CausalMatrix):
             )
         if c[0] == 0:
             raise RootnoiseError("coefficients must start with a non-zero one, got 0.0")
-        object.__setattr__(self, "leading", c)
+        set_fields(self, leading=c)
 
     @property
     def coefficients(self) -> Array:
@@ -79,10 +80,8 @@ class Toeplitz(CausalMatrix):
         block[m:, m:] = np.eye(s)
         return block
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "toeplitz", "n_steps": self.n_steps, "leading": self.leading.tolist()}
 
-
+@MAPS.add("diagonal", entries=list)
 @dataclass(frozen=True, eq=False)
 class Diagonal(CausalMatrix):
     """A diagonal map: one non-zero factor a step.
@@ -98,8 +97,7 @@ class Diagonal(CausalMatrix):
         entries = vector("entries", self.entries)
         if not entries.all():
             raise RootnoiseError(f"entries must be non-zero, got 0.0 at {np.argmin(abs(entries))}")
-        object.__setattr__(self, "entries", entries)
-        object.__setattr__(self, "n_steps", entries.size)
+        set_fields(self, entries=entries, n_steps=entries.size)
 
     def apply(self, x: Array) -> Array:
         return np.asarray((x.T * self.entries).T)
@@ -119,10 +117,8 @@ class Diagonal(CausalMatrix):
     def block(self, t: int, m: int) -> Array:
         return np.diag(self.entries[t : t + m])
 
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "diagonal", "entries": self.entries.tolist()}
 
-
+@MAPS.add("dense", entries=list)
 @dataclass(frozen=True, eq=False)
 class Dense(CausalMatrix):
     """Any lower-triangular array with a non-zero diagonal: O(n^2) memory, for small n and oracles.
@@ -145,8 +141,7 @@ class Dense(CausalMatrix):
         zeros = np.flatnonzero(np.diag(entries) == 0)
         if zeros.size:
             raise RootnoiseError(f"matrix must be invertible, got 0.0 at ({zeros[0]}, {zeros[0]})")
-        object.__setattr__(self, "entries", entries)
-        object.__setattr__(self, "n_steps", entries.shape[0])
+        set_fields(self, entries=entries, n_steps=entries.shape[0])
 
     def apply(self, x: Array) -> Array:
         return np.asarray(self.entries @ x)
@@ -179,9 +174,6 @@ class Dense(CausalMatrix):
         block[:m, s - t + first :] = self.entries[t : t + m, first : t + m]
         block[m:, m:] = np.eye(s)
         return block
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "dense", "entries": self.entries.tolist()}
 
 
 def _convolve(c: Array, x: Array) -> Array:

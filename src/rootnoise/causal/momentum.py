@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
 from rootnoise._check import RootnoiseError, real, vector
-from rootnoise.causal.base import CausalMatrix, readable
+from rootnoise._values import Array, set_fields
+from rootnoise.causal.base import MAPS, CausalMatrix
 
-Array = NDArray[np.float64]
 
-
-@readable("descent")
+@MAPS.add("descent")
 @dataclass(frozen=True, eq=False)
 class Descent(CausalMatrix):
     """From gradients g to x, how far the parameters have moved down, by a state of m and x.
@@ -55,17 +53,20 @@ class Descent(CausalMatrix):
     state_size = 2
 
     def __post_init__(self) -> None:
-        n = vector("learning_rates", self.learning_rates).size
-        values = {
-            "n_steps": n,
-            "nesterov": bool(self.nesterov),
-            "weight_decay": real("weight_decay", self.weight_decay, at_least=0),
-            "_chi": _each_step("learning_rates", self.learning_rates, n),
-            "_beta": _each_step("momentum", self.momentum, n, below=1),
-            "_alpha": _each_step("decay", self.decay, n, at_most=1),
-        }
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+        rates = vector("learning_rates", self.learning_rates)
+        n = rates.size
+        set_fields(
+            self,
+            n_steps=n,
+            _chi=_each_step("learning_rates", rates, n),
+            _beta=_each_step("momentum", self.momentum, n, below=1),
+            _alpha=_each_step("decay", self.decay, n, at_most=1),
+            learning_rates=rates,
+            momentum=np.asarray(self.momentum, dtype=np.float64),
+            weight_decay=real("weight_decay", self.weight_decay, at_least=0),
+            decay=np.asarray(self.decay, dtype=np.float64),
+            nesterov=bool(self.nesterov),
+        )
 
     @property
     def bands(self) -> int:
@@ -97,16 +98,6 @@ class Descent(CausalMatrix):
     def inverse(self) -> CausalMatrix:
         self._refuse_standstill()
         return super().inverse()
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "type": "descent",
-            "learning_rates": self._chi.tolist(),
-            "momentum": np.asarray(self.momentum, float).tolist(),
-            "weight_decay": self.weight_decay,
-            "decay": np.asarray(self.decay, float).tolist(),
-            "nesterov": self.nesterov,
-        }
 
     def _run(self, t: int, state: Array, g: Array) -> tuple[Array, Array]:
         """Return x at steps t, t + 1, ... of the gradients g, shape (m, c), and the state then."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
-from typing import Any
 
 import numpy as np
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import product_norms, streamed_norms
-from rootnoise.causal.base import Array, CausalMatrix
+from rootnoise.causal.base import MAPS, CausalMatrix
 
 
+@MAPS.add("product", left=dict, right=dict)
 @dataclass(frozen=True, eq=False)
 class Product(CausalMatrix):
     """The product `left @ right`; streaming runs the right map, then the left one.
@@ -32,7 +33,7 @@ class Product(CausalMatrix):
                 "factors must cover the same n_steps, "
                 f"got {self.left.n_steps} and {self.right.n_steps}"
             )
-        object.__setattr__(self, "n_steps", self.left.n_steps)
+        set_fields(self, n_steps=self.left.n_steps)
 
     def apply(self, x: Array) -> Array:
         return self.left.apply(self.right.apply(x))
@@ -83,9 +84,6 @@ class Product(CausalMatrix):
         inner = np.hstack([np.zeros((right.shape[0], s)), right])
         outer = left @ np.vstack([np.eye(s, inner.shape[1]), inner[:m]])
         return np.vstack([outer, inner[m:]])
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "product", "left": self.left.to_dict(), "right": self.right.to_dict()}
 
 
 def chain(matrix: CausalMatrix) -> list[tuple[str, Array]]:

@@ -20,9 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
 
+from rootnoise._values import Array
 from rootnoise.causal.streamed_norms import Streamable
-
-Array = NDArray[np.float64]
 
 # Coefficients of M below this part of the largest are rounding, of an FFT inverse too: left out.
 NEGLIGIBLE = 1e-15

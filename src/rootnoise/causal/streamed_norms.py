@@ -12,9 +12,8 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from rootnoise._values import Array
 
 # Fewer steps at a time spend their time in Python: 5 us a step for s = 2, where 16 take 10 us.
 LEAST_STEPS = 32

@@ -29,17 +29,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._values import Array
 from rootnoise.causal import series
-from rootnoise.causal.base import CausalMatrix, readable
+from rootnoise.causal.base import MAPS, CausalMatrix
 from rootnoise.causal.product import Product
 
-Array = NDArray[np.float64]
 Steps = NDArray[np.int64]
 
 ESTIMATORS = ("full", "online", "naive")
 
 
-@readable("tree")
+@MAPS.add("tree")
 @dataclass(frozen=True, eq=False)
 class Tree(CausalMatrix):
     """The strategy C whose inverse turns fresh normals into the gradient noise of a binary tree.
@@ -101,9 +101,6 @@ class Tree(CausalMatrix):
             g = _trailing_ones(t[left] | (2 << h) - 1)
             squares[left] += (feedback[g, h] / scales[g]) ** 2
         return np.asarray(np.sqrt(squares))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "tree", "n_steps": self.n_steps, "estimator": self.estimator}
 
     def _whole(self, x: Array, *, forward: bool) -> Array:
         columns = x.reshape(self.n_steps, -1)

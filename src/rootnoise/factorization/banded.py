@@ -13,16 +13,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import OptimizeResult, minimize
 
+from rootnoise._values import Array
 from rootnoise.causal import Toeplitz, series
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.participation.overlaps import comb
 from rootnoise.workload import Workload
 
-Array = NDArray[np.float64]
 ValueAndGradient = tuple[float, Array]
 Objective = Callable[[Array], ValueAndGradient]
 

@@ -24,6 +24,7 @@ from scipy.linalg import toeplitz
 from scipy.optimize import minimize
 
 from rootnoise._check import real
+from rootnoise._values import Array
 from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
     OVERFLOW,
@@ -39,7 +40,6 @@ from rootnoise.participation import Participation
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import Workload
 
-Array = NDArray[np.float64]
 ValueAndGradient = tuple[float, Array]
 # From the magnitudes of C to the indices of a sequence that covers them.
 Cover = Callable[[Array], NDArray[np.intp]]

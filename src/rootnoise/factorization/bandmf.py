@@ -22,6 +22,7 @@ from scipy.linalg import solve_triangular
 from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise._check import integer, real
+from rootnoise._values import Array
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.banded import Banded
 from rootnoise.factorization.base import (
@@ -35,7 +36,6 @@ from rootnoise.factorization.base import (
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
 
-Array = NDArray[np.float64]
 Indices = NDArray[np.intp]
 # From diagonals of C, shape (p, n), to |A C^-1|_F^2 and its gradient.
 Energy = Callable[[Array], tuple[float, Array]]

@@ -22,12 +22,12 @@ from scipy.signal import lfilter
 from scipy.special import logit
 
 from rootnoise._check import integer
+from rootnoise._values import Array
 from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, register
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import SGD, Workload
 
-Array = NDArray[np.float64]
 Numbers = NDArray[Any]  # real, or complex with derivatives in the imaginary parts
 
 # More than enough: at a million steps the seventh gains less than 0.1 %.

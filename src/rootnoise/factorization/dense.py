@@ -13,17 +13,15 @@ from dataclasses import replace
 from itertools import islice
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
 from rootnoise._check import integer, real
+from rootnoise._values import Array
 from rootnoise.bounds import dual
 from rootnoise.causal import Dense
 from rootnoise.factorization.base import Factorization, Progress, Search, factorize, register
 from rootnoise.participation import CyclicPoisson, MinSeparation, MinSepPoisson, Participation
 from rootnoise.workload import Workload
-
-Array = NDArray[np.float64]
 
 # An iteration takes about 10 n^3 multiply-adds: 0.6 s at n = 1024, 40 s at this size (one core).
 LARGEST = 4096

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array
 from rootnoise.causal import Diagonal, Product, chain, product_norms
 from rootnoise.factorization.base import (
     Factorization,
@@ -30,8 +31,6 @@ from rootnoise.factorization.base import (
 )
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
-
-Array = NDArray[np.float64]
 
 # The inverse of p bands dies out after some 32 p steps, and errors take their square in time: 10 s.
 TRANSIENT, LONGEST = 32, 2**16

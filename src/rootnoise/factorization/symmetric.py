@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.linalg import eigh, lstsq
 
 from rootnoise._check import RootnoiseError, integer, matrix
-
-Array = NDArray[np.float64]
+from rootnoise._values import Array
 
 # A decoder whose B C differs from A by more, relative to A, is none; those found are below 1e-13.
 RESIDUAL = 1e-9

@@ -7,11 +7,11 @@ drawn at random, and kept secret, privacy is `amplified`.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from dataclasses import fields as fields_of
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._values import Kinds, set_fields
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,11 @@ class MinSeparation:
     amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _set_integers(self, "min_sep", "max_participations")
+        set_fields(
+            self,
+            min_sep=integer("min_sep", self.min_sep, 1),
+            max_participations=integer("max_participations", self.max_participations, 1),
+        )
 
     def validate(self, n_steps: int) -> None:
         """Refuse more participations than `n_steps` can hold: (k - 1) b < n."""
@@ -71,7 +75,11 @@ class FixedCycle:
     amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _set_integers(self, "period", "epochs")
+        set_fields(
+            self,
+            period=integer("period", self.period, 1),
+            epochs=integer("epochs", self.epochs, 1),
+        )
 
     @property
     def min_sep(self) -> int:
@@ -132,9 +140,11 @@ class CyclicPoisson:
     amplified: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set_integers(self, "groups")
-        q = real("probability", self.probability, above=0, at_most=1)
-        object.__setattr__(self, "probability", q)
+        set_fields(
+            self,
+            groups=integer("groups", self.groups, 1),
+            probability=real("probability", self.probability, above=0, at_most=1),
+        )
 
     def validate(self, n_steps: int) -> None:
         """Refuse more groups than steps: some people would never take part."""
@@ -175,9 +185,11 @@ class MinSepPoisson:
     amplified: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _set_integers(self, "min_sep")
-        p = real("probability", self.probability, above=0, at_most=1)
-        object.__setattr__(self, "probability", p)
+        set_fields(
+            self,
+            min_sep=integer("min_sep", self.min_sep, 1),
+            probability=real("probability", self.probability, above=0, at_most=1),
+        )
 
     @property
     def rate(self) -> float:
@@ -200,30 +212,17 @@ PoissonSampling = CyclicPoisson | MinSepPoisson
 Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | PoissonSampling
 
 
+KINDS: Kinds[Participation] = Kinds("participation must be of a known type")
+for _kind in Participation.__args__:
+    KINDS.add(_kind.type)(_kind)
+
+from_dict = KINDS.from_dict
+
+
 def to_dict(participation: Participation) -> dict[str, Any]:
     """Return a JSON-ready description, read back by `from_dict`.
 
     >>> to_dict(FixedCycle(period=100, epochs=10))
     {'type': 'fixed-cycle', 'period': 100, 'epochs': 10}
     """
-    return {"type": participation.type, **asdict(participation)}
-
-
-def from_dict(fields: dict[str, Any]) -> Participation:
-    """Rebuild a participation from `to_dict`.
-
-    Raises:
-        RootnoiseError: an unknown type, or fields that are missing or do not belong.
-    """
-    known = {kind.type: kind for kind in Participation.__args__}
-    kind = known.get(str(fields.get("type")))
-    values = {name: value for name, value in fields.items() if name != "type"}
-    if kind is None or set(values) != {field.name for field in fields_of(kind)}:
-        raise RootnoiseError(f"participation must be of a known type, got {fields!s:.60}")
-    result: Participation = kind(**values)
-    return result
-
-
-def _set_integers(participation: Any, *names: str) -> None:
-    for name in names:
-        object.__setattr__(participation, name, integer(name, getattr(participation, name), 1))
+    return KINDS.to_dict(participation)

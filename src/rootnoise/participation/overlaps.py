@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from numpy.typing import NDArray
 
+from rootnoise._values import Array
 from rootnoise.causal import CausalMatrix
 
-Array = NDArray[np.float64]
 Ages = tuple[int, ...]
 
 # Entries of the Gram diagonals that may be held at once: 128 MB.

@@ -13,10 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.signal import correlate
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.tree import Tree, cycle_squares, most_squares
 from rootnoise.participation.kinds import (
@@ -28,8 +28,6 @@ from rootnoise.participation.kinds import (
     SingleParticipation,
 )
 from rootnoise.participation.overlaps import comb, worst_cycle, worst_pattern
-
-Array = NDArray[np.float64]
 
 # Auto-correlations for the pairwise bound take about 100 ns a step and participation.
 PAIRWISE_WORK = 2**27

@@ -5,12 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
+from rootnoise._values import Array, Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
-
-Array = NDArray[np.float64]
 
 
 class Workload(ABC):
@@ -27,9 +23,9 @@ class Workload(ABC):
     def square_root(self, size: int) -> Array:
         """Return the first `size` coefficients of the lower-triangular C with C C = A."""
 
-    @abstractmethod
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready description, read back by `from_dict`."""
+        return WORKLOADS.to_dict(self)
 
     def root(self, bands: int) -> CausalMatrix:
         """Return the first `bands` diagonals of the C with C C = A, as a matrix."""
@@ -49,3 +45,6 @@ class Workload(ABC):
     def recurrence(self) -> CausalMatrix:
         """The matrix A again, in the form that streams with the smallest known state."""
         return self.matrix
+
+
+WORKLOADS: Kinds[Workload] = Kinds("workload must be of a known type")

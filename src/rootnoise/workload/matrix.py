@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rootnoise._check import RootnoiseError
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import CausalMatrix, Dense
-from rootnoise.workload.base import Array, Workload
+from rootnoise.workload.base import WORKLOADS, Workload
 from rootnoise.workload.triangular import square_root
 
 
+@WORKLOADS.add("matrix", entries=list)
 @dataclass(frozen=True, eq=False)
 class MatrixWorkload(Workload):
     """Any lower-triangular A with a positive diagonal, from an array of shape (n, n).
@@ -40,8 +41,7 @@ class MatrixWorkload(Workload):
                 "matrix must have a positive diagonal to have a square root, "
                 f"got {diagonal[i]:g} at ({i}, {i})"
             )
-        object.__setattr__(self, "n_steps", dense.n_steps)
-        object.__setattr__(self, "_matrix", dense)
+        set_fields(self, entries=dense.entries, n_steps=dense.n_steps, _matrix=dense)
 
     @property
     def matrix(self) -> CausalMatrix:
@@ -70,6 +70,3 @@ class MatrixWorkload(Workload):
 
     def root(self, bands: int) -> CausalMatrix:
         return Dense(np.triu(self._root, 1 - bands))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "matrix", "entries": self.matrix.dense().tolist()}

@@ -10,9 +10,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._values import Array
 from rootnoise.causal import Toeplitz, series
 from rootnoise.workload.base import Workload
 from rootnoise.workload.matrix import MatrixWorkload
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
-Array = NDArray[np.float64]
 Build = Callable[[int], "tuple[Optimizer, LRScheduler | None]"]
 
 # A known optimizer is checked for these many steps without a scheduler, and for all with one.

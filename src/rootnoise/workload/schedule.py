@@ -4,21 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from rootnoise._check import RootnoiseError, integer, real, vector
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import CausalMatrix, Diagonal, Product
 from rootnoise.causal.momentum import Descent
-from rootnoise.workload.base import Array, Workload
+from rootnoise.workload.base import WORKLOADS, Workload
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
 
 # Where a schedule ends unless told, relative to its peak.
 FINAL = {"cosine": 0.0, "linear": 0.0, "exponential": 0.01, "step": 0.01}
 
 
+@WORKLOADS.add("scheduled-sgd")
 @dataclass(frozen=True, eq=False)
 class ScheduledSGD(Workload):
     """SGD with a learning rate for every step, as torch.optim.SGD runs it; A is not Toeplitz.
@@ -65,11 +66,19 @@ class ScheduledSGD(Workload):
         if not rates.any():
             raise RootnoiseError(f"learning_rates must not all be 0.0, got {rates.size} of them")
         # With the momentum in units of 1 - tau, dampening is a factor on the learning rate.
-        rates = rates * (1 - tau)
-        steps = Descent(rates, self.momentum, self.weight_decay, self.decay, self.nesterov)
-        object.__setattr__(self, "dampening", tau)
-        object.__setattr__(self, "n_steps", rates.size)
-        object.__setattr__(self, "_descent", steps)
+        chi = rates * (1 - tau)
+        steps = Descent(chi, self.momentum, self.weight_decay, self.decay, self.nesterov)
+        set_fields(
+            self,
+            learning_rates=rates,
+            momentum=steps.momentum,
+            dampening=tau,
+            weight_decay=steps.weight_decay,
+            nesterov=steps.nesterov,
+            decay=steps.decay,
+            n_steps=rates.size,
+            _descent=steps,
+        )
 
     @cached_property
     def matrix(self) -> CausalMatrix:
@@ -84,7 +93,8 @@ class ScheduledSGD(Workload):
     def neighbour(self) -> Workload:
         """The Toeplitz workload of the mean settings, up to a factor."""
         n, w = self.n_steps, self.weight_decay
-        rate, beta, alpha = (float(np.mean(x)) for x in self._schedule())
+        settings = self.learning_rates, self.momentum, self.decay
+        rate, beta, alpha = (float(np.mean(np.asarray(x))) for x in settings)
         rate *= 1 - self.dampening
         roots = sgd_roots(rate, beta, w, alpha)
         if roots and not self.nesterov:
@@ -98,25 +108,6 @@ class ScheduledSGD(Workload):
     @property
     def root_is_exact(self) -> bool:
         return False
-
-    def _schedule(self) -> tuple[Array, Array, Array]:
-        rates, beta, alpha = (
-            np.asarray(x, dtype=np.float64)
-            for x in (self.learning_rates, self.momentum, self.decay)
-        )
-        return rates, beta, alpha
-
-    def to_dict(self) -> dict[str, Any]:
-        rates, beta, alpha = self._schedule()
-        return {
-            "type": "scheduled-sgd",
-            "learning_rates": rates.tolist(),
-            "momentum": beta.tolist(),
-            "dampening": float(self.dampening),
-            "weight_decay": float(self.weight_decay),
-            "nesterov": bool(self.nesterov),
-            "decay": alpha.tolist(),
-        }
 
 
 def sgd_roots(

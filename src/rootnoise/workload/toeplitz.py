@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, real, vector
+from rootnoise._values import Array, set_fields
 from rootnoise.causal import CausalMatrix, Toeplitz, series
 from rootnoise.causal.momentum import Descent
-from rootnoise.workload.base import Array, Workload
+from rootnoise.workload.base import WORKLOADS, Workload
 
 
+@WORKLOADS.add("sgd")
 @dataclass(frozen=True)
 class SGD(Workload):
     """SGD with momentum and decay: m <- momentum m + g, theta <- decay theta - lr m (lr = 1 here).
@@ -40,10 +41,12 @@ class SGD(Workload):
 
     def __post_init__(self) -> None:
         # Plain Python numbers, so that equal workloads have equal JSON and fingerprints.
-        n = integer("n_steps", self.n_steps, 1)
-        object.__setattr__(self, "n_steps", n)
-        object.__setattr__(self, "momentum", real("momentum", self.momentum, at_least=0, below=1))
-        object.__setattr__(self, "decay", real("decay", self.decay, above=0, at_most=1))
+        set_fields(
+            self,
+            n_steps=integer("n_steps", self.n_steps, 1),
+            momentum=real("momentum", self.momentum, at_least=0, below=1),
+            decay=real("decay", self.decay, above=0, at_most=1),
+        )
 
     @cached_property
     def matrix(self) -> CausalMatrix:
@@ -58,15 +61,8 @@ class SGD(Workload):
     def square_root(self, size: int) -> Array:
         return series.sgd_power(self.decay, self.momentum, 0.5, size)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "type": "sgd",
-            "n_steps": self.n_steps,
-            "momentum": self.momentum,
-            "decay": self.decay,
-        }
 
-
+@WORKLOADS.add("toeplitz", coefficients=list)
 @dataclass(frozen=True, eq=False)
 class ToeplitzWorkload(Workload):
     """Any lower-triangular Toeplitz workload, from its first column a of shape (n_steps,).
@@ -83,11 +79,12 @@ class ToeplitzWorkload(Workload):
 
     def __post_init__(self) -> None:
         # Built here, not on first use, so that a bad one is refused where it is made.
-        a = np.atleast_1d(np.asarray(self.coefficients))
-        object.__setattr__(self, "n_steps", integer("n_steps", a.size, 1))
-        object.__setattr__(self, "_matrix", Toeplitz(a, a.size))
-        if self.matrix.column(0)[0] <= 0:
+        given = np.atleast_1d(np.asarray(self.coefficients))
+        integer("n_steps", given.size, 1)
+        a = vector("coefficients", given)
+        if a[0] < 0:
             raise RootnoiseError(f"coefficients must start with a positive one, got {a[0]}")
+        set_fields(self, coefficients=a, n_steps=a.size, _matrix=Toeplitz(a, a.size))
 
     @property
     def matrix(self) -> CausalMatrix:
@@ -96,9 +93,6 @@ class ToeplitzWorkload(Workload):
 
     def square_root(self, size: int) -> Array:
         return series.sqrt(self.matrix.column(0), size)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"type": "toeplitz", "coefficients": self.matrix.column(0).tolist()}
 
 
 def prefix_sum(n_steps: int) -> SGD:

@@ -12,8 +12,6 @@ from rootnoise import causal
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, product_norms, series
 from rootnoise.workload import SGD, ScheduledSGD
 
-RANDOM = np.random.default_rng(0)
-
 
 def oscillating(n):
     """Two complex poles: momentum with much weight decay."""
@@ -40,9 +38,10 @@ each_inverse = pytest.mark.parametrize(
 @each_inverse
 @pytest.mark.parametrize("n", [1, 2, 3, 150])
 def test_row_norms_and_block_sums(shape, p, exponent, n):
+    rng = np.random.default_rng(0)
     a = shape(n)
     m = series.invert(series.sgd_power(1.0, 0.3, exponent, min(p, n)), n)
-    g = RANDOM.uniform(0.5, 2, n) * RANDOM.choice([-1, 1], n)
+    g = rng.uniform(0.5, 2, n) * rng.choice([-1, 1], n)
     left, right = oracle.lower_toeplitz(a, n), oracle.lower_toeplitz(m, n)
     norms = product_norms.row_norms(a, g, m)
     if norms is None:
@@ -50,7 +49,7 @@ def test_row_norms_and_block_sums(shape, p, exponent, n):
         assert n > 3
     else:
         np.testing.assert_allclose(norms, np.linalg.norm(left * g @ right, axis=1), rtol=1e-10)
-    blocks = np.unique(np.sort(RANDOM.integers(0, 7, n)), return_inverse=True)[1]
+    blocks = np.unique(np.sort(rng.integers(0, 7, n)), return_inverse=True)[1]
     pairs = (left.T @ left) * (right @ right.T) * np.outer(g, g)
     belongs = np.eye(blocks[-1] + 1)[blocks]
     expected = belongs.T @ pairs @ belongs
@@ -104,11 +103,12 @@ def test_streamed_and_toeplitz_diagonals_are_those_of_the_gram_matrix(work):
 
 
 def products():
+    rng = np.random.default_rng(0)
     n = 30
     t = Toeplitz(series.sgd_power(1.0, 0.9, 1.0, n), n)
     s = Toeplitz(series.sgd_power(1.0, 0.9, 0.5, 5), n)
     other = Toeplitz(1 / (1 + np.arange(n)) ** 0.5, n)
-    d, e = (Diagonal(RANDOM.uniform(0.5, 2, n)) for _ in range(2))
+    d, e = (Diagonal(rng.uniform(0.5, 2, n)) for _ in range(2))
     scaled = Product(s, d)
     return [
         scaled,

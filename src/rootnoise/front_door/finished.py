@@ -30,8 +30,9 @@ def keep_names(wrapper: nn.Module, model: nn.Module) -> None:
             if not name.startswith(own):
                 state[own + name.removeprefix(prefix)] = state.pop(name)
 
-    wrapper.register_state_dict_post_hook(rename)
-    wrapper.register_load_state_dict_pre_hook(restore)
+    hooked: Any = wrapper  # torch's own types say nothing of these two
+    hooked.register_state_dict_post_hook(rename)
+    hooked.register_load_state_dict_pre_hook(restore)
 
 
 def accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class LoopOptimizer(torch.optim.Optimizer):
 
     def __init__(self, private: PrivateOptimizer, rates: Sequence[float] = ()) -> None:
         self.private = private
-        self._rates = rates
+        self.rates = rates
         self._indices: Indices | None = None
         self._ready = False
         groups, state = private.optimizer.param_groups, private.optimizer.state
@@ -101,13 +101,13 @@ class LoopOptimizer(torch.optim.Optimizer):
 
     def _compare_rates(self) -> None:
         """Say once that the learning rates are not those that the noise was planned for."""
-        if not len(self._rates):
+        if not len(self.rates):
             return
-        planned = self._rates[min(self.t, len(self._rates) - 1)]
+        planned = self.rates[min(self.t, len(self.rates) - 1)]
         for group in self.param_groups:
             rate = float(group["lr"])
             if abs(rate - planned) > RATE_TOLERANCE * abs(planned):
-                self._rates = ()
+                self.rates = ()
                 warnings.warn(
                     f"learning rate of step {self.t} should be {planned:.6g}, as planned, got "
                     f"{rate:.6g}: epsilon holds, but the noise suits another schedule and the "
@@ -209,8 +209,8 @@ class PrivateLoader:
     def __init__(
         self, dataset: Any, optimizer: LoopOptimizer, period: int, loading: Mapping[str, Any]
     ) -> None:
-        self.dataset, self._optimizer, self._period = dataset, optimizer, period
-        self._loading = dict(loading)
+        self.dataset, self._optimizer, self.period = dataset, optimizer, period
+        self.loading = dict(loading)
 
     @property
     def batch_size(self) -> int:
@@ -218,7 +218,7 @@ class PrivateLoader:
         return self._optimizer.private.sampler.batch_size
 
     def __len__(self) -> int:
-        return self._period
+        return self.period
 
     def __iter__(self) -> Iterator[Any]:
         loop, private = self._optimizer, self._optimizer.private
@@ -229,8 +229,8 @@ class PrivateLoader:
                 f"loader must not be read past the planned steps={sampler.n_steps}: give "
                 "make_private more epochs"
             )
-        end = min(sampler.n_steps, (t // self._period + 1) * self._period)
-        batches = data_loader(self.dataset, sampler, start=t, stop=end, **self._loading)
+        end = min(sampler.n_steps, (t // self.period + 1) * self.period)
+        batches = data_loader(self.dataset, sampler, start=t, stop=end, **self.loading)
         for indices, batch in batches:
             if private.t != t:
                 raise RootnoiseError(
@@ -243,7 +243,7 @@ class PrivateLoader:
 
     def _nobody(self) -> Any:
         """Return a batch of no rows, shaped like the others, for a step that drew nobody."""
-        collate = self._loading.get("collate_fn") or torch.utils.data.default_collate
+        collate = self.loading.get("collate_fn") or torch.utils.data.default_collate
         one = collate([self.dataset[0]])
         return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) else x, one)
 

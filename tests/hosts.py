@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import stats
-from torch import nn
 
 from rootnoise import Mechanism
 
@@ -26,7 +25,7 @@ class Recorder:
     """
 
     def __init__(
-        self, model: nn.Module, inner: Any, loss: Any, clip_norm: float, batch_size: int
+        self, model: Any, inner: Any, loss: Any, clip_norm: float, batch_size: int
     ) -> None:
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.model, self.loss, self.clip_norm, self.size = model, loss, clip_norm, batch_size

@@ -6,13 +6,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from hosts import Recorder, white
 from opacus.schedulers import ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager as OpacusMemoryManager
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+from hosts import Recorder, white
 from rootnoise import CyclicPoisson, FixedCycle, Key, RootnoiseError, privacy_cost
 from rootnoise.integrations.opacus import OPEN_EPOCHS, BatchMemoryManager, PrivacyEngine
 
@@ -225,9 +225,9 @@ def test_a_saved_run_goes_on_bit_by_bit(as_file, tmp_path):
     assert torch.equal(weights(model), whole)
     assert engine.get_epsilon(DELTA) == spent
 
+    if not as_file:
+        path.seek(0)
     with pytest.raises(RootnoiseError, match=r"^key must be set before the first step, got step"):
-        if not as_file:
-            path.seek(0)
         engine.load_checkpoint(path=path, module=model, optimizer=optimizer)
 
 
@@ -256,7 +256,7 @@ def test_another_checkpoint_is_refused(tmp_path):
         engine.load_checkpoint(path=tmp_path / "opacus.pt", **mine)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict, str]] = {
     "per-layer norms": ({"max_grad_norm": [1.0, 2.0]}, "max_grad_norm must be one number for all"),
     "per-layer clipping": ({"clipping": "per_layer"}, r"clipping must be 'flat' .*'per_layer'"),
     "adaptive clipping": ({"clipping": "adaptive"}, r"clipping must be 'flat' .*'adaptive'"),

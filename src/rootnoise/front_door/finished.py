@@ -1,0 +1,93 @@
+"""What is done with a model besides training it: weights by their own names, and how good it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+from torch.utils.data import DataLoader, Dataset
+
+from rootnoise._check import RootnoiseError, integer
+
+Metric = Callable[..., Any]
+
+
+def keep_names(wrapper: nn.Module, model: nn.Module) -> None:
+    """Let `wrapper.state_dict()` be that of `model`, inside it, and `load_state_dict` take it."""
+    (child,) = (name for name, module in wrapper.named_children() if module is model)
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = f"{prefix}{child}."
+        for name in [name for name in state if name.startswith(own)]:
+            state[prefix + name.removeprefix(own)] = state.pop(name)
+
+    def restore(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        own = f"{prefix}{child}."
+        for name in [name for name in state if name.startswith(prefix)]:
+            if not name.startswith(own):
+                state[own + name.removeprefix(prefix)] = state.pop(name)
+
+    hooked: Any = wrapper  # torch's own types say nothing of these two
+    hooked.register_state_dict_post_hook(rename)
+    hooked.register_load_state_dict_pre_hook(restore)
+
+
+def accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return the part of the rows (n, classes) whose largest number is at the label.
+
+    >>> accuracy(torch.eye(2), torch.tensor([0, 0]))
+    tensor(0.5000)
+    """
+    return (output.argmax(1) == labels).float().mean()
+
+
+def evaluate(
+    model: nn.Module, data: Any, metric: Metric = accuracy, *, batch_size: int = 256
+) -> float:
+    """Return the mean of a metric over held-out data.
+
+    The model runs in evaluation mode without gradients, on the device where it is, and is then in
+    the mode that it was in: between two epochs of private training it disturbs nothing. On the
+    training set the number is computed from raw data, and epsilon does not cover it.
+
+    Args:
+        model: any, private or not.
+        data: a map-style data set, or a loader, of batches (inputs..., target).
+        metric: of the model's output and the target, a mean over the rows of a batch.
+        batch_size: rows at once, of a data set.
+
+    Raises:
+        RootnoiseError: no rows, or batches that are not (inputs..., target).
+
+    >>> from torch.utils.data import TensorDataset
+    >>> evaluate(nn.Identity(), TensorDataset(torch.eye(3), torch.tensor([0, 1, 0])))
+    0.666...
+    """
+    if isinstance(data, Dataset):
+        data = DataLoader(data, integer("batch_size", batch_size, 1))
+    where = next((p.device for p in model.parameters()), torch.device("cpu"))
+    modes = [(module, module.training) for module in model.modules()]
+    total, rows = 0.0, 0
+    try:
+        model.eval()
+        with torch.no_grad():
+            for batch in data:
+                if isinstance(batch, Mapping) or not isinstance(batch, tuple | list):
+                    kind = type(batch).__name__
+                    raise RootnoiseError(f"data must give batches (inputs..., target), got {kind}")
+                *inputs, target = tree_map(
+                    lambda x: x.to(where) if isinstance(x, torch.Tensor) else x, batch
+                )
+                n = len(target)
+                if n:
+                    total += n * float(metric(model(*inputs), target))
+                    rows += n
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not rows:
+        raise RootnoiseError("data must have at least one row to evaluate, got none")
+    return total / rows

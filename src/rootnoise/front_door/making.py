@@ -1,0 +1,309 @@
+"""`make_private`: read a loop's own parts, plan the noise for them, and put them together."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+
+from rootnoise._check import RootnoiseError, real
+from rootnoise.batches.samplers import (
+    BallsInBinsSampler,
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    Sampler,
+)
+from rootnoise.factorization import Factorization, factorize
+from rootnoise.front_door import saved
+from rootnoise.front_door.finished import keep_names
+from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    Participation,
+    SingleParticipation,
+)
+from rootnoise.participation.sensitivity import sensitivity
+from rootnoise.planner import Job, plan
+from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.workload import Workload, from_optimizer
+
+Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
+Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
+
+# What `mechanism="auto"` may keep of noise vectors of the model's size, unless told.
+MEMORY_ROWS = 64
+
+_MADE: WeakSet[nn.Module] = WeakSet()  # models that are private already
+
+
+class Private(NamedTuple):
+    """What an unchanged training loop needs, in the order in which it is usually written."""
+
+    model: nn.Module
+    optimizer: LoopOptimizer
+    loader: PrivateLoader
+
+
+def make_private(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    data: Any,
+    *,
+    epsilon: float | None = None,
+    delta: float,
+    epochs: int,
+    noise_multiplier: float | None = None,
+    clip_norm: float = 1.0,
+    batch_size: int | None = None,
+    mechanism: str = "auto",
+    sampling: Sampling = "auto",
+    scheduler: Scheduler | None = None,
+    scheduler_interval: Literal["step", "epoch"] = "step",
+    memory_rows: int = MEMORY_ROWS,
+    options: Mapping[str, Any] | None = None,
+    loss_reduction: str = "mean",
+    key: Key | None = None,
+    seed: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    independence: str = "probed",
+) -> Private:
+    """Return model, optimizer and loader that train privately in an unchanged loop.
+
+    The loop must take every batch of the loader once, with one forward, one backward and one
+    `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
+    examples, each example's term a function of that example alone.
+
+    Args:
+        model: in training mode; each output row a function of its own input row alone.
+        optimizer: any torch optimizer of the model's parameters; the noise is planned for what it
+            makes of its gradients (momentum, weight decay, learning rates).
+        data: a map-style data set, or a DataLoader of one, of which data set, batch size,
+            collate function and workers are taken: the order of its batches is not.
+        epsilon: privacy loss of the whole run, for one record.
+        noise_multiplier: in place of epsilon, for a mechanism given by name: the standard deviation
+            of Z over clip_norm times the largest column norm of C, which is 1 for independent
+            noise. So it is relative to one participation, whatever their number; `epsilon_spent`
+            tells what it costs.
+        delta: its failure probability.
+        epochs: passes over the data.
+        clip_norm: largest l2 norm of one record's gradient.
+        batch_size: records a step, on average under random sampling; the DataLoader's when None.
+        mechanism: a name of `mechanisms()`, or "auto": the first row of `plan` in `memory_rows`.
+        sampling: how batches are drawn. "auto" is the planner's choice, and for a mechanism given
+            by name fixed cycles.
+        scheduler: of the learning rate: one that was made for `optimizer`, or a function that
+            makes one; the noise is planned for its rates.
+        scheduler_interval: whether the loop steps the scheduler after each step or each epoch.
+        memory_rows: most noise vectors of the model's size to keep, for "auto".
+        options: of the mechanism, such as {"bands": 16}.
+        loss_reduction: "mean" or "sum", what the loss does over the batch.
+        key: fixes the noise; fresh from OS entropy when None. Keep it secret.
+        seed: fixes the batches; from OS entropy when None. Keep it secret.
+        independence: "probed" or "assumed", see `PrivateOptimizer`.
+        resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
+
+    Raises:
+        RootnoiseError: parts that cannot be trained privately, or do not fit each other.
+
+    >>> import torch
+    >>> from torch.utils.data import DataLoader, TensorDataset
+    >>> data = TensorDataset(torch.ones(12, 3), torch.zeros(12, dtype=torch.int64))
+    >>> model = torch.nn.Linear(3, 2)
+    >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    >>> model, optimizer, loader = make_private(
+    ...     model, sgd, DataLoader(data, batch_size=4), epsilon=8, delta=1e-5, epochs=2
+    ... )
+    >>> for epoch in range(2):
+    ...     for x, y in loader:
+    ...         optimizer.zero_grad()
+    ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+    ...         optimizer.step()
+    >>> optimizer.t, round(optimizer.epsilon_spent(), 2)
+    (6, 8.0)
+    """
+    if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
+        raise RootnoiseError("make_private must be called once a run, got its own result again")
+    if any(module in _MADE for module in model.modules()):
+        raise RootnoiseError(
+            "make_private must be called once a model, got one that it has made private: load its "
+            "weights into a fresh one"
+        )
+    dataset, batch, loading = _data(data, batch_size)
+    goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
+    if sum(value is not None for value in goal.values()) != 1:
+        raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
+    job = Job(len(dataset), batch, epochs, 1.0 if epsilon is None else epsilon, delta, memory_rows)
+    workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
+    split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
+    made = Mechanism.calibrate(
+        split,
+        who,
+        epsilon=epsilon,
+        noise_multiplier=_of_the_run(noise_multiplier, split, who),
+        delta=delta,
+        clip_norm=clip_norm,
+    )
+    before = None if resume is None else saved.read(Path(resume), made)
+    if before is not None:
+        if key is not None:
+            raise RootnoiseError("key must be left out on resume, which reads it from the file")
+        key = before.key
+    module = privatize(model, loss_reduction)
+    keep_names(module, model)
+    sampler = _sampler(job, who, seed)
+    loop = LoopOptimizer(
+        PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence),
+        rates if split.strategy.bands > 1 else (),
+    )
+    if before is not None:
+        loop.load_state_dict(before.optimizer)
+        module.load_state_dict(before.weights)
+    _MADE.add(model)
+    return Private(module, loop, PrivateLoader(dataset, loop, job.period, loading))
+
+
+def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
+    """Return the data set, the batch size, and what else a DataLoader was told."""
+    loading: dict[str, Any] = {}
+    if isinstance(data, DataLoader):
+        plain = (RandomSampler, SequentialSampler)
+        if data.batch_size is None or not isinstance(data.sampler, plain):
+            raise RootnoiseError(
+                "loader must draw single examples at random or in order, for make_private draws "
+                f"the batches, got {type(data.sampler).__name__} and batch_size={data.batch_size}"
+            )
+        names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn")
+        loading = {name: getattr(data, name) for name in names}
+        if data.num_workers:
+            loading |= {n: getattr(data, n) for n in ("prefetch_factor", "multiprocessing_context")}
+        batch_size = data.batch_size if batch_size is None else batch_size
+        data = data.dataset
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        kind = type(data).__name__
+        raise RootnoiseError(f"data must be a map-style data set of known length, got {kind}")
+    if batch_size is None:
+        raise RootnoiseError("batch_size must be given with a data set, got None")
+    return data, batch_size, loading
+
+
+def _workload(
+    optimizer: torch.optim.Optimizer, job: Job, scheduler: Scheduler | None, interval: str
+) -> tuple[Workload, list[float]]:
+    """Return what optimizer and scheduler make of the gradients of the whole run, and the rates."""
+    if interval not in ("step", "epoch"):
+        raise RootnoiseError(f"scheduler_interval must be step or epoch, got {interval!r}")
+    if scheduler is None:
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        return from_optimizer(optimizer, job.n_steps), rates[:1]
+    every = 1 if interval == "step" else job.period
+    if isinstance(scheduler, LRScheduler) and scheduler.optimizer is not optimizer:
+        raise RootnoiseError("scheduler must be the optimizer's own, got another's")
+    runs: list[_Every] = []
+
+    def build(fresh: torch.optim.Optimizer) -> Any:
+        if not isinstance(scheduler, LRScheduler):
+            runs.append(_Every(scheduler(fresh), every, fresh))
+            return runs[-1]
+        for group, original in zip(fresh.param_groups, optimizer.param_groups, strict=False):
+            group["initial_lr"] = original["initial_lr"]
+            group["lr"] = original["lr"]
+        runs.append(_Every(copy.deepcopy(scheduler, {id(optimizer): fresh}), every, fresh))
+        return runs[-1]
+
+    with warnings.catch_warnings():  # the copy was not told that its optimizer steps
+        for text in ("Detected call of `lr_scheduler.step", "Seems like `optimizer.step"):
+            warnings.filterwarnings("ignore", text, UserWarning)
+        workload = from_optimizer(optimizer, job.n_steps, build)
+    return workload, max((run.rates for run in runs), key=len)
+
+
+class _Every:
+    """A scheduler that makes one step of several, and notes the rate of each."""
+
+    def __init__(
+        self, scheduler: LRScheduler, every: int, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.scheduler, self.every, self.calls = scheduler, every, 0
+        self._group = optimizer.param_groups[0]
+        self.rates = [float(self._group["lr"])]
+
+    def step(self) -> None:
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.scheduler.step()
+        self.rates.append(float(self._group["lr"]))
+
+
+def _split(
+    workload: Workload,
+    job: Job,
+    name: str,
+    sampling: str,
+    options: Mapping[str, Any],
+    planned: bool,
+) -> tuple[Factorization, Participation]:
+    """Return the factorization, planned or as told, and the participation."""
+    if name == "auto":
+        if not planned:
+            raise RootnoiseError(
+                "mechanism must be given by name with noise_multiplier, for a plan needs epsilon, "
+                "got auto"
+            )
+        if options:
+            raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
+        rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
+        if not rows:
+            raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
+        who, name, options = rows[0].participation, rows[0].mechanism, rows[0].options
+    else:
+        who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
+    return factorize(workload, who, name, **options), who
+
+
+def _of_the_run(multiplier: float | None, split: Factorization, who: Participation) -> float | None:
+    """Return a noise multiplier of one participation as that of the whole run."""
+    if multiplier is None:
+        return None
+    one = sensitivity(split.strategy, SingleParticipation()).value
+    return (
+        real("noise_multiplier", multiplier, above=0) * one / sensitivity(split.strategy, who).value
+    )
+
+
+def _participation(job: Job, sampling: str) -> Participation:
+    match sampling:
+        case "fixed-cycle":
+            return FixedCycle(job.period, job.epochs)
+        case "balls-in-bins":
+            return BallsInBins(job.period, job.epochs)
+        case "poisson":
+            return CyclicPoisson(1, job.batch_size / job.n_examples)
+    raise RootnoiseError(
+        "sampling must be auto, fixed-cycle, poisson or balls-in-bins for a mechanism given by "
+        f"name, got {sampling!r}"
+    )
+
+
+def _sampler(job: Job, who: Participation, seed: int | None) -> Sampler:
+    size, batch = job.n_examples, job.batch_size
+    match who:
+        case BallsInBins():
+            return BallsInBinsSampler(size, batch, job.epochs, seed)
+        case FixedCycle():
+            return FixedCycleSampler(size, batch, job.epochs, seed)
+        case CyclicPoisson(groups, _):
+            return CyclicPoissonSampler(size, batch, job.n_steps, groups, seed)
+    raise RootnoiseError(f"sampling must have a sampler, got {who}")  # pragma: no cover

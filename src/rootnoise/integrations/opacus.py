@@ -1,0 +1,430 @@
+"""Opacus's calls with the noise of rootnoise: in an Opacus script only the import changes.
+
+    from rootnoise.integrations.opacus import PrivacyEngine    # was: from opacus import ...
+
+Batches are drawn, gradients clipped and the ledger kept as by `make_private`. What Opacus does that
+this cannot do, or that would void epsilon, is refused in one line.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle  # for the name of its error
+from inspect import signature
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+import torch
+from opacus.validators import ModuleValidator
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rootnoise._check import RootnoiseError
+from rootnoise._files import write_whole
+from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
+from rootnoise.keys import Key
+
+# Epochs for which independent noise is planned where a script does not say how many it makes.
+# Its noise does not depend on their number; that more are refused is all that it means.
+OPEN_EPOCHS = 200
+VERSION = 1  # of a checkpoint
+
+# Ways to make per-sample gradients in Opacus. Here there is one, whatever the name.
+MODES = ("hooks", "ew", "functorch", "ghost")
+MICRO_BATCHES = "a batch cannot be split into physical ones yet: make batch_size smaller"
+# What of Opacus's options has one value here, and why.
+ONLY = {
+    "batch_first": (True, "a row an example"),
+    "clipping": ("flat", "a norm that follows the data, or the layer, is not what epsilon means"),
+    "noise_generator": (None, "give key=Key.from_seed(...) to repeat an experiment"),
+    "rand_on_empty": (False, "a step that drew nobody has a batch of no rows"),
+}
+# What an Opacus optimizer has besides, and why it is not here.
+REFUSED = {
+    "signal_skip_step": MICRO_BATCHES,
+    "virtual_step": MICRO_BATCHES,
+    "accumulated_iterations": MICRO_BATCHES,
+    "attach_step_hook": "use torch's register_step_post_hook",
+    "grad_samples": "gradients are clipped inside of step",
+    "clip_and_accumulate": "gradients are clipped inside of step",
+    "add_noise": "noise is added inside of step",
+    "pre_step": "all is done inside of step",
+    "scale_grad": "gradients are divided by the planned batch size inside of step",
+}
+
+
+class PrivacyEngine:
+    """Makes one run private, by Opacus's calls.
+
+    Without `mechanism` a run made by `make_private` has Opacus's own guarantee and noise: Poisson
+    batches, independent noise of standard deviation noise_multiplier * max_grad_norm. One made by
+    `make_private_with_epsilon` has the best noise that the planner knows for this optimizer and
+    this many epochs. Epsilon is always that of rootnoise's accountant, for one record.
+
+    Args:
+        accountant: "prv", "rdp" or "gdp", as scripts give it; it changes nothing.
+        secure_mode: must be False: finite-precision attacks are not covered.
+
+    Raises:
+        RootnoiseError: another accountant, or secure_mode.
+
+    >>> from torch.utils.data import TensorDataset
+    >>> data = TensorDataset(torch.ones(12, 3), torch.zeros(12, dtype=torch.int64))
+    >>> model = nn.Linear(3, 2)
+    >>> engine = PrivacyEngine()
+    >>> model, optimizer, loader = engine.make_private_with_epsilon(
+    ...     module=model,
+    ...     optimizer=torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    ...     data_loader=DataLoader(data, batch_size=4),
+    ...     target_epsilon=8.0,
+    ...     target_delta=1e-5,
+    ...     epochs=2,
+    ...     max_grad_norm=1.0,
+    ... )
+    >>> for epoch in range(2):
+    ...     for x, y in loader:
+    ...         optimizer.zero_grad()
+    ...         torch.nn.functional.cross_entropy(model(x), y).backward()
+    ...         optimizer.step()
+    >>> round(engine.get_epsilon(1e-5), 2)
+    8.0
+    """
+
+    def __init__(self, *, accountant: str = "prv", secure_mode: bool = False) -> None:
+        if accountant not in ("prv", "rdp", "gdp"):
+            raise RootnoiseError(f"accountant must be prv, rdp or gdp, got {accountant!r}")
+        if secure_mode:
+            raise RootnoiseError(
+                "secure_mode must be False: keys come from the operating system anyway, but "
+                "finite-precision attacks are not covered; got True"
+            )
+        self._optimizer: EngineOptimizer | None = None
+
+    @property
+    def accountant(self) -> PrivacyEngine:
+        """The engine: scripts ask Opacus's accountant for `get_epsilon(delta)`."""
+        return self
+
+    def make_private(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        noise_multiplier: float,
+        max_grad_norm: float,
+        mechanism: str = "identity",
+        epochs: int | None = None,
+        delta: float = 1e-5,
+        **options: Any,
+    ) -> Any:
+        """Return module, optimizer and loader, private.
+
+        Args:
+            module: plain, in training mode.
+            optimizer: of all its trainable parameters.
+            data_loader: of which data set, batch size, collate function and workers are taken; q
+                is batch_size / n_examples exactly.
+            noise_multiplier: standard deviation of Z over max_grad_norm and the largest column norm
+                of C: Opacus's own, for independent noise.
+            max_grad_norm: largest l2 norm of one record's gradient.
+            mechanism: a name of `mechanisms()`; any but identity needs `epochs`.
+            epochs: passes over the data; without it independent noise has 200 of them at most.
+            delta: at which the run's claim is stated; `get_epsilon` takes any.
+            options: Opacus's other ones, and those of `rootnoise.make_private`. `poisson_sampling`
+                False draws fixed cycles, each record once an epoch, and accounts for them so.
+                `grad_sample_mode` ghost returns the criterion too, before the loader. `wrap_model`
+                False returns `Hooks` in place of the module, and the loop calls the module itself.
+
+        Raises:
+            RootnoiseError: what Opacus can and this cannot, or what `rootnoise.make_private`
+                refuses.
+        """
+        if epochs is None and mechanism != "identity":
+            raise RootnoiseError(
+                f"epochs must be given for mechanism {mechanism!r}, whose noise is planned for the "
+                "whole run, got None"
+            )
+        goal = {"noise_multiplier": noise_multiplier, "delta": delta}
+        parts = (module, optimizer, data_loader, max_grad_norm, mechanism, epochs or OPEN_EPOCHS)
+        return self._make(*parts, goal, options)
+
+    def make_private_with_epsilon(
+        self,
+        *,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        target_epsilon: float,
+        target_delta: float,
+        epochs: int,
+        max_grad_norm: float,
+        mechanism: str = "auto",
+        **options: Any,
+    ) -> Any:
+        """Return the same as `make_private`, with noise for `target_epsilon` at `target_delta`.
+
+        Args:
+            module: plain, in training mode.
+            optimizer: for whose momentum and learning rates the noise is planned.
+            data_loader: which data, and how many a batch.
+            target_epsilon: privacy loss of the whole run.
+            target_delta: its failure probability.
+            epochs: passes over the data; more are refused.
+            max_grad_norm: largest l2 norm of one record's gradient.
+            mechanism: "auto", the planner's choice of noise and sampling, or a name of
+                `mechanisms()`.
+            options: as of `make_private`.
+
+        Raises:
+            RootnoiseError: as of `make_private`.
+        """
+        goal = {"epsilon": target_epsilon, "delta": target_delta}
+        parts = (module, optimizer, data_loader, max_grad_norm, mechanism, epochs)
+        return self._make(*parts, goal, options)
+
+    def _make(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        data_loader: DataLoader[Any],
+        max_grad_norm: float,
+        mechanism: str,
+        epochs: int,
+        goal: dict[str, Any],
+        options: dict[str, Any],
+    ) -> Any:
+        if self._optimizer is not None:
+            raise RootnoiseError("engine must make one run private, got a second call: take a new")
+        if isinstance(max_grad_norm, list | tuple):
+            raise RootnoiseError(f"max_grad_norm must be one number for all, got {max_grad_norm}")
+        for name, (only, reason) in ONLY.items():
+            value = options.pop(name, only)
+            if value is not only and value != only:
+                raise RootnoiseError(f"{name} must be {only!r} ({reason}), got {value!r:.80}")
+        mode = options.pop("grad_sample_mode", "hooks")
+        if mode not in MODES:
+            raise RootnoiseError(f"grad_sample_mode must be one of {', '.join(MODES)}, got {mode}")
+        wrap, criterion = options.pop("wrap_model", True), options.pop("criterion", None)
+        sampling = "poisson" if mechanism == "identity" else "auto"
+        if not options.pop("poisson_sampling", True):
+            sampling = "fixed-cycle"
+        known = signature(make_private).parameters
+        for name in options:
+            if name not in known:
+                raise RootnoiseError(f"options must be Opacus's or make_private's, got {name}")
+        settings: dict[str, Any] = {"sampling": sampling, "mechanism": mechanism, "epochs": epochs}
+        settings |= goal | {"clip_norm": max_grad_norm} | options
+        private, loop, loader = make_private(module, optimizer, data_loader, **settings)
+        self._optimizer = EngineOptimizer(loop.private, loop.rates)
+        batches = EngineLoader(loader.dataset, self._optimizer, loader.period, loader.loading)
+        given = private if wrap else Hooks()
+        if mode == "ghost":
+            return given, self._optimizer, criterion or nn.CrossEntropyLoss(), batches
+        return given, self._optimizer, batches
+
+    def get_epsilon(self, delta: float) -> float:
+        """Return an upper bound on the privacy loss of the steps so far, at any delta."""
+        return 0.0 if self._optimizer is None else self._optimizer.epsilon_spent(delta)
+
+    def is_compatible(self, *, module: nn.Module, **_: Any) -> bool:
+        """Whether Opacus's own checks find nothing wrong with the layers."""
+        return bool(ModuleValidator.is_valid(module))
+
+    def validate(self, *, module: nn.Module, **_: Any) -> None:
+        """Refuse a module that Opacus's checks find something wrong with.
+
+        Raises:
+            RootnoiseError: the first thing that they find.
+        """
+        errors = ModuleValidator.validate(module)
+        if errors:
+            line = " ".join(str(errors[0]).split())
+            raise RootnoiseError(f"module must pass Opacus's checks, got {line}")
+
+    @classmethod
+    def get_compatible_module(cls, module: nn.Module) -> nn.Module:
+        """Return the module with layers that mix examples replaced, as Opacus does."""
+        fixed: nn.Module = ModuleValidator.fix_and_validate(module)
+        return fixed
+
+    def save_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: nn.Module,
+        optimizer: LoopOptimizer,
+        checkpoint_dict: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write all that `load_checkpoint` needs; keep it as secret as the data.
+
+        A file is written whole or not at all, readable by its owner alone.
+
+        Args:
+            path: of the file, or a binary file that is open.
+            module: whose weights to save.
+            optimizer: whose noise, ledger and key to save.
+            checkpoint_dict: what else, tensors and plain values.
+            options: `module_state_dict_kwargs` and `torch_save_kwargs` as in Opacus.
+
+        Raises:
+            RootnoiseError: another optimizer than the engine's, a scheduler of noise or clipping, a
+                step that was broken off, or a file that cannot be written.
+        """
+        self._check_own(optimizer)
+        how, also = (
+            options.pop("torch_save_kwargs", None),
+            options.pop("module_state_dict_kwargs", None),
+        )
+        _refuse_schedulers(options)
+        private = optimizer.private
+        content = dict(checkpoint_dict or {}) | {
+            "module_state_dict": module.state_dict(**(also or {})),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "rootnoise": {
+                "version": VERSION,
+                "fingerprint": private.mechanism.fingerprint,
+                "key": private.stream.key.secret.hex(),
+            },
+        }
+        buffer = io.BytesIO()
+        torch.save(content, buffer, **(how or {}))
+        try:
+            if isinstance(path, str | os.PathLike):
+                write_whole(Path(path), buffer.getvalue(), mode=0o600)
+            else:
+                path.write(buffer.getvalue())
+        except OSError as reason:
+            raise RootnoiseError(f"path must be writable, got {path}: {reason.strerror}") from None
+
+    def load_checkpoint(
+        self,
+        *,
+        path: str | os.PathLike[str] | IO[bytes],
+        module: nn.Module,
+        optimizer: LoopOptimizer,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """Go on, bit by bit, with the run that was saved, and return what else the file holds.
+
+        Args:
+            path: of `save_checkpoint`.
+            module: made private by the same call as then.
+            optimizer: that it returned, before its first step.
+            options: `module_load_dict_kwargs` and `torch_load_kwargs` as in Opacus.
+
+        Raises:
+            RootnoiseError: a file that cannot be read or is of another mechanism, or an optimizer
+                that has made a step.
+        """
+        self._check_own(optimizer)
+        how = {"map_location": "cpu"} | (options.pop("torch_load_kwargs", None) or {})
+        also = options.pop("module_load_dict_kwargs", None) or {}
+        _refuse_schedulers(options)
+        try:
+            content = torch.load(path, **(how | {"weights_only": True}))
+            own = content.pop("rootnoise")
+            weights, state = content.pop("module_state_dict"), content.pop("optimizer_state_dict")
+        except OSError as reason:
+            raise RootnoiseError(f"path must be readable, got {path}: {reason.strerror}") from None
+        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as reason:
+            line = str(reason).partition("\n")[0]
+            raise RootnoiseError(f"path must be of save_checkpoint, got {path}: {line}") from None
+        made = optimizer.private.mechanism.fingerprint
+        if (own["version"], own["fingerprint"]) != (VERSION, made):
+            raise RootnoiseError(
+                f"path must be of the mechanism that was made, {made[:16]} in version {VERSION}, "
+                f"got {own['fingerprint'][:16]} in {own['version']}"
+            )
+        optimizer.follow(Key(bytes.fromhex(own["key"])))
+        optimizer.load_state_dict(state)
+        module.load_state_dict(weights, **also)
+        return dict(content)
+
+    def _check_own(self, optimizer: Any) -> None:
+        if self._optimizer is None or optimizer is not self._optimizer:
+            raise RootnoiseError(
+                "optimizer must be the one that this engine made private, for its state is that of "
+                f"noise and ledger, got {type(optimizer).__name__}"
+            )
+
+
+def _refuse_schedulers(options: dict[str, Any]) -> None:
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise RootnoiseError(
+            "noise and clip norm must stay as calibrated, and checkpoints hold no more, got "
+            f"{', '.join(given)}"
+        )
+
+
+class EngineOptimizer(LoopOptimizer):
+    """A `LoopOptimizer` with the names that Opacus's scripts read."""
+
+    @property
+    def original_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside."""
+        return self.private.optimizer
+
+    @property
+    def noise_multiplier(self) -> float:
+        """That of the mechanism, for the whole run; it stays."""
+        return self.private.mechanism.noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        raise RootnoiseError(f"noise_multiplier must stay as calibrated, got {value}")
+
+    @property
+    def max_grad_norm(self) -> float:
+        """That of one record's gradient; it stays."""
+        return self.private.mechanism.clip_norm
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, value: float) -> None:
+        raise RootnoiseError(f"max_grad_norm must stay as calibrated, got {value}")
+
+    @property
+    def expected_batch_size(self) -> int:
+        """By which every sum is divided."""
+        return self.private.sampler.batch_size
+
+    def __getattr__(self, name: str) -> Any:
+        """Say why something of Opacus is not here."""
+        if name in REFUSED:
+            raise RootnoiseError(f"{name} must not be used: {REFUSED[name]}")
+        raise AttributeError(name)
+
+
+class EngineLoader(PrivateLoader):
+    """A `PrivateLoader` with the names that Opacus's scripts read."""
+
+    @property
+    def sample_rate(self) -> float:
+        """Part of the records that a step takes, on average."""
+        return self.batch_size / len(self.dataset)
+
+    @property
+    def batch_sampler(self) -> NoReturn:
+        """Refused: Opacus's BatchMemoryManager would split what the ledger checks."""
+        raise RootnoiseError(f"batch_sampler must not be used: {MICRO_BATCHES}")
+
+
+class Hooks:
+    """What `wrap_model=False` returns: the loop goes on calling its own model."""
+
+    def cleanup(self) -> None:
+        """Do nothing: the model can be used, saved and evaluated as it is."""
+
+
+class BatchMemoryManager:
+    """Refused, until a batch can be split into physical ones.
+
+    Raises:
+        RootnoiseError: always.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        raise RootnoiseError(f"BatchMemoryManager must not be used: {MICRO_BATCHES}")

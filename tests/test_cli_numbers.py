@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError
+from rootnoise._files import write_whole
 from rootnoise.cli import main
 from rootnoise.runs.config import RunConfig, make_sampler
 
@@ -35,6 +37,11 @@ CASES = [
     (FACTORIZE, "--epsilon 1 --save", "/dev/full"),
     (FACTORIZE, "--epsilon 1e300 --save", "/dev/null/x"),
     (PLAN, "--html", "/dev/full"),
+    (PLAN, "--plot", "/dev/full"),
+    ("demo --out", "", "/dev/full"),
+    ("diagnose", "", "/dev/full"),
+    ("account --epsilon 1 --delta 1e-5 --mechanism-file", "", "/dev/full"),
+    ("audit", "", "/dev/full"),
     (PLAN, "--batch-size 1000 --dataset-size", "1000000000"),
 ]
 
@@ -129,3 +136,21 @@ def test_what_nobody_foresaw_is_one_line_too(capsys, monkeypatch, error, line):
     monkeypatch.setattr("rootnoise.planner.plan", fail)
     assert main(PLAN.split()) == 2
     assert line in capsys.readouterr().err
+
+
+def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path):
+    """As root a device would become a file: /dev/full did."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, b"whole")
+    assert pipe.is_fifo()
+    assert os.read(reader, 10) == b"whole"
+    os.close(reader)
+
+
+def test_a_picture_on_a_full_disk_is_refused(capsys):
+    """Matplotlib itself passes over the failure."""
+    assert main([*FACTORIZE.split(), "--plot", "/dev/full"]) == 2
+    line = "error: plot must be a picture that can be written, got /dev/full: [Errno 28] No space"
+    assert capsys.readouterr().err.startswith(line)

@@ -10,11 +10,15 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Replace `path` in one move once `content` is on disk: a crash leaves the old or the new file.
 
-    When it returns, the new file survives a crash of the machine.
+    When it returns, the new file survives a crash of the machine. What is there and no regular
+    file, such as /dev/stdout, is written to and never replaced: root would turn it into a file.
 
     Raises:
         OSError: it cannot be written.
     """
+    if path.exists() and not path.is_file():
+        path.write_bytes(content)
+        return
     temporary = partial(path)
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)

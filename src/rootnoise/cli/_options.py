@@ -7,12 +7,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
-from typing import Annotated, Any, ClassVar, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_type_hints
 
 import typer
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
+
+if TYPE_CHECKING:
+    from rootnoise.mechanism import Mechanism
 
 Momentum = Annotated[float, typer.Option(help="Momentum beta of SGD, in [0, 1).")]
 Decay = Annotated[
@@ -22,6 +26,15 @@ Device = Annotated[
     str, typer.Option(help="Where models train: cpu, cuda, or cuda:N. On a GPU so is the noise.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def saved(path: Path) -> Mechanism:
+    """Read a mechanism; a device, which may never end, is refused."""
+    from rootnoise.mechanism import Mechanism
+
+    if path.is_char_device():
+        raise RootnoiseError(f"mechanism must be a file, got the device {path}")
+    return Mechanism.load(path)
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

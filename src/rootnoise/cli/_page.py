@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,9 +54,7 @@ def write(
     rows: Sequence[Row],
 ) -> None:
     """Write the page, or refuse a path that cannot be written."""
-    picture = StringIO()
-    _plots.plan(rows, picture, "svg")
-    svg = picture.getvalue()
+    svg = _plots.plan(rows, "svg").decode()
     head = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>\n" for row in cells

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from io import BytesIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from rootnoise._check import RootnoiseError, extra
+from rootnoise._files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +35,17 @@ SHOWN = 64
 POINTS = 2000
 
 
-def factorization(path: Path, made: Factorization, who: Participation) -> None:
+def save(path: Path, draw: Callable[[str], bytes]) -> None:
+    """Write a picture in the format that the file's name says, PNG where it says none."""
+    try:
+        write_whole(path, draw(path.suffix[1:] or "png"))
+    except (OSError, ValueError) as reason:  # ValueError: a format that there is not
+        raise RootnoiseError(
+            f"plot must be a picture that can be written, got {path}: {reason}"
+        ) from None
+
+
+def factorization(made: Factorization, who: Participation, kind: str) -> bytes:
     """Draw the first columns of C and C^-1, and every step's error beside that of identity."""
     from rootnoise.factorization import error, factorize
 
@@ -56,10 +68,10 @@ def factorization(path: Path, made: Factorization, who: Participation) -> None:
         errors = error.per_step(split.decoder, split.sensitivity(who).value)
         right.plot(shown + 1, errors[shown], color=colour, label=label)
     right.set(xlabel="step", title="expected error of the iterate", ylim=(0, None))
-    _finish(figure, (left, right), path)
+    return _finished(figure, (left, right), kind)
 
 
-def plan(rows: Sequence[Row], path: Path | IO[str], kind: str = "png") -> None:
+def plan(rows: Sequence[Row], kind: str) -> bytes:
     """Draw the error of each row of a plan against its memory."""
     figure, (axes,) = _figure(1, width=7.2, height=4.2)
     best = float("inf")
@@ -94,7 +106,7 @@ def plan(rows: Sequence[Row], path: Path | IO[str], kind: str = "png") -> None:
         xlim=(-0.2, None),
         ylim=(None, FARTHEST * min(row.rmse_per_example for row in rows)),
     )
-    _finish(figure, (axes,), path, kind)
+    return _finished(figure, (axes,), kind)
 
 
 def _figure(panels: int, width: float = 4.8, height: float = 3.6) -> tuple[Any, list[Axes]]:
@@ -105,17 +117,12 @@ def _figure(panels: int, width: float = 4.8, height: float = 3.6) -> tuple[Any, 
     return figure, list(figure.subplots(1, panels, squeeze=False)[0])
 
 
-def _finish(
-    figure: Any, panels: tuple[Axes, ...], path: Path | IO[str], kind: str | None = None
-) -> None:
-    """Give all panels one look, and write the picture."""
+def _finished(figure: Any, panels: tuple[Axes, ...], kind: str) -> bytes:
+    """Give all panels one look, and return the picture."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False)
-    try:
-        figure.savefig(path, dpi=150, format=kind)
-    except (OSError, ValueError) as reason:
-        raise RootnoiseError(
-            f"plot must be a picture that can be written, got {path}: {reason}"
-        ) from None
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format=kind)
+    return picture.getvalue()

@@ -103,9 +103,7 @@ class Sampling:
 
         if self.mechanism_file is None:
             return None, SingleParticipation()
-        from rootnoise.mechanism import Mechanism
-
-        mechanism = Mechanism.load(self.mechanism_file)
+        mechanism = _options.saved(self.mechanism_file)
         return mechanism.strategy, mechanism.participation
 
     def _participation(self, n: int | None) -> Participation | None:

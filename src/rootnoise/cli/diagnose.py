@@ -37,7 +37,6 @@ def diagnose(
     and whether DP-SGD would win at this epsilon (--dataset-size).
     """
     from rootnoise import diagnostics
-    from rootnoise.mechanism import Mechanism
 
     if batch_size is None and (dataset_size is not None or parameters is not None):
         raise RootnoiseError(
@@ -46,7 +45,7 @@ def diagnose(
     if parameters is None and gradient_norm is not None:
         raise RootnoiseError("parameters must be given with --gradient-norm, got none")
     findings = diagnostics.diagnose(
-        Mechanism.load(mechanism),
+        _options.saved(mechanism),
         batch_size=batch_size,
         n_examples=dataset_size,
         n_parameters=parameters,

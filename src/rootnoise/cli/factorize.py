@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -93,7 +94,7 @@ def factorize(
     if save is not None:
         values |= _saved(result, participation, save, epsilon, delta)
     if plot is not None:
-        _plots.factorization(plot, result, participation)
+        _plots.save(plot, partial(_plots.factorization, result, participation))
         values["plot"] = str(plot)
     values["seconds"] = time.perf_counter() - start
     show(f"{name} over {workload.n_steps} steps", values, json)

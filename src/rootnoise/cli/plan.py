@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,7 @@ def plan(
     with _progress.search("plan", quiet=json) as update:
         made = planner.plan(workload, job, update, bins=balls_in_bins)
     if plot is not None:
-        _plots.plan(made.rows, plot)
+        _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:
         _page.write(html, _title(job), HEADINGS, cells(made), notes(made), made.rows)
     if json:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 
 from rootnoise._check import extra
+from rootnoise._files import write_whole
 
 # Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#777777", "^"), ("#009E73", "D"))
@@ -51,4 +53,6 @@ def learning_curves(
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False, title=legend, alignment="left")
-    figure.savefig(path, dpi=150)
+    picture = BytesIO()
+    figure.savefig(picture, dpi=150, format="png")
+    write_whole(path, picture.getvalue())

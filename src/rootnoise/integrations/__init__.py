@@ -1,0 +1,1 @@
+"""Hosts that rootnoise trains in: one file each, imported on demand."""

@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo paper test mutations lint docs dist benchmarks clean
+.PHONY: help venv demo paper test flower mutations lint docs dist benchmarks clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -26,6 +26,9 @@ paper: $(VENV)/.lab ## compute the paper's claims again in hours (QUICK=1: in mi
 
 test: $(VENV)/.test ## run every test and every docstring example
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+flower: .venv-flower/.done ## run the tests of the Flower strategy against the real flwr, in .venv-flower
+	.venv-flower/bin/pytest tests/test_flower.py
 
 mutations: $(VENV)/.mutations ## plant privacy bugs one at a time: the tests must catch each (30 minutes)
 	$(BIN)/python tests/mutate.py
@@ -46,13 +49,22 @@ benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
 clean: ## remove .venv, caches and everything the targets above wrote
-	rm -rf $(VENV) demo paper site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-flower demo paper site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
 	find src tests papers -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra of pyproject.toml; an edit of either file below renews the install.
 $(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/created
 	@echo "Installing rootnoise[$*] into $(VENV): a few minutes the first time, seconds later."
 	@$(PIP) install -c constraints.txt -e '.[$*]'
+	@touch $@
+
+# flwr wants an older typer and rich than the pins: those two are left to pip.
+.venv-flower/.done: pyproject.toml constraints.txt
+	@echo "Installing rootnoise[test,flower] into .venv-flower: a few minutes the first time."
+	@$(PYTHON) -m venv .venv-flower
+	@grep -vE '^(typer|rich)==' constraints.txt > .venv-flower/constraints.txt
+	@.venv-flower/bin/python -m pip --disable-pip-version-check --no-input -qq \
+		install -c .venv-flower/constraints.txt -e '.[test,flower]'
 	@touch $@
 
 OLD = "rootnoise needs Python >= 3.11, got %d.%d: try make PYTHON=python3.12" % sys.version_info[:2]

@@ -199,13 +199,24 @@ class PrivateAggregator:
             client: its id.
             update: tensors or arrays by name, one for each floating weight; it is not kept.
         """
-        self._check_whole()
-        reply = self._receive(t, client, update)
+        return self._count(self._receive(t, client, update))
+
+    def receive_weights(self, t: int, client: ClientId, weights: Any) -> Reply:
+        """Take one reply that holds the client's own weights after training, not their change.
+
+        The weights that the round began with are taken off in float64, and the rest is its update.
+        """
+        return self._count(self._receive(t, client, weights, minus=self._weights))
+
+    def _count(self, reply: Reply) -> Reply:
         counts = self.replies if self._invited is None else self._open_replies
         counts[reply] += 1
         return reply
 
-    def _receive(self, t: int, client: ClientId, update: Any) -> Reply:
+    def _receive(
+        self, t: int, client: ClientId, update: Any, minus: Weights | None = None
+    ) -> Reply:
+        self._check_whole()
         if self._invited is None or t != self.t:
             return Reply.LATE
         try:
@@ -218,9 +229,12 @@ class PrivateAggregator:
             return Reply.LATE
         self._answered.add(index)
         try:
-            grid = on_grid(self._layout.flat(update), self.mechanism.clip_norm)
+            vector = self._layout.flat(update)
         except Malformed:
             return Reply.MALFORMED
+        if minus is not None:
+            vector -= self._layout.flat(minus)
+        grid = on_grid(vector, self.mechanism.clip_norm)
         if grid is None:
             return Reply.NON_FINITE
         self._total += grid

@@ -111,7 +111,7 @@ class Campaign:
                 if stages and not outcome.killed:
                     tests = stages.pop(0)
                     seconds = sum(self._coverage.seconds[test] for test in tests)
-                    return Run(tests, 10 + 5 * seconds, following, bug.file, _source(bug))
+                    return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
                 self._count(bug, outcome, progress)
                 progress.advance(task)
                 return None

@@ -62,7 +62,7 @@ PRIVACY = [
     "training/tape.py",
 ]
 SAMPLE = 25  # mutants a file
-BUDGET = 20.0  # seconds of tests for one mutant: what takes longer to see is not seen
+BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"
 
 
@@ -92,8 +92,8 @@ def allowed() -> dict[tuple[str, ...], str]:
 class Campaign:
     """Chooses tests for each bug, runs them, and counts what was killed."""
 
-    def __init__(self, coverage: Coverage, log: TextIO | None) -> None:
-        self._coverage, self._log = coverage, log
+    def __init__(self, coverage: Coverage, log: TextIO | None, budget: float) -> None:
+        self._coverage, self._log, self._budget = coverage, log, budget
         self._allowed = allowed()
         self.counts: dict[str, Counter[str]] = {}
         self.survivors: list[str] = []
@@ -111,7 +111,7 @@ class Campaign:
                 if stages and not outcome.killed:
                     tests = stages.pop(0)
                     seconds = sum(self._coverage.seconds[test] for test in tests)
-                    return Run(tests, 10 + 5 * seconds, following, bug.file, _source(bug))
+                    return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
                 self._count(bug, outcome, progress)
                 progress.advance(task)
                 return None
@@ -138,7 +138,7 @@ class Campaign:
         first = own if own in files else max(files, key=lambda file: files[file], default="")
         near: list[str] = []
         far: list[str] = []
-        left = BUDGET
+        left = self._budget
         for test in sorted(found, key=lambda test: not test.startswith(f"{first}::")):
             if left > 0:
                 (near if test.startswith(f"{first}::") else far).append(test)
@@ -203,6 +203,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--bug", default="", help="only bugs of that list that hold these words")
     parser.add_argument("--sample", type=int, default=SAMPLE, help="mutants a file")
     parser.add_argument("--seed", type=int, default=0, help="which sample")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds of tests a mutant")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--log", type=argparse.FileType("w"), help="write each bug and its killer")
     parser.add_argument("--tests", nargs="*", help="only these files of tests, like sensitivity")
@@ -231,7 +232,7 @@ def main(words: Sequence[str] | None = None) -> int:
             coverage.read(file)
         for name in coverage.failed:
             progress.console.print(f"fails without any bug, left out: {name}", markup=False)
-        campaign = Campaign(coverage, options.log)
+        campaign = Campaign(coverage, options.log, options.budget)
 
         def refreshed() -> Iterator[Run]:
             for run in campaign.runs(bugs, progress):

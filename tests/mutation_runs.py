@@ -7,7 +7,9 @@ each test executes is recorded once, by coverage, and kept until the sources or 
 
 from __future__ import annotations
 
+import compileall
 import contextlib
+import gc
 import hashlib
 import importlib
 import json
@@ -59,7 +61,9 @@ CRASH = 99  # exit code of a child in which pytest itself failed
 NO_VERDICT = (0, CRASH, pytest.ExitCode.INTERNAL_ERROR, pytest.ExitCode.USAGE_ERROR)
 MEMORY = 8 << 30  # bytes: a bug may ask for all there are
 _OPTIONS = [
-    *("-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"),
+    # Plugins that no test here uses take a third of a run to import.
+    *("-p", "no:cacheprovider", "-p", "no:xdist", "-p", "no:anyio"),
+    *("-o", "addopts=--import-mode=importlib"),
     # pytest and hypothesis are imported before it starts.
     *("-W", "ignore::pytest.PytestAssertRewriteWarning"),
 ]
@@ -99,6 +103,8 @@ def run_all(runs: Iterable[Run], folder: Path, workers: int) -> None:
     """Run each, `workers` at a time, in copies of the package below `folder`."""
     for name in HEAVY:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # pytest collects garbage five times a run: not all of torch
     free = [_Slot(folder / str(number)) for number in range(workers)]
     busy: list[_Slot] = []
     waiting = iter(runs)
@@ -120,6 +126,7 @@ class _Slot:
     def __init__(self, folder: Path) -> None:
         self._folder, self._sources = folder, folder / "src"
         shutil.copytree(SOURCES, self._sources, ignore=shutil.ignore_patterns("__pycache__"))
+        compileall.compile_dir(self._sources, quiet=1)
         self._answer = folder / "answer.json"
 
     def start(self, run: Run) -> None:

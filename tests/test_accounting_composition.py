@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from rootnoise import RootnoiseError, accounting
-from rootnoise.accounting import composition, estimate, gaussian, subsampled
+from rootnoise.accounting import (
+    composition,
+    confidence,
+    dominating,
+    estimate,
+    gaussian,
+    subsampled,
+)
 from rootnoise.accounting.bins import Bins
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
+from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.separated import band_rows
 from rootnoise.batches.samplers import MinSepPoissonSampler
-from rootnoise.causal import Toeplitz
+from rootnoise.causal import Dense, Toeplitz
 from rootnoise.cli import main
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
@@ -454,3 +462,56 @@ def test_waits_of_min_sep_sampling_have_their_rate():
     assert abs(len(second) - pool * chance) < 6 * math.sqrt(pool * chance * (1 - chance))
     again = len(third & first)  # they sat out b - 1 = 1 step
     assert abs(again - len(first) * p) < 6 * math.sqrt(len(first) * p * (1 - p))
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e-6, 0.01, 0.3, 0.9])
+def test_hoeffding_against_many_digits(mean):
+    """The root of size KL(mean | m) = ln(1 / f), never below it, and within 2e-11."""
+    size, failure = 500, 1e-3
+    with mpmath.workdps(40):
+        p, level = mpmath.mpf(mean), mpmath.log(1 / mpmath.mpf(failure)) / size
+
+        def excess(m):
+            first = p * mpmath.log(p / m) if mean else 0
+            return first + (1 - p) * mpmath.log((1 - p) / (1 - m)) - level
+
+        high = min(p + mpmath.sqrt(level), 1 - mpmath.mpf(10) ** -30)
+        exact = mpmath.findroot(excess, (p, high), solver="anderson", tol=1e-30)
+        assert 0 < confidence._hoeffding(mean, size, failure) / exact - 1 < 2e-11
+    # The least of both, each with half of failure; of rare large samples it is this one.
+    for largest in (0.01, 7.0):
+        found = upper(largest * mean, largest**2 * mean, size, largest, 2 * failure)
+        assert found == pytest.approx(largest * float(exact), rel=1e-10)
+
+
+def test_few_samples_or_large_ones_bound_nothing():
+    """No m below 1 is unlikely enough: the bound is the largest sample."""
+    assert confidence._hoeffding(1.0, 1000, 1e-6) == confidence._hoeffding(0.5, 1, 1e-300) == 1.0
+    assert upper(0.02, 4e-4, 1000, 0.02, 1e-6) == 0.02
+    assert upper(0.03, 9e-4, 1000, 0.02, 1e-6) == 0.02  # a mean above it by rounding
+
+
+def test_how_to_sample_is_held_to_its_range():
+    assert MonteCarlo() == MonteCarlo(250_000, 0, 1e-6)
+    exact = MonteCarlo(1000, 0, 0.5)
+    assert (exact.samples, exact.seed, exact.failure) == (1000, 0, 0.5)
+    for wrong, line in (
+        ({"samples": 999}, "samples must be >= 1000, got 999"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"failure": 0.0}, "failure must be a finite number > 0 and <= 0.5, got 0.0"),
+        ({"failure": 0.51}, "failure must be a finite number > 0 and <= 0.5, got 0.51"),
+    ):
+        with pytest.raises(RootnoiseError, match=line.replace(".", r"\.")):
+            MonteCarlo(**wrong)
+
+
+def test_magnitudes_of_any_strategy(monkeypatch):
+    matrix = np.tril(np.arange(9.0).reshape(3, 3) - 4.0) + 9 * np.eye(3)
+    np.testing.assert_array_equal(magnitudes(Dense(matrix)).dense(), np.abs(matrix))
+    found = magnitudes(Toeplitz(np.array([1.0, -0.5]), 4))
+    np.testing.assert_array_equal(found.coefficients, [1.0, 0.5])
+    monkeypatch.setattr(dominating, "DENSE", 3)
+    magnitudes(Dense(matrix))
+    monkeypatch.setattr(dominating, "DENSE", 2)
+    with pytest.raises(RootnoiseError, match=r"^n_steps must be at most 2 where steps are random"):
+        magnitudes(Dense(matrix))

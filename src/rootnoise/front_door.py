@@ -86,6 +86,7 @@ def make_private(
     seed: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     independence: str = "probed",
+    workload: Workload | None = None,
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
 
@@ -117,6 +118,7 @@ def make_private(
         seed: fixes the batches; from OS entropy when None. Keep it secret.
         independence: "probed" or "assumed", see `PrivateOptimizer`.
         resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
+        workload: what the noise is planned for; that of optimizer and scheduler when None.
 
     Raises:
         RootnoiseError: parts that cannot be trained privately, or do not fit each other.
@@ -141,7 +143,8 @@ def make_private(
         raise RootnoiseError("make_private must be called once a run, got its own result again")
     dataset, batch, loading = _data(data, batch_size)
     job = Job(len(dataset), batch, epochs, epsilon, delta, memory_rows)
-    workload = _workload(optimizer, job, scheduler, scheduler_interval)
+    if workload is None:
+        workload = _workload(optimizer, job, scheduler, scheduler_interval)
     made, sampler = _calibrated(workload, job, mechanism, sampling, options or {}, clip_norm, seed)
     saved = None if resume is None else _read(Path(resume), made)
     if saved is not None:
@@ -168,7 +171,14 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
                 "loader must draw single examples at random or in order, for make_private draws "
                 f"the batches, got {type(data.sampler).__name__} and batch_size={data.batch_size}"
             )
-        names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn")
+        names = (
+            "collate_fn",
+            "num_workers",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "generator",
+        )
         loading = {name: getattr(data, name) for name in names}
         if data.num_workers:
             loading |= {n: getattr(data, n) for n in ("prefetch_factor", "multiprocessing_context")}
@@ -338,6 +348,11 @@ class LoopOptimizer(torch.optim.Optimizer):
     def t(self) -> int:
         """Steps made."""
         return self.private.t
+
+    @property
+    def rows(self) -> int:
+        """Examples of the batch drawn last, which waits for its step; 0 if there is none."""
+        return 0 if self._indices is None else self._indices.size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, whatever `set_to_none` says: none is kept for the next step."""

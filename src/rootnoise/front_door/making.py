@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
@@ -79,6 +79,7 @@ def make_private(
     seed: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     independence: str = "probed",
+    workload: Workload | None = None,
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
 
@@ -114,6 +115,7 @@ def make_private(
         seed: fixes the batches; from OS entropy when None. Keep it secret.
         independence: "probed" or "assumed", see `PrivateOptimizer`.
         resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
+        workload: what the noise is planned for; that of optimizer and scheduler when None.
 
     Raises:
         RootnoiseError: parts that cannot be trained privately, or do not fit each other.
@@ -146,7 +148,9 @@ def make_private(
     if sum(value is not None for value in goal.values()) != 1:
         raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
     job = Job(len(dataset), batch, epochs, 1.0 if epsilon is None else epsilon, delta, memory_rows)
-    workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
+    rates: Sequence[float] = ()
+    if workload is None:
+        workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
     split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
     made = Mechanism.calibrate(
         split,
@@ -185,7 +189,10 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
                 "loader must draw single examples at random or in order, for make_private draws "
                 f"the batches, got {type(data.sampler).__name__} and batch_size={data.batch_size}"
             )
-        names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn")
+        names = (
+            *("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn"),
+            "generator",
+        )
         loading = {name: getattr(data, name) for name in names}
         if data.num_workers:
             loading |= {n: getattr(data, n) for n in ("prefetch_factor", "multiprocessing_context")}

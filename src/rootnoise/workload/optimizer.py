@@ -182,10 +182,14 @@ def _build(
 
 def _settings(optimizer: Optimizer, scheduled: bool) -> dict[str, Any]:
     """Return the settings that all groups of parameters share."""
+    import torch
+
     groups = optimizer.param_groups
     if "initial_lr" in groups[0] and not scheduled:
         raise RootnoiseError("scheduler must be given for an optimizer that has one, got None")
     settings = {name: groups[0][name] for name in optimizer.defaults if name not in FLAGS}
+    if type(optimizer) is torch.optim.AdamW:  # a setting of Adam, which it inherits and sets itself
+        settings.pop("decoupled_weight_decay", None)
     for name, value in settings.items():
         for group in groups[1:]:
             if group[name] != value:

@@ -1,0 +1,732 @@
+"""Private training with the Trainer of Hugging Face transformers: `PrivateTrainer`.
+
+Trainer keeps its loop. What goes in and what comes out is replaced: batches are the sampler's,
+the loss is each example's own, the optimizer is that of `make_private`, and of all that Trainer
+computes from raw data (loss, gradient norm, counts of tokens) nothing is logged. Written against
+the internals of transformers 5.24 and accelerate 1.15.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import math
+import pickle  # for the name of its error
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+
+from rootnoise._check import RootnoiseError
+from rootnoise._files import write_whole
+from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
+from rootnoise.keys import Key
+from rootnoise.planner import Job
+from rootnoise.workload import Workload, from_optimizer
+
+STATE = "rootnoise.pt"  # in a checkpoint's folder, beside Trainer's own files
+VERSION = 1
+IGNORED = -100  # Hugging Face's label of what is not to be predicted
+RAW = ("loss", "train_loss", "grad_norm", "total_flos")  # logs that are made of raw data
+
+
+class UnnoisedWarning(UserWarning):
+    """Something is logged that epsilon does not cover."""
+
+
+@dataclass
+class PrivacyArguments:
+    """What `PrivateTrainer` needs beside TrainingArguments; HfArgumentParser reads it too.
+
+    Batch size, epochs, optimizer and scheduler are those of TrainingArguments:
+    `per_device_train_batch_size` is the batch of one private step.
+
+    >>> PrivacyArguments(epsilon=8, delta=1e-5).clip_norm
+    1.0
+    """
+
+    epsilon: float = field(metadata={"help": "Privacy loss of the whole run, for one example."})
+    delta: float = field(metadata={"help": "Its failure probability."})
+    clip_norm: float = field(
+        default=1.0, metadata={"help": "Largest l2 norm of one example's gradient."}
+    )
+    mechanism: str = field(
+        default="auto", metadata={"help": "A name of rootnoise.mechanisms(), or the planner's."}
+    )
+    bands: int | None = field(default=None, metadata={"help": "Of a banded mechanism by name."})
+    sampling: str = field(default="auto", metadata={"help": "How batches are drawn."})
+    memory_rows: int = field(
+        default=64, metadata={"help": "Most noise vectors of the trained size, for auto."}
+    )
+    batch_seed: int | None = field(
+        default=None, metadata={"help": "Fixes the batches; from OS entropy if not given. Secret."}
+    )
+    independence: str = field(
+        default="probed", metadata={"help": "Whether examples are probed, or assumed, not to mix."}
+    )
+    release_unnoised: bool = field(
+        default=False,
+        metadata={"help": "Log training loss and the like, which epsilon does not cover."},
+    )
+
+
+class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read by the type checker
+    """`transformers.Trainer` whose training is differentially private.
+
+    With another trainer, such as Seq2SeqTrainer, it is the first of two bases:
+    `class Mine(PrivateTrainer, Seq2SeqTrainer): ...`. One step is one batch of
+    `per_device_train_batch_size` examples, in one process.
+
+    The loss is the mean over examples of each example's own mean over its labels, made of the
+    model's `logits` and the batch's `labels`; it is checked against the model's own loss of one
+    example. With `compute_loss_func`, or `compute_loss` overridden, it is yours: a mean over
+    examples of one term each.
+
+    Args:
+        args: as Trainer's. `max_grad_norm` is not used: each example is clipped to
+            `privacy.clip_norm`, and nothing after the noise.
+        privacy: epsilon, delta and what else is private.
+        key: fixes the noise; fresh from OS entropy when None. Keep it secret.
+        kwargs: of Trainer.
+
+    Attributes:
+        private: the optimizer of the run, once `train` has begun: `private.epsilon_spent()`.
+
+    Raises:
+        RootnoiseError: settings under which the guarantee would not hold.
+    """
+
+    def __init__(
+        self, *args: Any, privacy: PrivacyArguments, key: Key | None = None, **kwargs: Any
+    ) -> None:
+        self.privacy, self._key = privacy, key
+        self.private: LoopOptimizer | None = None
+        self._module: nn.Module | None = None
+        self._resume: Path | None = None
+        self._generators: str | None = None
+        self._shift = False
+        super().__init__(*args, **kwargs)
+        self._check_settings()
+
+    def claim(self) -> str:
+        """Return the guarantee of the whole run, once `train` has begun."""
+        if self.private is None:
+            raise RootnoiseError("claim must follow train, got it before")
+        return self.private.claim()
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> TrainOutput:
+        """Train as Trainer does, once; the training loss is NaN unless it is to be released.
+
+        Raises:
+            RootnoiseError: settings, data or a model that cannot be trained privately, a second
+                call, or a checkpoint that is not whole or of another run.
+        """
+        if self.private is not None:
+            raise RootnoiseError(
+                "train must be called once: more steps need another plan (give num_train_epochs "
+                "for all of them), got a second call"
+            )
+        self._check_settings()
+        resume = resume_from_checkpoint or None
+        if resume is True:
+            resume = get_last_checkpoint(self.args.output_dir)
+            if resume is None:
+                rule = "resume_from_checkpoint must find a checkpoint in output_dir"
+                raise RootnoiseError(f"{rule}, got none in {self.args.output_dir}")
+        if resume is not None:
+            self._resume, self._generators = Path(resume), str(resume)
+            for name in (STATE, "scheduler.pt", "trainer_state.json"):
+                if not (self._resume / name).is_file():
+                    rule = "resume_from_checkpoint must be a whole checkpoint of PrivateTrainer"
+                    raise RootnoiseError(f"{rule}, got {resume} without {name}")
+        output = super().train(resume, *args, **kwargs)
+        if self.privacy.release_unnoised:
+            return output
+        return TrainOutput(output.global_step, math.nan, self._released(output.metrics))
+
+    # ------------------------------------------------------------------------------ before training
+
+    def _check_settings(self) -> None:
+        """Refuse what would break the guarantee, or the loop that it needs."""
+        args, privacy = self.args, self.privacy
+        if not isinstance(privacy, PrivacyArguments):
+            raise RootnoiseError(f"privacy must be PrivacyArguments, got {type(privacy).__name__}")
+        for name, bad, cure in _refusals(args):
+            if bad:
+                raise RootnoiseError(f"{name} must {cure}, got {getattr(args, name)!s:.60}")
+        sets = self.eval_dataset
+        for held in sets.values() if isinstance(sets, dict) else [sets]:
+            self._check_evaluated(held)
+        if privacy.release_unnoised:
+            warnings.warn(
+                "release_unnoised: the training loss is computed from raw data and logged, and "
+                "epsilon does not cover it",
+                UnnoisedWarning,
+                stacklevel=3,
+            )
+        elif args.include_num_input_tokens_seen != "no":
+            rule = "include_num_input_tokens_seen must be 'no' (the count is of raw data)"
+            raise RootnoiseError(f"{rule}, got {args.include_num_input_tokens_seen!r}")
+
+    def _check_evaluated(self, dataset: Any) -> None:
+        """Refuse un-noised metrics of the training set."""
+        if dataset is None or dataset is not self.train_dataset or self.privacy.release_unnoised:
+            return
+        raise RootnoiseError(
+            "eval_dataset must hold other examples than train_dataset, whose metrics are not "
+            "covered by epsilon (release_unnoised=True releases them), got the same"
+        )
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Return the private batches; `make_private` is called here, where Trainer's loop begins.
+
+        Raises:
+            RootnoiseError: as `train`.
+        """
+        args, privacy, dataset = self.args, self.privacy, self.train_dataset
+        if isinstance(self.optimizer, AcceleratedOptimizer):
+            raise RootnoiseError("train must be called once, got an optimizer of another training")
+        if dataset is None or not hasattr(dataset, "__len__"):
+            kind = type(dataset).__name__
+            raise RootnoiseError(f"train_dataset must be a data set of known length, got {kind}")
+        collate = self.data_collator
+        if hasattr(dataset, "column_names"):  # of the datasets library
+            dataset = self._remove_unused_columns(dataset, description="training")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="training")
+        # With its own generator an epoch that begins moves no global one, nor does a resumed one.
+        loader: DataLoader[Any] = DataLoader(
+            dataset,
+            batch_size=args.train_batch_size,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        job = Job(len(dataset), args.train_batch_size, 1, privacy.epsilon, privacy.delta)
+        epochs = self._epochs(job.period)
+        _check_shared(self.model)
+        _Rows(self.model)
+        self._rehearse(dataset, collate)
+        given = self.optimizer is not None
+        optimizer = self.create_optimizer()
+        workload = None if given else self._workload(optimizer, epochs * job.period)
+        module, loop, batches = make_private(
+            self.model,
+            optimizer,
+            loader,
+            epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            epochs=epochs,
+            clip_norm=privacy.clip_norm,
+            mechanism=privacy.mechanism,
+            sampling=privacy.sampling,  # type: ignore[arg-type]  # make_private checks it
+            scheduler=self.lr_scheduler or self._scheduler(epochs * job.period),
+            memory_rows=privacy.memory_rows,
+            options=None if privacy.bands is None else {"bands": privacy.bands},
+            key=self._key if self._resume is None else _read(self._resume).key,
+            seed=privacy.batch_seed,
+            independence=privacy.independence,
+            workload=workload,
+        )
+        self._module, self.private = module, loop
+        # Accelerate would take its state apart, and put it together again on the device.
+        self.optimizer = AcceleratedOptimizer(loop, device_placement=False)
+        self.optimizer._is_accelerate_prepared = True
+        return DataLoader(
+            _Epoch(batches),
+            batch_sampler=[[step] for step in range(len(batches))],
+            collate_fn=_only,
+            generator=torch.Generator(),
+        )
+
+    def _epochs(self, period: int) -> int:
+        """Return the passes that TrainingArguments ask for."""
+        steps, epochs = self.args.max_steps, self.args.num_train_epochs
+        if steps > 0:
+            if steps % period:
+                rule = f"max_steps must be a multiple of an epoch's {period} steps"
+                raise RootnoiseError(f"{rule} (or give num_train_epochs), got {steps}")
+            return int(steps // period)
+        if epochs != int(epochs) or epochs < 1:
+            raise RootnoiseError(f"num_train_epochs must be a whole number, got {epochs}")
+        return int(epochs)
+
+    def _scheduler(self, n_steps: int) -> Any:
+        """Return what builds the scheduler that Trainer will make."""
+
+        def build(optimizer: torch.optim.Optimizer) -> Any:
+            before = self.lr_scheduler, self._created_lr_scheduler
+            self.lr_scheduler = None
+            try:
+                return self.create_scheduler(n_steps, optimizer)
+            finally:
+                self.lr_scheduler, self._created_lr_scheduler = before
+
+        return build
+
+    def _workload(self, optimizer: torch.optim.Optimizer, n_steps: int) -> Workload:
+        """Return that of the largest group: Trainer's spare biases and norms the weight decay."""
+        largest = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"]))
+        alike = copy.copy(optimizer)
+        alike.param_groups = [largest]
+        return from_optimizer(alike, n_steps, self._scheduler(n_steps))
+
+    @torch.no_grad()
+    def _rehearse(self, dataset: Any, collate: Any) -> None:
+        """Try one example, in evaluation mode: rows of layers, and the loss.
+
+        Raises:
+            RootnoiseError: a collator that does not give a row an example, a layer that gets none,
+                or a loss that is not the model's.
+        """
+        model, seen = self.model, []
+        with torch.random.fork_rng():
+            model.eval()
+            for rows in (1, 3, 5):
+                inputs = collate([dataset[0] for _ in range(rows)])
+                inputs = self._prepare_inputs(self._checked(inputs, rows))
+                with _Shapes(model) as shapes:
+                    if not self._own_loss:
+                        self.compute_loss(model, inputs)
+                    elif rows == 1:
+                        self._find_loss(model, inputs)
+                    else:
+                        self._own_mean(model, inputs)
+                seen.append((rows, shapes.of))
+            model.train()
+        for rows, shapes_of in seen[1:]:
+            for name, shapes_seen in shapes_of.items():
+                for kind, got in shapes_seen:
+                    if got[:1] != (rows,):
+                        raise RootnoiseError(
+                            f"layer {name} ({kind}) must get and give one row an example, got "
+                            f"{tuple(got)} for {rows} examples: freeze it by "
+                            f"model.get_submodule({name!r}).requires_grad_(False)"
+                        )
+
+    def _find_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Find whether logits predict the next label: as the model's own loss of one example."""
+        labels = inputs.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            inputs = {**inputs, "labels": labels.clamp(min=0)}  # with all of them predicted
+        outputs = model(**inputs)
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        found = []
+        for self._shift in (self._loss_shifts_labels, not self._loss_shifts_labels):
+            found.append(self._own_mean(model, inputs, smoothing=0.0)[0])
+            if own is None or torch.allclose(own.float(), found[-1].float(), 1e-2, 1e-3):
+                return
+            if labels is None or labels.dim() < 2 or labels.is_floating_point():
+                break
+        raise RootnoiseError(
+            f"loss of one example must be the model's own {float(own):.4g} (or give "
+            f"compute_loss_func), got {' or '.join(f'{float(x):.4g}' for x in found)}"
+        )
+
+    # ------------------------------------------------------------------------------ the step
+
+    @property
+    def _own_loss(self) -> bool:
+        """Whether the loss is made here, and by nobody else."""
+        overridden = type(self).compute_loss is not PrivateTrainer.compute_loss
+        return self.compute_loss_func is None and not overridden
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
+        """Return the next batch, and no number of items, by which examples would be coupled."""
+        if self._generators is not None:  # of a resumed run, before its first batch is collated
+            super()._load_rng_state(self._generators)
+            self._generators = None
+        return super().get_batch_samples(*args, **kwargs)[0], None
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Trainer does it after the first batch, whose collator may have drawn; see above."""
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Run forward and backward of one batch; return its loss if that may be logged, or zero."""
+        assert self.private is not None, "training_step is a part of train"  # noqa: S101
+        rows, nothing = self.private.rows, torch.zeros((), device=self.args.device)
+        if rows == 0:  # a step of noise alone
+            return nothing
+        loss = super().training_step(self._module, self._checked(inputs, rows), None)
+        return loss if self.privacy.release_unnoised else nothing
+
+    def _checked(self, inputs: Any, rows: int) -> Any:
+        """Refuse a batch in which an example is not one row, or moves with the others' length."""
+        if not isinstance(inputs, Mapping):
+            kind = type(inputs).__name__
+            raise RootnoiseError(f"data_collator must return a dict of tensors, got {kind}")
+        for name, x in inputs.items():
+            if isinstance(x, torch.Tensor) and x.shape[:1] != (rows,):
+                raise RootnoiseError(
+                    f"data_collator must give one row an example ({rows}), got {name} of shape "
+                    f"{tuple(x.shape)}"
+                )
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+            raise RootnoiseError(
+                "data_collator must pad on the right (padding_side='right'), where an example's "
+                "positions do not depend on the longest of its batch, got padding on the left"
+            )
+        return inputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Return the mean of the examples' own losses; in evaluation, or of your own, Trainer's."""
+        if self.compute_loss_func is not None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, None)
+        loss, outputs = self._own_mean(model, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _own_mean(
+        self, model: nn.Module, inputs: Mapping[str, Any], smoothing: float | None = None
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the mean of the examples' own losses, and what the model returned."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if not isinstance(labels, torch.Tensor):
+            got = ", ".join(inputs)
+            raise RootnoiseError(f"batch must hold labels (or give compute_loss_func), got {got}")
+        if "shift_labels" in inputs:
+            raise RootnoiseError("batch must hold labels and not shift_labels, got both")
+        if self._is_encoder_decoder and "decoder_input_ids" not in inputs:
+            prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if prepare is None:
+                kind = type(self.model).__name__
+                raise RootnoiseError(f"batch must hold decoder_input_ids for {kind}, got none")
+            inputs["decoder_input_ids"] = prepare(labels=labels)
+        outputs = model(**inputs)
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if not isinstance(logits, torch.Tensor):
+            got = f"{type(outputs).__name__} of {type(self.model).__name__}"
+            raise RootnoiseError(f"model must return logits (or give compute_loss_func), got {got}")
+        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
+        if smoothing is None:
+            smoothing = self.args.label_smoothing_factor
+        return example_losses(logits, labels, self._shift, kind, smoothing).mean(), outputs
+
+    @property
+    def _is_encoder_decoder(self) -> bool:
+        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+
+    def _clip_grad_norm(self, model: nn.Module) -> None:
+        """Clip nothing: gradients here are raw, and each example is clipped by itself."""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
+        """Return none: the norm is of the raw gradient."""
+
+    # ------------------------------------------------------------------------------ what is released
+
+    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Log what is not made of raw data, with the epsilon spent so far."""
+        if not self.privacy.release_unnoised:
+            kept = self._released(logs)
+            logs.clear()
+            logs.update(kept)
+        if self.private is not None:
+            logs["privacy_epsilon"] = self.private.epsilon_spent()
+        super().log(logs, *args, **kwargs)
+
+    @staticmethod
+    def _released(logs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in logs.items() if name not in RAW}
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Return 0 unless it may be released: it counts the tokens of raw batches."""
+        return int(super().floating_point_ops(inputs)) if self.privacy.release_unnoised else 0
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        """Return Trainer's; metrics of the training set are refused."""
+        named = isinstance(eval_dataset, str)
+        self._check_evaluated(self.eval_dataset[eval_dataset] if named else eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    # ------------------------------------------------------------------------------ checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write the private state into one file, readable by its owner alone."""
+        assert self.private is not None, "checkpoints are a part of train"  # noqa: S101
+        private, buffer = self.private.private, io.BytesIO()
+        content = {
+            "version": VERSION,
+            "fingerprint": private.mechanism.fingerprint,
+            "key": private.stream.key.secret.hex(),
+            "weights": _digest(self.model),
+            "optimizer": private.state_dict(),
+        }
+        torch.save(content, buffer)
+        write_whole(Path(output_dir) / STATE, buffer.getvalue(), mode=0o600)
+        buffer = io.BytesIO()
+        torch.save(self.lr_scheduler.state_dict(), buffer)
+        write_whole(Path(output_dir) / "scheduler.pt", buffer.getvalue())
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Continue where the checkpoint stands: noise, batches, ledger and scheduler."""
+        if checkpoint is None:
+            return
+        assert self.private is not None, "loading is a part of train"  # noqa: S101
+        folder, private = Path(checkpoint), self.private.private
+        saved = _read(folder)
+        if saved.fingerprint != private.mechanism.fingerprint:
+            raise RootnoiseError(
+                "checkpoint must be of the mechanism that these arguments make, "
+                f"{private.mechanism.fingerprint[:16]}, got {saved.fingerprint:.16}"
+            )
+        if saved.weights != _digest(self.model):
+            raise RootnoiseError(
+                f"checkpoint must hold the weights of its step, got others in {folder}"
+            )
+        self.private.load_state_dict(saved.optimizer)
+        if self.private.t != self.state.global_step:
+            raise RootnoiseError(
+                f"checkpoint must be at one step, got trainer_state.json at "
+                f"{self.state.global_step} and {STATE} at {self.private.t}"
+            )
+        state = torch.load(folder / "scheduler.pt", map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------- parts
+
+
+def example_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    shift: bool = False,
+    problem_type: str | None = None,
+    smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Return each example's own mean loss, a function of its row alone.
+
+    Args:
+        logits: (batch, ..., classes).
+        labels: (batch, ...) class numbers, -100 where nothing is to be predicted; or real numbers:
+            targets of a regression, or of several yes-or-no questions.
+        shift: logits predict the next label, as in causal language models.
+        problem_type: of the model's config; read off the shapes when None.
+        smoothing: of the labels, in [0, 1).
+
+    >>> logits = torch.zeros(2, 3, 4)
+    >>> example_losses(logits, torch.tensor([[0, 1, 2], [3, -100, -100]]))
+    tensor([1.3863, 1.3863])
+    """
+    rows, logits = len(labels), logits.float()
+    regression = problem_type == "regression" or (problem_type is None and logits.shape[-1] == 1)
+    if regression and labels.numel() == logits.numel():
+        off = (logits.reshape(rows, -1) - labels.reshape(rows, -1)).square()
+        return off.mean(1)
+    if labels.is_floating_point():
+        asked = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+        return asked.reshape(rows, -1).mean(1)
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    if logits.shape[:-1] != labels.shape:
+        raise RootnoiseError(
+            f"logits must have one row a label (or give compute_loss_func), got "
+            f"{tuple(logits.shape)} for labels of {tuple(labels.shape)}"
+        )
+    each = functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        labels.reshape(-1),
+        ignore_index=IGNORED,
+        reduction="none",
+        label_smoothing=smoothing,
+    ).reshape(rows, -1)
+    counted = labels.reshape(rows, -1).ne(IGNORED).sum(1)
+    return each.sum(1) / counted.clamp(min=1)
+
+
+def _refusals(args: Any) -> Iterator[tuple[str, bool, str]]:
+    """Yield names of TrainingArguments, whether they are refused, and what they must be."""
+    yield "world_size", args.world_size > 1, "be 1: PrivateTrainer runs in one process"
+    yield "n_gpu", args.n_gpu > 1, "be at most 1 (set CUDA_VISIBLE_DEVICES)"
+    yield "deepspeed", bool(args.deepspeed), "be off: PrivateTrainer runs in one process"
+    yield "fsdp", bool(args.fsdp), "be off: PrivateTrainer runs in one process"
+    yield "fp16", args.fp16, "be off, for it scales gradients (train in bf16)"
+    yield "torch_compile", args.torch_compile, "be off: clipping needs the layers as they are"
+    yield (
+        "gradient_accumulation_steps",
+        args.gradient_accumulation_steps != 1,
+        "be 1: one batch of per_device_train_batch_size is one private step",
+    )
+    yield (
+        "auto_find_batch_size",
+        args.auto_find_batch_size,
+        "be off: the batch size is a part of the guarantee",
+    )
+    checkpointing = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
+    yield "gradient_checkpointing", bool(checkpointing), "be off: layers would run twice a step"
+    yield "use_liger_kernel", args.use_liger_kernel, "be off: it merges layers and loss"
+    yield (
+        "neftune_noise_alpha",
+        args.neftune_noise_alpha is not None,
+        "be None: its scale depends on the longest example",
+    )
+    yield (
+        "train_sampling_strategy",
+        args.train_sampling_strategy not in ("random", "sequential"),
+        "be random: the private sampler draws the batches",
+    )
+    yield "ignore_data_skip", args.ignore_data_skip, "be off: batches go on where noise does"
+    yield "debug", bool(args.debug), "be empty: it prints raw values"
+    yield (
+        "hub_strategy",
+        bool(args.push_to_hub) and "checkpoint" in str(getattr(args.hub_strategy, "value", "")),
+        "be end or every_save: checkpoints hold the secret key",
+    )
+    yield (
+        "lr_scheduler_type",
+        str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
+        in ("reduce_lr_on_plateau", "greedy"),
+        "be a schedule that is known before training",
+    )
+
+
+def _check_shared(model: nn.Module) -> None:
+    """Refuse a layer that holds a parameter of a layer inside it, as BERT's head its bias."""
+    for name, layer in model.named_modules():
+        inside = {id(p) for child in layer.children() for p in child.parameters()}
+        for leaf, p in layer.named_parameters(recurse=False):
+            if p.requires_grad and id(p) in inside:
+                whole = f"{name}.{leaf}" if name else leaf
+                raise RootnoiseError(
+                    f"layer {name or 'model'} ({type(layer).__name__}) must hold no parameter of a "
+                    f"layer inside it, got {leaf}: freeze it by "
+                    f"model.get_parameter({whole!r}).requires_grad_(False)"
+                )
+
+
+class _Rows:
+    """Gives embeddings that are looked up once for the whole batch a row an example.
+
+    BERT, GPT-2 and others look their positions up as (1, length) and add them to every example: the
+    gradient would have one row for all.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._rows: int | None = None
+        self._main = getattr(model, "main_input_name", "input_ids")
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave, always_call=True)
+        for layer in model.modules():
+            if isinstance(layer, nn.Embedding) and layer.weight.requires_grad:
+                layer.register_forward_pre_hook(self._expand)
+
+    def _enter(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        main = kwargs.get(self._main, args[0] if args else None)
+        self._rows = len(main) if isinstance(main, torch.Tensor) and main.dim() else None
+
+    def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._rows = None
+
+    def _expand(self, layer: nn.Module, args: Any) -> Any:
+        ids = args[0] if args else None
+        if self._rows is None or not isinstance(ids, torch.Tensor):
+            return None
+        if ids.dim() != 2 or len(ids) != 1 or self._rows == 1:
+            return None
+        return (ids.expand(self._rows, -1), *args[1:])
+
+
+class _Shapes:
+    """The shapes of what trainable layers get and give in a forward, by name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self.of: dict[str, list[tuple[str, torch.Size]]] = {}
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Shapes:
+        for name, layer in self._model.named_modules():
+            if any(p.requires_grad for p in layer.parameters(recurse=False)):
+
+                def note(layer: nn.Module, args: Any, output: Any, name: str = name) -> None:
+                    tensors = [x for x in (*args[:1], output) if isinstance(x, torch.Tensor)]
+                    kind = type(layer).__name__
+                    self.of.setdefault(name, []).extend((kind, x.shape) for x in tensors)
+
+                self._handles.append(layer.register_forward_hook(note))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+class _Epoch(Dataset[Any]):
+    """The steps of an epoch as Trainer reads them: the next one is all that can be read.
+
+    A DataLoader of it can be cut by accelerate's `skip_first_batches`: a resumed run then begins in
+    the middle of an epoch, and so does `PrivateLoader`.
+    """
+
+    def __init__(self, batches: PrivateLoader) -> None:
+        self._batches, self._pass = batches, iter(())  # type: Any, Iterator[Any]
+
+    def __len__(self) -> int:
+        return len(self._batches.dataset)
+
+    def __getitem__(self, step: int) -> Any:
+        batch = next(self._pass, None)
+        if batch is None:
+            self._pass = iter(self._batches)
+            batch = next(self._pass)
+        return batch
+
+
+def _only(batches: list[Any]) -> Any:
+    """Return the one batch, which is collated already."""
+    return batches[0]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a checkpoint holds of a private run."""
+
+    key: Key
+    fingerprint: str
+    weights: str
+    optimizer: dict[str, Any]
+
+
+def _read(folder: Path) -> _Saved:
+    """Return the private state in a checkpoint's folder."""
+    try:
+        saved = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as reason:
+        line = str(reason).partition("\n")[0]
+        raise RootnoiseError(f"checkpoint must have a readable {STATE}, got {line:.80}") from None
+    if not isinstance(saved, dict) or saved.get("version") != VERSION:
+        raise RootnoiseError(f"{STATE} must be of version {VERSION}, got another in {folder}")
+    key = Key(bytes.fromhex(saved["key"]))
+    return _Saved(key, saved["fingerprint"], saved["weights"], saved["optimizer"])
+
+
+def _digest(model: nn.Module) -> str:
+    """Return a hash of the names and values of the trainable parameters."""
+    hashed = hashlib.sha256()
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            hashed.update(name.encode())
+            values = p.detach().cpu().contiguous().reshape(-1)
+            hashed.update(values.view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()

@@ -1,7 +1,7 @@
 """Who took part when, by stable ids: a ledger that grows, and its two files.
 
     clients.jsonl   one id a line, in the order in which they joined: a client's index is its line
-    cohorts.bin     one packed cohort of indices a round (see `journal`)
+    cohorts.bin     one packed cohort of indices a round (see `batches.ledger_file`)
 
 Both are appended to and never rewritten. A round counts once a saved state refers to it; what the
 files hold beyond that is of a round that was killed before it released anything, and is cut off.

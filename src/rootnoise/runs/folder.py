@@ -3,12 +3,12 @@
     config.json      the run's settings; --resume refuses any other
     mechanism.json   the calibrated mechanism (none for a run without privacy)
     claim.txt        the privacy claim
-    privacy.json, privacy.md   all that the run says about its privacy (`privacy`)
+    privacy.json, privacy.md   all that the run says about its privacy (`statement`)
     metrics.jsonl    one line an evaluation, on the test set
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
     noise.key        SECRET, until the run ends: all noise is a function of it, and so is the digest
                      of the checkpoint (a run without privacy has one for that alone)
-    ledger.bin       for the auditor: who took part in which step (`journal`); stays
+    ledger.bin       for the auditor: who took part in which step (`batches.ledger_file`); stays
     .lock            held while a process runs in the folder, until the run ends
     model.pt, curves.png, result.json   when the run has ended
 

@@ -73,7 +73,7 @@ def run(
             samples by Poisson and everything else runs in fixed cycles. `seed` fixes the order of
             the data and the first weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
-        out: a new or empty folder; `lab.checkpoint` lists its files.
+        out: a new or empty folder; `runs.folder` lists its files.
         data_dir: where the data set's files are.
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from opacus.grad_sample import AbstractGradSampleModule
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -61,7 +60,7 @@ def make(group: dist.ProcessGroup | None, seed: int, poisson: bool = False) -> P
 
 
 def private(
-    module: AbstractGradSampleModule,
+    module: Any,
     seed: int,
     group: dist.ProcessGroup | None = None,
     poisson: bool = False,

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from parallel_runs import examples, join, network, private, train
 from rootnoise._check import RootnoiseError
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.clipping import Clip
 from rootnoise.training.sharded import Shards, _rows
 
 
@@ -143,8 +144,8 @@ def refuse(rank: int, size: int, out: Path) -> None:
 
     refused(lambda: privatize(tied()))
     refused(lambda: privatize(sharded(nn.Sequential(nn.Linear(2, 2), nn.PReLU()), size)))
-    refused(lambda: Shards(privatize(by_columns())))
-    refused(lambda: Shards(privatize(partly())))
+    refused(lambda: Shards(privatize(by_columns()), Clip.fit(1.0, 1)))
+    refused(lambda: Shards(privatize(partly()), Clip.fit(1.0, 1)))
     mesh = init_device_mesh("cpu", (size,))
     three = torch.zeros(3, 2)
     wrong = DTensor.from_local(three, mesh, [Shard(0)], shape=torch.Size([5, 2]), stride=(2, 1))

@@ -392,7 +392,7 @@ class TestRefusals:
         ours = private(nn.Sequential(nn.Linear(2, 2)))
         y = ours(torch.ones(3, 2))
         with pytest.raises(RootnoiseError, match="layer 0 must be called by its model alone"):
-            ours.module[0](y)  # type: ignore[index]
+            ours._module[0](y)  # type: ignore[index]
 
     def test_a_parameter_used_outside_its_layer(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
@@ -401,11 +401,16 @@ class TestRefusals:
             (ours(torch.ones(3, 2)) @ model[0].weight).sum().backward()
         assert model[0].weight.grad is None
 
-    def test_the_bare_model(self) -> None:
+    def test_a_copy_of_the_bare_model_is_nobodys(self) -> None:
         model = nn.Linear(2, 2)
-        private(model)
-        with pytest.raises(RootnoiseError, match="gradient from elsewhere"):
-            model(torch.ones(3, 2)).sum().backward()
+        ours = private(model)
+        model(torch.ones(3, 2)).sum().backward()  # the same as by the module around it
+        assert ours.rows == 3
+        assert model.weight.grad is None
+        twin = copy.deepcopy(model)
+        twin(torch.ones(5, 2)).sum().backward()
+        assert twin.weight.grad is not None
+        assert ours.rows == 3
 
     def test_rows_that_are_not_examples(self) -> None:
         ours = private(nn.Sequential(nn.Flatten(0, 1), nn.Linear(2, 2)))

@@ -144,7 +144,7 @@ class TestRefusals:
     def test_keys_of_other_rows(self) -> None:
         layer = nn.MultiheadAttention(4, 2, kdim=3, vdim=3, batch_first=False)
         ours = private(First(layer, 1))
-        ours.module.forward = lambda x: layer(x, *[torch.ones(3, 2, 3)] * 2)[0]
+        ours._module.forward = lambda x: layer(x, *[torch.ones(3, 2, 3)] * 2)[0]
         with pytest.raises(
             RootnoiseError, match=r"one row an example \(5\) in dimension 1 of query"
         ):

@@ -88,17 +88,16 @@ def test_gradients_of_a_forward_that_zero_grad_dropped():
     refused(o, "gradients of _module.0.weight are missing", a)
 
 
-def test_zero_grad_leaves_nothing_of_opacus():
+def test_zero_grad_leaves_nothing_of_the_pass():
     o = make()
     loss_of(o, o.sampler.batch(0))
     loss_of(o, o.sampler.batch(1)).backward()
-    assert any(p._forward_counter for p in o.module.parameters())
+    assert o.module.rows == BATCH
+    assert o.module.left
     o.zero_grad()
-    for p in o.module.parameters():
-        assert p.grad_sample is None
-        assert p._forward_counter == 0
-        assert not hasattr(p, "_current_grad_sample")
-    assert not any(hasattr(layer, "activations") for layer in o.module.modules())
+    assert o.module.rows == 0
+    assert not o.module.left
+    assert all(p.grad is None for p in o.module.parameters())
     goes_on(o)
 
 
@@ -110,14 +109,11 @@ def test_two_forwards_and_one_backward():
     o = make()
     loss_of(o, b)
     loss_of(o, a).backward()
-    with pytest.raises(RootnoiseError, match=r"gradients of _module.0.weight are missing"):
-        o.step(a)
-    o._place.check = lambda rows: None  # what counts must not rest on Opacus
     with pytest.raises(RootnoiseError, match=r"^forward must run once a step .*, got 2 in"):
         o.step(a)
 
 
-def test_passes_are_counted_without_opacus():
+def test_passes_are_counted_by_the_guard_alone():
     def counted(message, passes):
         o = make()
         o._place.check = lambda rows: None
@@ -154,7 +150,7 @@ def test_backward_that_was_broken_off():
     def stop(_):
         raise KeyError("stop")
 
-    next(iter(o.module.parameters())).register_hook(stop)
+    out.register_hook(stop)
     with pytest.raises(KeyError, match="stop"):
         cross_entropy(out, Y[batch]).backward()
     o._place.check = lambda rows: None
@@ -170,22 +166,28 @@ def test_a_layer_called_by_itself():
     refused(o, r"^layer 2 must be called by the model's forward alone .*, got a call of its own")
 
 
-def test_gradients_by_hand():
-    o = make()
-    batch = o.sampler.batch(0)
-    loss_of(o, batch).backward()
-    p = o._parameters[0]
-    p.grad_sample = p.grad_sample - p.grad_sample.mean(0)
-    refused(o, "^per-sample gradients must be those that backward left, got others")
-    o = make()
-    loss_of(o, batch).backward()
-    o._parameters[1].grad_sample.mul_(2)
-    refused(o, "^per-sample gradients must be those that backward left, got others")
+def test_what_backward_left_is_not_to_be_touched():
+    message = "^per-sample gradients must be those that backward left, got others"
+    batch = make().sampler.batch(0)
+    for i in range(4):  # input and output gradient of each layer
+        o = make()
+        loss_of(o, batch).backward()
+        assert len(o.module.left) == 4
+        o.module.left[i].mul_(2)
+        refused(o, message)
     o = make()
     loss_of(o, batch).backward()
-    p = o._parameters[1]
-    p.grad_sample = torch.stack(list(p.grad_sample.flip(0))).add_(0)  # another of the same version
-    refused(o, "^per-sample gradients must be those that backward left, got others")
+    (layer, ((inputs, g),)), *_ = o.module._taps.items()
+    o.module._taps[layer] = [(inputs, torch.stack(list(g.flip(0))).add_(0))]  # of the same version
+    refused(o, message)
+    o = make()
+    loss_of(o, batch).backward()
+    o.module._taps.popitem()
+    refused(o, message)
+    o, x = make(), X[batch]
+    cross_entropy(o.module(x), Y[batch]).backward()
+    x.copy_(X[o.sampler.batch(1)])  # a buffer that is filled again: other records, uncounted
+    refused(o, message)
     o, twin = make(), make()
     loss_of(o, batch).backward()
     for p in o.module.parameters():  # the raw gradient is not used

@@ -99,13 +99,12 @@ def slow_sum(optimizer, x, y, batch):
     """The clipped sum, one example at a time, by plain autograd in float64."""
     total = np.zeros(sum(p.numel() for p in optimizer.module.parameters()))
     parameters = list(optimizer.module._module.parameters())
-    optimizer.module.disable_hooks()
     for i in batch:
-        loss = cross_entropy(optimizer.module._module(x[i : i + 1]), y[i : i + 1])
-        parts = torch.autograd.grad(loss, parameters)
+        with optimizer.module.paused():
+            loss = cross_entropy(optimizer.module._module(x[i : i + 1]), y[i : i + 1])
+            parts = torch.autograd.grad(loss, parameters)
         g = torch.cat([part.flatten() for part in parts]).double().numpy()
         total += g * min(1, optimizer.mechanism.clip_norm / np.linalg.norm(g))
-    optimizer.module.enable_hooks()
     return total
 
 
@@ -384,7 +383,9 @@ def test_load_needs_a_fresh_optimizer():
         (nn.BatchNorm1d(3), "layer model must not mix examples .* got BatchNorm1d"),
         (nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2)), "layer 0 must not mix"),
         (nn.InstanceNorm1d(3, affine=True, track_running_stats=True), "or keep running statistics"),
-        (nn.Linear(3, 2).eval(), "Opacus's checks, got Model needs to be in training mode"),
+        (nn.Linear(3, 2).eval(), "model must be in training mode, got one in evaluation mode"),
+        (privatize(nn.Linear(3, 2)), "must be a plain module, got a private PrivateModule: wrap"),
+        (privatize(nn.Linear(3, 2))._module, "must be a plain module, got a private Linear: wrap"),
         (
             DistributedDataParallel.__new__(DistributedDataParallel),
             r"PrivateOptimizer takes the process group\), got DistributedDataParallel",
@@ -437,7 +438,7 @@ def test_constructor_refuses_parts_that_do_not_fit():
     complex_sgd = torch.optim.SGD(complex_module.parameters(), lr=0.1)
     refused("real floating-point", complex_sgd, module=complex_module)
     module.eval()
-    refused("Model needs to be in training mode", whole)
+    refused("model must be in training mode", whole)
 
 
 def test_step_refuses_a_bad_batch_and_can_go_on():
@@ -458,7 +459,7 @@ def test_step_refuses_a_bad_batch_and_can_go_on():
     refused("indices must be 1-D integers", [0.5, 1, 2, 3])
     refused("step must get the indices of the batch, got a closure", lambda: None)
     cross_entropy(optimizer.module(x[first]), y[first]).backward()
-    refused("backward must run once a step, got 2 for _module.weight", first)
+    refused("forward must run once a step .*, got 2 in training mode since the last step", first)
     assert optimizer.t == 0
     train(optimizer, x, y, until=1)
     backward(optimizer, x, y, second)

@@ -44,6 +44,9 @@ class Row(Protocol):
     def small(self, taps: Sequence[Taps]) -> bool:
         """Return whether the per-sample gradients are no larger than the taps of these calls."""
 
+    def length(self, taps: Sequence[Taps]) -> int:
+        """Return the tokens of an example over these calls, whose products are added up."""
+
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """Return each trainable parameter's gradients, (examples, size)."""
 
@@ -121,9 +124,13 @@ class Products:
         if not self.weight:
             return True
         d_in, d_out = self._widths()
-        tokens = sum(self.shape(g)[0] for _, g in taps)
+        tokens = self.length(taps)
         uncertified = d_in + d_out + tokens**2 > GRAM
         return uncertified or d_in * d_out <= tokens * (d_in + d_out)
+
+    def length(self, taps: Sequence[Taps]) -> int:
+        """See `Row`."""
+        return sum(self.shape(g)[0] for _, g in taps)
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`."""
@@ -157,7 +164,7 @@ class KeptProducts:
 
     def __init__(self, row: Products, taps: Sequence[Taps]) -> None:
         self.row, self.taps = row, taps
-        self.tokens = sum(row.shape(g)[0] for _, g in taps)
+        self.tokens = row.length(taps)
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         n = len(self.taps[0][1])
@@ -237,6 +244,10 @@ class Lookups:
     def small(self, taps: Sequence[Taps]) -> bool:
         """See `Row`: never, since rows that were not looked up need no memory."""
         return False
+
+    def length(self, taps: Sequence[Taps]) -> int:
+        """See `Row`: rows are looked up, and not multiplied."""
+        return 1
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`."""
@@ -323,6 +334,10 @@ class Scales:
     def small(self, taps: Sequence[Taps]) -> bool:
         """See `Row`: always."""
         return True
+
+    def length(self, taps: Sequence[Taps]) -> int:
+        """See `Row`: never kept."""
+        return 1
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -36,10 +36,10 @@ class PrivateModule(nn.Module):
         module: each output row a function of its own input row alone; the batch is every layer's
             first dimension.
         loss_reduction: what the loss does over a micro-batch, "mean" or "sum".
-
-    Attributes:
-        module: the model.
-        guard: a context manager of the module, entered around each training forward.
+        guarded: somebody else counts passes and refuses a step by them, as
+            `rootnoise.training.guards` does, and tries whether examples mix. Then a second forward
+            takes the place of the first, an old backward brings nothing, and what a loss makes of
+            parameters alone, such as a penalty, counts nothing.
 
     Raises:
         RootnoiseError: another reduction, a compiled model, no trainable parameter, or an embedding
@@ -56,21 +56,24 @@ class PrivateModule(nn.Module):
     (tensor([0.6000, 1.3000], dtype=torch.float64), 0)
     """
 
-    def __init__(self, module: nn.Module, loss_reduction: str = "mean") -> None:
+    def __init__(
+        self, module: nn.Module, loss_reduction: str = "mean", *, guarded: bool = False
+    ) -> None:
         super().__init__()
         if loss_reduction not in ("mean", "sum"):
             raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
         _check(module)
-        self.module = module
+        self._module: Any = module
         self.loss_reduction = loss_reduction
-        self.guard: Callable[[nn.Module], AbstractContextManager[Any]] = lambda _: nullcontext()
         self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
         if not self._trainable:
             raise RootnoiseError("model must have a trainable parameter, got none")
-        self._book = Book()
+        self._book = book = Book(self._trainable, guarded, self.discard)
+        module.register_forward_pre_hook(book.enter, with_kwargs=True)
         self._rows: dict[Tapped, Row | None] = {}
         self._falls: dict[Tapped, Fallback] = {}
         self._fill(module)
+        module.register_forward_hook(book.leave, with_kwargs=True, always_call=True)
         self._tied = self._find_tied()
         self._taps: dict[Tapped, list[Taps]] = {}
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
@@ -80,46 +83,58 @@ class PrivateModule(nn.Module):
         self._flat: dict[torch.device, torch.Tensor] = {}
         self._bad = self._examples = self._tokens = 0
         self._kept: dict[Tapped, Kept] = {}
-        self._probed = self._probing = self._adding = False
+        self._probed, self._probing, self._adding = guarded, False, False
         for name, p in self._trainable.items():
-            guard_parameter(name, p)
+            guard_parameter(book, name, p)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the model's own attributes, which hosts read: its configuration, say."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "_module":
+                raise
+            return getattr(self._module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the model; in training mode with gradients, tap its layers.
+        """Run the model; in training mode with gradients, its layers are tapped.
 
         Raises:
             RootnoiseError: a forward whose backward and `add` have not come (`zero_grad` drops
                 it), or no tensor among the arguments.
         """
-        if not (self.training and torch.is_grad_enabled()):
-            return self.module(*args, **kwargs)
         book = self._book
-        if book.open:
-            raise RootnoiseError(
-                "forward must run once a micro-batch, got a second before the first was used "
-                "(evaluate under no_grad, or drop it by zero_grad)"
-            )
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        if not tensors or not tensors[0].dim():
-            raise RootnoiseError("model must get a tensor with one row an example, got none")
-        rows = len(tensors[0])
-        if not self._probed and rows > 1:
-            self._probe(rows, args, kwargs)
-            self._probed = True
-        return self._run(rows, args, kwargs)
+        if not self._probed and self.training and torch.is_grad_enabled() and not book.open:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+            if tensors and tensors[0].dim() and len(tensors[0]) > 1:
+                self._probe(len(tensors[0]), args, kwargs)
+                self._probed = True
+        return self._module(*args, **kwargs)
 
-    def _run(self, rows: int, args: Any, kwargs: Any) -> Any:
-        book = self._book
-        book.batch += 1
-        book.rows, book.open, book.inside = rows, True, True
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the model as a plain one: what is inside leaves no taps, and takes none away."""
+        before, self._book.paused = self._book.paused, True
         try:
-            with self.guard(self.module):
-                return self.module(*args, **kwargs)
-        except BaseException:
-            self.discard()
-            raise
+            yield
         finally:
-            book.inside = False
+            self._book.paused = before
+
+    @property
+    def running_again(self) -> bool:
+        """Whether a layer is run again for its gradients, or the module paused."""
+        return self._book.paused
+
+    @property
+    def rows(self) -> int:
+        """Examples whose gradients backward has left, 0 for none."""
+        return self._book.rows if self._book.open and self._book.gradients else 0
+
+    @property
+    def left(self) -> list[torch.Tensor]:
+        """What backward has left, of which norms and sums are to be made."""
+        taps = [t for calls in self._taps.values() for t in calls]
+        return [*(x for inputs, g in taps for x in (*inputs.values(), g)), *self._grads.values()]
 
     def _probe(self, rows: int, args: Any, kwargs: Any) -> None:
         """Refuse a model in which the gradient of one example's output is in another's row.
@@ -128,7 +143,7 @@ class PrivateModule(nn.Module):
         is not, the number of rows tells. Nothing is kept, and no random number is used up.
         """
         with torch.random.fork_rng():
-            outputs = tree_leaves(self._run(rows, args, kwargs))
+            outputs = tree_leaves(self._module(*args, **kwargs))
             own = [
                 x[-1].flatten()
                 for x in outputs
@@ -179,6 +194,16 @@ class PrivateModule(nn.Module):
                 self._squares = self._group_squares()
                 self._norms = self._squares.sum(0).sqrt()
         return self._norms
+
+    def check_size(self, rows: int) -> None:
+        """Refuse a step that would have more examples, with these, than its sum may have.
+
+        Raises:
+            RootnoiseError: as of `bounds.check_size`.
+        """
+        kept = ((self._rows[tapped], taps) for tapped, taps in self._taps.items())
+        tokens = [row.length(taps) for row, taps in kept if row is not None]
+        check_size(self._examples + rows, max([self._tokens, *tokens]))
 
     def add(self, rule: ClipRule) -> None:
         """Add the clipped sum of the micro-batch that `norms` measured, and forget its taps.
@@ -237,8 +262,14 @@ class PrivateModule(nn.Module):
         self._norms = self._squares = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients, and the forward and backward that were not added."""
-        self.discard()
+        """Drop all gradients, and the forward and backward that were not added.
+
+        Where a guard counts passes, a forward whose backward is to come stays.
+        """
+        book = self._book
+        book.inside, book._depth = False, 0  # an interrupt may have left a forward open
+        if not book.guarded or book.gradients:
+            self.discard()
         super().zero_grad(set_to_none)
 
     # ------------------------------------------------------------------------------ construction

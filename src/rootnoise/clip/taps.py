@@ -7,13 +7,14 @@ parameter, and is refused there by name. So no path leads to a parameter but thr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rootnoise._check import RootnoiseError
 
@@ -83,26 +84,91 @@ class Copied(torch.autograd.Function):
         return None, None, None, *gradients, *(None for _ in inputs)
 
 
-@dataclass
+@dataclass(eq=False)
 class Book:
     """What all tapped layers of a model share: which micro-batch they serve.
 
     Attributes:
+        trainable: the model's trainable parameters by name.
+        guarded: whether somebody else counts passes and refuses a step by them; see
+            `PrivateModule`.
+        discard: drops what an unused forward or backward has left.
         batch: number of the micro-batch.
-        rows: its examples.
+        rows: its examples; -1 while no layer has shown them.
+        given: rows of the model's first tensor.
         open: whether taps are set: from the forward to the use of what its backward left.
         inside: whether the forward is running.
         gradients: whether backward has reached a tap.
-        paused: whether a layer is run again, untapped.
+        paused: whether a layer, or the model, is run again, untapped.
     """
 
+    trainable: dict[str, nn.Parameter]
+    guarded: bool
+    discard: Callable[[], None]
     batch: int = 0
     rows: int = 0
+    given: int = -1
     open: bool = False
     inside: bool = False
     gradients: bool = False
     paused: bool = False
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    _depth: int = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has no taps."""
+        return {"paused": True, "open": False}
+
+    def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """A forward of the model begins: open the taps, if it is one in training mode."""
+        if self.paused or not (module.training and torch.is_grad_enabled()):
+            return
+        if self.inside:
+            self._depth += 1
+            return
+        if self.open and not self.guarded:
+            raise RootnoiseError(
+                "forward must run once a micro-batch, got a second before the first was used "
+                "(evaluate under no_grad, or drop it by zero_grad)"
+            )
+        self.discard()
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.given = len(tensors[0]) if tensors and tensors[0].dim() else -1
+        if self.given < 0 and not self.guarded:
+            raise RootnoiseError("model must get a tensor with one row an example, got none")
+        self.batch += 1
+        self.rows = -1 if self.guarded else self.given
+        self.open = self.inside = True
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """It has ended, or raised."""
+        if not self.inside:
+            return
+        if self._depth:
+            self._depth -= 1
+            return
+        self.inside = False
+        if output is None:
+            self.discard()
+            return
+        for name in self._reached(tree_leaves(output)):
+            self.discard()
+            raise _elsewhere(name)
+
+    def _reached(self, outputs: Iterable[Any]) -> Iterable[str]:
+        """Yield parameters to which a way leads from the outputs: a microsecond a node."""
+        names = {id(p): name for name, p in self.trainable.items()}
+        waiting = [x.grad_fn for x in outputs if isinstance(x, torch.Tensor)]
+        seen: set[Any] = set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                yield names[id(leaf)]
+            waiting += [following for following, _ in node.next_functions]
 
 
 @dataclass(eq=False)
@@ -126,6 +192,10 @@ class Tapped:
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
     active: bool = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the layer is not tapped."""
+        return {"book": self.book}
+
     def hook(self) -> None:
         """Tap every call of the layer from now on."""
         self.module.register_forward_pre_hook(self.enter)
@@ -137,6 +207,8 @@ class Tapped:
         if not book.open or book.paused or not torch.is_grad_enabled():
             return
         if not book.inside and torch._C._current_graph_task_id() < 0:  # in neither pass
+            if book.guarded:
+                return
             rule = "must be called by its model alone between forward and step"
             raise RootnoiseError(f"layer {self.name} {rule} (evaluate under no_grad)")
         self.active = True
@@ -157,14 +229,18 @@ class Tapped:
             return self._tap_whole(call, args, kwargs, output)
         given = dict(zip(self.names, args, strict=False)) | kwargs
         tensors = {n: x.detach() for n, x in given.items() if isinstance(x, torch.Tensor)}
-        if len(self.names) == 1:
-            self._check_rows(tensors[self.names[0]])
-        self._check_rows(output)
+        if self.book.rows < 0 and isinstance(output, torch.Tensor) and output.dim():
+            self.book.rows = len(output)
+        if not self.book.guarded:  # a guard says more; `take` is for what it does not see
+            self._check_rows(tensors[self.names[0]] if len(self.names) == 1 else output)
+            self._check_rows(output)
         call.context = tuple(tensors)
         tap: Any = Tap
         return tap.apply(call, self.book.anchor, output, *tensors.values())
 
     def _tap_whole(self, call: Call, args: Any, kwargs: Any, output: Any) -> Any:
+        if self.book.rows < 0:
+            self.book.rows = self.book.given
         outputs, shape = tree_flatten(output)
         arguments, structure = tree_flatten((args, kwargs))
         mine = [i for i, x in enumerate(outputs) if _differentiable(x)]
@@ -193,6 +269,8 @@ class Tapped:
     ) -> None:
         """Keep what backward brings to one call."""
         if not self.book.open or call.batch != self.book.batch:
+            if self.book.guarded:  # it counts as a forward too many
+                return
             raise RootnoiseError(
                 f"backward must be that of the last forward, got an older one at layer {self.name}"
             )
@@ -203,21 +281,51 @@ class Tapped:
         call.seen = True
         self.book.gradients = True
         with torch.no_grad():
+            if self.names is not None and self.book.guarded:
+                for x in (*inputs, *gradients) if len(self.names) == 1 else gradients:
+                    if x is not None:
+                        self._check_rows(x)
             if any(g is not None for g in gradients):
                 self.keep(call, inputs, gradients)
 
 
-def guard_parameter(name: str, parameter: nn.Parameter) -> Any:
-    """Refuse gradients that reach a parameter itself, outside of its layer's calls."""
+def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
+    """Refuse gradients that reach a parameter itself, outside of its layer's calls.
 
-    def refuse(_: torch.Tensor) -> None:
-        raise RootnoiseError(
-            f"parameter {name} must be used by its own layer's call alone, in a forward of the "
-            "private module in training mode, got a gradient from elsewhere"
-        )
+    Where passes are guarded, a forward that leads to it was refused already (`Book.leave`): what
+    is left is a term of the loss that takes the parameter alone, such as a penalty. It counts
+    nothing, and leaves nothing.
+    """
+    known = weakref.ref(book)  # autograd holds hooks where no garbage collector sees them
+
+    def refuse(gradient: torch.Tensor) -> torch.Tensor | None:
+        owner = known()
+        if owner is None or owner.paused:
+            return None
+        if owner.guarded:
+            return torch.zeros_like(gradient)
+        raise _elsewhere(name)
 
     hooked: Any = parameter
     return hooked.register_hook(refuse)
+
+
+def is_tapped(module: nn.Module) -> bool:
+    """Return whether a layer of the module is tapped already.
+
+    >>> is_tapped(nn.Linear(2, 2))
+    False
+    """
+    hooks = (h for layer in module.modules() for h in layer._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return any(isinstance(x, Tapped) and not x.book.paused for x in owners)
+
+
+def _elsewhere(name: str) -> RootnoiseError:
+    return RootnoiseError(
+        f"parameter {name} must be used by its own layer's call alone, in a forward of the "
+        "private module in training mode, got a gradient from elsewhere"
+    )
 
 
 def _differentiable(x: Any) -> bool:

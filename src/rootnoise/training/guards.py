@@ -68,6 +68,7 @@ class ForwardGuard:
         left: the tensors that a backward has left for the step; nobody may replace them.
         fixed: parameters to compare in place of the model's own, which FSDP2 swaps in forward.
         checkpointing: whether layers may run a second time during backward.
+        again: whether a layer now runs again for its gradients' sake, which does not count.
     """
 
     def __init__(
@@ -79,8 +80,9 @@ class ForwardGuard:
         left: Callable[[], list[Any]] = list,
         fixed: Mapping[str, torch.Tensor] | None = None,
         checkpointing: bool = False,
+        again: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.off = False
+        self.off, self._again = False, again
         self._model, self._discard, self._left = model, discard, left
         self._observer, self._fixed, self._checkpointing = observer, fixed, checkpointing
         self._passes: list[_Pass] = []
@@ -91,7 +93,8 @@ class ForwardGuard:
         self._changed = ""
         self._before: dict[str, _Seen] = {}
         self._made: list[tuple[Any, int]] = []
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        # First: what it drops must not be what another hook has begun to keep.
+        model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
         for name, layer in model.named_modules():
             if any(p.requires_grad for p in layer.parameters(recurse=False)):
                 layer.register_forward_pre_hook(partial(self._call, name or "model"))
@@ -148,7 +151,11 @@ class ForwardGuard:
                 "backward must run once a step, through what forward returned, and to its end; "
                 f"got {'none' if self._passes[0].task is None else 'one broken off'}"
             )
-        if any(now is not then or _version(now) != v for now, (then, v) in self._pairs()):
+        left = self._left() if self._made else []
+        if len(left) != len(self._made) or any(
+            now is not then or _version(now) != v
+            for now, (then, v) in zip(left, self._made, strict=True)
+        ):
             raise RootnoiseError(
                 "per-sample gradients must be those that backward left, got others"
             )
@@ -156,7 +163,7 @@ class ForwardGuard:
     # ------------------------------------------------------------------------------------ passes
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.off:
+        if self.off or self._again():
             return
         self._depth += 1
         if self._depth > 1:
@@ -175,7 +182,7 @@ class ForwardGuard:
             self._observer.enter(args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.off or not self._depth:
+        if self.off or self._again() or not self._depth:
             return
         self._depth -= 1
         if self._depth:
@@ -199,7 +206,7 @@ class ForwardGuard:
             self._observer.leave(output)
 
     def _call(self, name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.off or not (layer.training and torch.is_grad_enabled()):
+        if self.off or self._again() or not (layer.training and torch.is_grad_enabled()):
             return
         if torch._C._current_graph_task_id() != -1:
             if not self._checkpointing:
@@ -254,9 +261,6 @@ class ForwardGuard:
     def _finish(self, one: _Pass) -> None:
         one.finished = not self._fault
         self._made = [(t, _version(t)) for t in self._left()]
-
-    def _pairs(self) -> Iterator[tuple[Any, tuple[Any, int]]]:
-        return zip(self._left(), self._made, strict=True) if self._made else iter(())
 
     # ----------------------------------------------------------------------------------- tensors
 

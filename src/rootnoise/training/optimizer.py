@@ -1,8 +1,9 @@
 """Clipped, summed and noised gradients for a torch optimizer.
 
-Opacus computes the per-sample gradients; everything that epsilon depends on happens in
-`PrivateOptimizer.step`, in one order: check the batch, clip, sum, add the noise of the step, divide
-by the expected batch size. What the inner optimizer makes of that gradient is post-processing.
+Backward leaves what clipped sums are made of (`rootnoise.clip`; of sharded models per-sample
+gradients, by Opacus). Everything that epsilon depends on happens in `PrivateOptimizer.step`, in one
+order: check the batch, clip, sum, add the noise of the step, divide by the expected batch size.
+What the inner optimizer makes of that gradient is post-processing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from torch.nn.parallel import DistributedDataParallel
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.batches.ledger import Ledger
 from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
+from rootnoise.clip import PrivateModule
+from rootnoise.clip.taps import is_tapped
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
@@ -42,8 +44,10 @@ from rootnoise.training.reuse import Releases
 from rootnoise.training.sharded import ShardedGradSampleModule, Shards
 
 
-def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSampleModule:
-    """Return `model` wrapped by Opacus, so that backward leaves per-sample gradients.
+def privatize(
+    model: nn.Module, loss_reduction: str = "mean"
+) -> PrivateModule | ShardedGradSampleModule:
+    """Return `model` wrapped so that backward leaves what clipping needs, and no raw gradient.
 
     A model that `fully_shard` (FSDP2) has cut up is wrapped after that; see `shards`.
 
@@ -59,7 +63,8 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
     Raises:
         RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
             that mixes examples or remembers them (BatchNorm, running statistics) or rewrites its
-            weights (`max_norm`); of a sharded model also what `ShardedGradSampleModule` refuses.
+            weights (`max_norm`), or what `PrivateModule` refuses; of a sharded model also what
+            `ShardedGradSampleModule` refuses.
     """
     if loss_reduction not in ("mean", "sum"):
         raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
@@ -68,12 +73,15 @@ def privatize(model: nn.Module, loss_reduction: str = "mean") -> AbstractGradSam
     if isinstance(model, DistributedDataParallel):  # it would add up raw gradients
         rule = "model must be a plain module (PrivateOptimizer takes the process group)"
         raise RootnoiseError(f"{rule}, got DistributedDataParallel")
+    if isinstance(model, PrivateModule) or is_tapped(model):
+        kind = type(model).__name__
+        raise RootnoiseError(f"model must be a plain module, got a private {kind}: wrap it once")
     _check_layers(model)
+    if not isinstance(model, FSDPModule):
+        return PrivateModule(model, loss_reduction, guarded=True)
     # torch tells every loop that the first layer's input, the data, needs no gradient.
     warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
-    if isinstance(model, FSDPModule):
-        return ShardedGradSampleModule(model, loss_reduction)
-    return GradSampleModule(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
+    return ShardedGradSampleModule(model, loss_reduction)
 
 
 class PrivateOptimizer:
@@ -88,7 +96,7 @@ class PrivateOptimizer:
 
     Args:
         optimizer: holds each trainable parameter of `module` exactly once.
-        module: from `privatize`, or Opacus's own GradSampleModule.
+        module: from `privatize`.
         mechanism: calibrated for sampler.participation and sampler.n_steps.
         sampler: whose batches are used: every step takes exactly its batch. `OwnBatches` declares
             others, where the ledger can check all that epsilon supposes.
@@ -134,7 +142,7 @@ class PrivateOptimizer:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        module: AbstractGradSampleModule,
+        module: PrivateModule | ShardedGradSampleModule,
         mechanism: Mechanism,
         sampler: Sampler,
         key: Key | None = None,
@@ -151,7 +159,7 @@ class PrivateOptimizer:
         ):
             kind = type(optimizer).__name__
             raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
-        if not isinstance(module, AbstractGradSampleModule):
+        if not isinstance(module, PrivateModule | ShardedGradSampleModule):
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
         _check_layers(module)
@@ -161,14 +169,14 @@ class PrivateOptimizer:
         self._mechanism = mechanism
         self._parameters = _parameters(optimizer, module)
         self._layout = self._current_layout()
+        clip = Clip.of(mechanism, sampler.n_examples)
         self._place: Copies | Shards
         if isinstance(module, ShardedGradSampleModule):
-            self._place = Shards(module)
+            self._place = Shards(module, clip)
         else:
-            self._place = Copies(module, Ranks(process_group))
+            self._place = Copies(module, Ranks(process_group), clip)
         self._ranks = self._place.ranks
         self._watch(independence, integer("probe_every", probe_every, 0))
-        self._clip = Clip.of(mechanism, sampler.n_examples)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
@@ -193,27 +201,28 @@ class PrivateOptimizer:
         They hang on its hooks, and autograd's graph holds those where no garbage collector sees
         them: so they know the model and its parameters, and not this optimizer.
         """
-        module, parameters, sharded = self.module, self._parameters, isinstance(self._place, Shards)
-        model = module._module
+        module = self.module
+        model, sharded = module._module, isinstance(module, ShardedGradSampleModule)
 
         @contextmanager
         def quiet() -> Iterator[None]:
-            hooks = getattr(module, "hooks_enabled", False)
-            guard.off, module.hooks_enabled = True, False
+            guard.off = True
             try:
-                yield
+                with module.paused():
+                    yield
             finally:
-                guard.off, module.hooks_enabled = False, hooks
+                guard.off = False
 
         self._probe: Probe | None = None
         if independence == "probed":
             self._probe = Probe(model, quiet, sharded=sharded, every=every)
         self._guard = guard = ForwardGuard(
             model,
-            partial(_discard, module, parameters),
+            module.discard,
             observer=self._probe,
-            left=lambda: [getattr(p, "grad_sample", None) for p in parameters],
+            left=lambda: module.left,
             fixed=dict(module.named_parameters()) if sharded else None,
+            again=lambda: module.running_again,
         )
 
     def claim(self) -> str:
@@ -239,10 +248,7 @@ class PrivateOptimizer:
         Call it once a step, before backward: a forward without backward stays until the next one.
         """
         self._guard.clear()
-        for p in self._parameters:
-            p.grad_sample = None  # type: ignore[attr-defined]
-        for p in self.module.parameters():
-            p.grad = None
+        self._place.clear()
 
     def step(self, indices: ArrayLike) -> None:
         """Make step `t` with the per-sample gradients of the examples `indices`.
@@ -275,7 +281,7 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
         with torch.no_grad():
-            total, bad = self._place.noised_sum(part.size, self.stream.next(), self._clip, self.t)
+            total, bad = self._place.noised_sum(part.size, self.stream.next(), self.t)
             try:
                 self._releases.check(self.t, total)
             except RootnoiseError as refusal:
@@ -442,18 +448,6 @@ class PrivateOptimizer:
             )
 
 
-def _discard(module: AbstractGradSampleModule, parameters: list[nn.Parameter]) -> None:
-    """Drop what Opacus keeps of passes that are not used."""
-    if isinstance(module, ShardedGradSampleModule):
-        module.kept.clear()
-    for layer in module.modules():
-        for name in ("activations", "max_batch_len"):
-            vars(layer).pop(name, None)
-    for p in parameters:
-        p.grad_sample, p._forward_counter = None, 0  # type: ignore[attr-defined]
-        vars(p).pop("_current_grad_sample", None)
-
-
 def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
     """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
     trainable = [p for p in module.parameters() if p.requires_grad]
@@ -480,6 +474,10 @@ def _check_layers(model: nn.Module) -> None:
             rule = "must not rewrite its weights in forward, by the batch and without noise"
             got = f"{type(layer).__name__} with max_norm={layer.max_norm}"
             raise RootnoiseError(f"layer {name or 'model'} {rule}, got {got}")
+    if not model.training:
+        raise RootnoiseError("model must be in training mode, got one in evaluation mode")
+    if not isinstance(model, FSDPModule):
+        return
     errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
     if errors:
         reason = " ".join(str(errors[0]).split())

@@ -2,79 +2,111 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from opacus.grad_sample import AbstractGradSampleModule
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.clipping import Clip, clipped_sums
+from rootnoise.clip import Flat, PrivateModule
+from rootnoise.training.clipping import Clip, NonFiniteGradientWarning
 from rootnoise.training.ranks import Ranks
+
+# What rounding a sum to the grid may take of the clip norm: 1e9 parameters and 1e6 records take
+# 2e-5 of it.
+MOST_ROUNDING = 0.01
 
 
 class Copies:
-    """Per-sample gradients by Opacus; one sum over the ranks, to which each adds its noise.
+    """Clipped sums by `rootnoise.clip`; one sum over the ranks, to which each adds its noise.
 
     A rank makes the noise of its own part of the flattened parameters, so noise is added once,
     needs no traffic, and takes 1/size of the time and memory.
 
+    A rank's sum S over its part of the batch is a float64 vector that one record moves by at most
+    the norm C' to which `Flat(C')` clips, rounding included (`rootnoise.clip.bounds`, theorem of
+    sums). Then it is rounded to whole units of the grid, d numbers by half a unit each, so that the
+    ranks' sums and the noise add up exactly, in any order. One record is on one rank, and moves the
+    total by at most C' + sqrt(d) units: C' is the clip norm less that.
+
     Attributes:
         ranks: which hold the copies.
         spans: this rank's part of the noise.
+
+    Raises:
+        RootnoiseError: noise so large that a unit of its grid is no small part of the clip norm.
     """
 
-    def __init__(self, module: AbstractGradSampleModule, ranks: Ranks) -> None:
-        self.ranks, self._module = ranks, module
+    def __init__(self, module: PrivateModule, ranks: Ranks, clip: Clip) -> None:
+        self.ranks, self._module, self._clip = ranks, module, clip
         self._parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self._sizes = [p.numel() for p in self._parameters.values()]
         self._span = ranks.span(sum(self._sizes))
         self.spans = [self._span]
+        rounding = math.sqrt(sum(self._sizes)) * clip.grid
+        if rounding > MOST_ROUNDING * clip.norm:
+            raise RootnoiseError(
+                "noise must leave float64 digits for the clip norm, got a grid of "
+                f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
+            )
+        self._rule = Flat(math.nextafter(clip.norm - rounding, 0))
 
     def begin(self) -> None:
         """Take over the weights and buffers of rank 0."""
         with torch.no_grad():
             self.ranks.copy_first_([*self._module.parameters(), *self._module.buffers()])
 
+    def clear(self) -> None:
+        """Drop gradients, but not what a forward has left for a backward to come."""
+        self._module.zero_grad()
+
     def check(self, rows: int) -> None:
         """Refuse gradients that one backward of `rows` examples would not have left."""
-        for name, p in self._parameters.items():
-            g = getattr(p, "grad_sample", None)
-            if isinstance(g, list):
-                raise RootnoiseError(f"backward must run once a step, got {len(g)} for {name}")
-            if g is None and rows:
-                raise RootnoiseError(
-                    f"per-sample gradients of {name} are missing: run forward and backward once, "
-                    "in training mode, through all trainable parameters (evaluate under no_grad)"
-                )
-            found = 0 if g is None else len(g)
-            if found != rows:
-                raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
+        found = self._module.rows
+        if rows and not found:
+            raise RootnoiseError(
+                f"per-sample gradients of {next(iter(self._parameters))} are missing: run forward "
+                "and backward once, in training mode (evaluate under no_grad)"
+            )
+        if found != rows:
+            raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
+        self._module.check_size(rows)
 
-    def noised_sum(
-        self, rows: int, noise: torch.Tensor, clip: Clip, t: int
-    ) -> tuple[torch.Tensor, int]:
+    def take(self, rows: int) -> None:
+        """Add what one backward of `rows` examples has left, clipped, to the sum."""
+        if not rows:
+            self._module.discard()  # a forward whose backward nobody has asked for
+        self._module.norms(rows)
+        self._module.add(self._rule)
+
+    def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
         """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.
 
         In whole units no rank's rounding depends on the others' examples, though the noise is in.
         """
-        gradients = [
-            p.grad_sample.flatten(1) if rows else p.new_zeros(0, p.numel())
-            for p in self._parameters.values()
-        ]
-        sums, bad = clipped_sums([g.float() for g in gradients], clip, t)
-        total = torch.cat([clipped.to(sums[0].device) for clipped in sums])
+        self.take(rows)
+        total, bad = self._module.finish()
+        if bad:
+            warnings.warn(
+                f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
+                "count as zero (the guarantee does not cover this number)",
+                NonFiniteGradientWarning,
+                stacklevel=4,
+            )
+        clip = self._clip
+        total = (total / clip.grid).round_()
         own = slice(*self._span)
         total[own] = clip.noised(total[own], noise)
         self.ranks.add_(total)
-        return total * clip.grid, bad
+        return total.mul_(clip.grid), bad
 
     def write(self, mean: torch.Tensor) -> None:
-        """Make `mean` the gradient of the parameters, and drop the per-sample gradients."""
+        """Make `mean` the gradient of the parameters."""
         parts = torch.split(mean, self._sizes)
         for p, part in zip(self._parameters.values(), parts, strict=True):
             p.grad = part.view_as(p).to(p.device, p.dtype)
-            p.grad_sample = None
 
     def save(self, rows: torch.Tensor, most: int) -> torch.Tensor:
         """Return the noise rows of all ranks, in the columns of the flattened parameters."""

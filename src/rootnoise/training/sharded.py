@@ -10,7 +10,8 @@ exactly what was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,11 +83,39 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients and what backward has kept."""
-        self.kept.clear()
-        for layer in self.iterate_submodules(self._module):
-            if hasattr(layer, "activations"):
-                del layer.activations
+        self.discard()
         super().zero_grad(set_to_none)
+
+    def discard(self) -> None:
+        """Drop what is kept of passes that are not used."""
+        self.kept.clear()
+        for layer in self.modules():
+            for name in ("activations", "max_batch_len"):
+                vars(layer).pop(name, None)
+        for p in self.parameters():
+            p.grad_sample, p._forward_counter = None, 0
+            vars(p).pop("_current_grad_sample", None)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run the model as a plain one, of whose passes nothing is kept."""
+        before: bool = self.hooks_enabled
+        self.hooks_enabled = False
+        try:
+            yield
+        finally:
+            self.hooks_enabled = before
+
+    @property
+    def running_again(self) -> bool:
+        """Whether a layer is run again for its gradients: never, but by somebody else."""
+        return False
+
+    @property
+    def left(self) -> list[torch.Tensor]:
+        """What backward has left, of which per-sample gradients are to be made."""
+        calls = (call for calls in self.kept.values() for call in calls)
+        return [t for inputs, g in calls for t in (*inputs, g)]
 
     def gradients(self, layer: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
         """Return the per-sample gradients of one layer's parameters, float32 (rows, size)."""
@@ -109,8 +138,8 @@ class Shards:
             one dimension.
     """
 
-    def __init__(self, module: ShardedGradSampleModule) -> None:
-        self._module = module
+    def __init__(self, module: ShardedGradSampleModule, clip: Clip) -> None:
+        self._module, self._clip = module, clip
         self._parameters: dict[str, DTensor] = {}
         self.spans, start = [], 0
         for name, p in module.named_parameters():
@@ -128,6 +157,11 @@ class Shards:
     def begin(self) -> None:
         """Keep the weights: each rank has its own part of them."""
 
+    def clear(self) -> None:
+        """Drop gradients, but not what a forward has left for a backward to come."""
+        for p in self._module.parameters():
+            p.grad = None
+
     def check(self, rows: int) -> None:
         """Refuse what one backward of `rows` examples would not have left."""
         for name in self._parameters:
@@ -144,10 +178,9 @@ class Shards:
             if found != rows:
                 raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
 
-    def noised_sum(
-        self, rows: int, noise: torch.Tensor, clip: Clip, t: int
-    ) -> tuple[torch.Tensor, int]:
+    def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
         """Return this rank's part of the clipped sum plus noise, flattened, float64; bad rows."""
+        clip = self._clip
         layers, bad, sums = list(self._module.kept) if rows else [], 0, {}
         if rows:
             norms = [row_norms(list(self._module.gradients(x).values())) for x in layers]

@@ -122,7 +122,7 @@ def lambda_cgd(
 
 
 def _sizes(bands: int) -> list[int]:
-    """Return the numbers of bands to search on the way: halves of what follows."""
+    """Return the numbers of bands to search one after the other, each half of the next."""
     return [*_sizes(bands // 2), bands] if bands > FEW else [bands]
 
 
@@ -242,7 +242,7 @@ class _Smooth:
         c, rounded, square, g = self._parts(x)
         of_s, of_e = self._slopes(x, c, g * c / rounded, square)
         c2 = series.multiply(c, c, n)
-        moves = _shifts(c2, p)  # of c, but for the sign
+        moves = _shifts(c2, p)  # -dc/dd
         kinks = (moves * (g * self._width**2 / rounded**3)) @ moves.T
         moves *= c / rounded
         b, k = separation(n, self._who)

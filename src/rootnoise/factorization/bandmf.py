@@ -133,7 +133,7 @@ def _diagonals(matrix: CausalMatrix, p: int) -> Array:
 
 
 class _Objective:
-    """2 log rmse, but for a constant, of log s and the entries in the band: see above."""
+    """2 log rmse, up to a constant, of log s and the entries in the band: see above."""
 
     def __init__(self, energy: Energy, windows: Indices, shape: tuple[int, int]) -> None:
         self._energy, self._windows, self._shape = energy, windows, shape

@@ -202,7 +202,8 @@ class Search:
 def default_bands(n_steps: int, participation: Participation) -> int:
     """Return the separation of one person's steps (n if there is but one).
 
-    Up to it, columns of one person never overlap. THEORY: optimal, or close, up to k of about 10.
+    Up to it, columns of one person never overlap. It is optimal, or close, for up to about ten
+    participations; for more, see `bsr` with bands="auto".
     """
     if isinstance(participation, SingleParticipation):
         return n_steps

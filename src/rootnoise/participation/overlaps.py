@@ -114,12 +114,12 @@ def worst_pattern(strategy: CausalMatrix, min_sep: int, most: int) -> tuple[floa
     best[()] = gains
     total = gains.max()
     for _ in range(k - 1):
-        anyhow = np.maximum.reduce(list(best.values()))
+        at_best = np.maximum.reduce(list(best.values()))
         after = {ages: np.full(n, -np.inf) for ages in states}
         if far < n:  # out of reach of all before
-            after[()][far:] = np.maximum.accumulate(anyhow)[:-far]
+            after[()][far:] = np.maximum.accumulate(at_best)[:-far]
         for gap in range(max(b, oldest + 1), p):  # within reach, but of the last step alone
-            _raise(after[()], anyhow, gap, links[gap])
+            _raise(after[()], at_best, gap, links[gap])
         for ages, values in best.items():
             for gap in range(b, oldest + 1):
                 reachable = [gap, *(age + gap for age in ages if age + gap < p)]

@@ -190,7 +190,7 @@ def error_variances(
 
 
 class _FreeRun:
-    """The free run of SGD's state (y, m), its steps without noise: y' = alpha y + m', m' = beta m."""
+    """The free run of SGD, its steps without noise: m' = beta m, y' = alpha y + m'."""
 
     def __init__(self, n_steps: int, momentum: float, decay: float):
         self.n_steps, self.levels = n_steps, range(n_steps.bit_length())

@@ -27,7 +27,6 @@ from rootnoise._check import real
 from rootnoise._values import Array
 from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
-    OVERFLOW,
     correlate,
     divide,
     first_pattern,
@@ -36,11 +35,11 @@ from rootnoise.factorization.banded import (
     separation,
 )
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
+from rootnoise.factorization.lbfgs import OVERFLOW, ValueAndGradient, reporting
 from rootnoise.participation import Participation
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import Workload
 
-ValueAndGradient = tuple[float, Array]
 # From the magnitudes of C to the indices of a sequence that covers them.
 Cover = Callable[[Array], NDArray[np.intp]]
 
@@ -181,9 +180,7 @@ def _newton(a: Array, who: Participation, d: Array, search: Search) -> Array:
             jac=_finite(smooth.gradient),
             hess=_finite(smooth.hessian),
             method="trust-exact",
-            callback=lambda intermediate_result: search.report(
-                float(np.exp(intermediate_result.fun / 2))
-            ),
+            callback=reporting(search.report_objective),
             options={"maxiter": MOST_STEPS, "gtol": 1e-8, "initial_trust_radius": 0.05},
         )
         x = found.x

@@ -8,6 +8,8 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
+import numpy as np
+
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product, chain
 from rootnoise.causal.tree import Tree, TreeErrors
@@ -191,6 +193,10 @@ class Search:
             self.best, self._least = factorization, rmse
         self.report(rmse)
         return rmse
+
+    def report_objective(self, value: float) -> None:
+        """Count one more option, whose 2 log rmse is `value`, in the progress."""
+        self.report(float(np.exp(value / 2)))
 
     def report(self, rmse: float) -> None:
         """Count one more option, tried elsewhere, in the progress."""

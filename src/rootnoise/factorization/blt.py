@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
-from scipy.optimize import OptimizeResult, minimize
 from scipy.signal import lfilter
 from scipy.special import logit
 
@@ -25,6 +24,7 @@ from rootnoise._check import integer
 from rootnoise._values import Array
 from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, register
+from rootnoise.factorization.lbfgs import lbfgs
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import SGD, Workload
 
@@ -254,20 +254,10 @@ def _logits(gaps: Array, weights: Array) -> Array:
 
 def _minimise(objective: _Objective, start: Array, search: Search) -> Array:
     """Return where L-BFGS from `start` ends."""
-
-    def report(intermediate_result: OptimizeResult) -> None:
-        search.report(float(np.exp(intermediate_result.fun / 2)))
-
-    result = minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(-40.0, 40.0)] + [(CLOSEST, WIDEST)] * (start.size - 1),
-        callback=report,
-        options={"maxiter": 300, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-8},
+    bounds = [(-40.0, 40.0)] + [(CLOSEST, WIDEST)] * (start.size - 1)
+    return lbfgs(
+        objective, start, ftol=1e-11, gtol=1e-8, bounds=bounds, report=search.report_objective
     )
-    return np.asarray(result.x)
 
 
 def _best(objective: _Objective, tries: list[Array]) -> Array:

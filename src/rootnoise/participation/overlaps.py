@@ -47,12 +47,7 @@ def gram_diagonals(strategy: CausalMatrix, lags: Iterable[int]) -> Iterator[Arra
                 diagonal[d:] = sums[np.minimum(np.arange(n - d, 0, -1), sums.size) - 1]
             yield diagonal
         return
-    # Columns p apart do not overlap, so that n x p inputs show all entries: rows[e, t] = C_{t+e,t}.
-    steps = np.arange(n)
-    comb = np.zeros((n, p))
-    comb[steps, steps % p] = 1.0
-    image = np.pad(strategy.apply(comb), ((0, p - 1), (0, 0)))
-    rows = np.array([image[steps + e, steps % p] for e in range(p)])
+    rows = strategy.by_diagonals()
     for d in lags:
         diagonal = np.zeros(n)
         diagonal[d:] = np.einsum("et,et->t", rows[d:, : n - d], rows[: p - d, d:])

@@ -507,8 +507,8 @@ MUTATIONS = [
     Mutation(
         "C for |C|",
         "accounting/separated.py",
-        "magnitudes(strategy).apply(comb)",
-        "strategy.apply(comb)",
+        "magnitudes(strategy).by_diagonals()",
+        "strategy.by_diagonals()",
         "accounting_composition",
     ),
     Mutation(

@@ -107,6 +107,16 @@ def test_long_maps_use_ffts_and_agree_with_filters(monkeypatch):
     np.testing.assert_allclose(m.solve(y[:, 0]), x[:, 0], atol=1e-11)
 
 
+@each_map
+def test_diagonals_are_those_of_the_dense_map(m):
+    dense = m.dense()
+    for rows in (m.by_diagonals(), m.by_diagonals(N)):
+        for j, row in enumerate(rows):
+            expected = np.pad(np.diagonal(dense, -j), (0, j))
+            np.testing.assert_allclose(row, expected, atol=1e-12)
+    assert m.by_diagonals().shape == (m.bands, N)
+
+
 def test_toeplitz_solve_never_builds_a_square_array():
     n = 10**6
     m = Toeplitz(series.sgd_power(1, 0, 0.5, 16), n)

@@ -243,9 +243,9 @@ def _sine(x: Array, y: Array) -> float:
 
 def _noise_swamps_gradient(m: Mechanism, batch_size: int, d: int, norm: float) -> Finding | None:
     n = m.n_steps
-    way = norm * float(np.linalg.norm(m.workload.matrix.apply(np.ones(n)))) / math.sqrt(n)
-    one = m.clip_norm * math.sqrt(d) / batch_size  # noise multiplier and factors of the noise apart
-    run = way / (m.noise_multiplier * m.rmse * one)
+    moved = norm * float(np.linalg.norm(m.workload.matrix.apply(np.ones(n)))) / math.sqrt(n)
+    one = m.clip_norm * math.sqrt(d) / batch_size  # at noise multiplier and rmse 1
+    run = moved / (m.noise_multiplier * m.rmse * one)
     if run >= 1:
         return None
     rows = error.rmse(m.noising, m.sensitivity.value)

@@ -1,6 +1,6 @@
 """Keys: every draw is a pure function of a secret and a place, and of no global generator.
 
-Noise is drawn by the sources of `normals`. The order of examples, and who is drawn, come from
+Noise is drawn by `noise.sources`. The order of examples, and who is drawn, come from
 `Key.generator`: NumPy's Philox4x64-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1,
 2, 3") has a 128-bit key and a 256-bit counter whose words carry (step, chunk), so that two pairs
 never share a draw. It is no cryptographic generator; nothing that a run releases shows its words.

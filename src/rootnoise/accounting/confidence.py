@@ -8,7 +8,7 @@ from scipy.optimize import brentq
 
 
 def upper(mean: float, square: float, size: int, largest: float, failure: float) -> float:
-    """Return a bound that exceeds the expectation of samples in [0, largest] but for `failure`.
+    """Bound the expectation of samples in [0, largest], with probability at least 1 - `failure`.
 
     The lesser of Maurer & Pontil (2009, "Empirical Bernstein bounds", Theorem 4), with the mean of
     the squares for the variance, and Hoeffding (1963, Theorem 1) in its relative-entropy form; each

@@ -143,9 +143,9 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: in
     the promise holds given all results before, also where the mixture was chosen by them, and the
     union bound adds up over the evaluations of a search.
 
-    Both directions have half of it. For a fixed epsilon below the true one, delta is above the
-    target, and the bound on it is not but for `failure`; as the bound falls with epsilon, the root
-    lies below that epsilon no more often.
+    Both directions have half of it. At a fixed epsilon below the true one, the true delta is above
+    the target, and so is the bound on it with probability at least 1 - failure. As the bound falls
+    with epsilon, its root then lies above that epsilon.
     """
     _, tilt, tau = _choose(mixture, delta, settings)
     half, size = settings.failure / 2, settings.samples

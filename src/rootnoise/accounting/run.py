@@ -72,7 +72,7 @@ def privacy_cost(
 
     Raises:
         RootnoiseError: an argument out of range, n_steps that the participation refuses, or a
-            strategy that is missing or not its like.
+            strategy that is missing or does not fit it.
 
     >>> from rootnoise.participation import SingleParticipation
     >>> round(privacy_cost(SingleParticipation(), 100, 3.7306316348, 1e-5).epsilon, 6)
@@ -128,7 +128,7 @@ def noise_multiplier(
 
     Raises:
         RootnoiseError: an argument out of range, n_steps that the participation refuses, a strategy
-            that is missing or not its like, or too few samples for this delta.
+            that is missing or does not fit it, or too few samples for this delta.
 
     >>> from rootnoise.participation import SingleParticipation
     >>> round(noise_multiplier(SingleParticipation(), 100, epsilon=8, delta=1e-5), 6)

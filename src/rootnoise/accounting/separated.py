@@ -37,12 +37,7 @@ RESCALE = 32
 
 def band_rows(strategy: CausalMatrix) -> Array:
     """Return |C| by diagonals, (p, n): entry (e, t) is |C_{t+e,t}|, 0 below the last row."""
-    n, p = strategy.n_steps, min(strategy.bands, strategy.n_steps)
-    steps = np.arange(n)
-    comb = np.zeros((n, p))
-    comb[steps, steps % p] = 1.0  # columns p apart do not overlap
-    image = np.pad(magnitudes(strategy).apply(comb), ((0, p - 1), (0, 0)))
-    return np.array([image[steps + e, steps % p] for e in range(p)])
+    return magnitudes(strategy).by_diagonals()
 
 
 class Separated(Mixture):

@@ -25,7 +25,7 @@ class Verdict:
 
     Attributes:
         audit: which one.
-        lower_bound: epsilon is larger, but for `failure`.
+        lower_bound: epsilon is larger, with probability at least 1 - failure.
         claimed: the epsilon that was claimed, at `delta`.
         delta: of both.
         failure: probability that a true claim gives a larger bound.

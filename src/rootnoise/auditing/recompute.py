@@ -58,7 +58,7 @@ class Range:
     method: str
 
     def holds(self, value: float, tolerance: float) -> bool:
-        """Whether `value` is not below the range, nor above it, but for a relative tolerance."""
+        """Whether `value` lies in the range, up to a relative tolerance at either end."""
         return self.low * (1 - tolerance) <= value <= self.high * (1 + tolerance)
 
 
@@ -134,9 +134,9 @@ def epsilon_ranges(mechanism: Mechanism, claimed: Mapping[float, float]) -> list
     rounds = p.rounds(mechanism.n_steps)
     width = 2 * max(claimed.values()) + 40  # losses beyond it weigh nothing
     step = max(0.01 * min(claimed.values()) / rounds, 2 * width / GRID)
-    down, up = (_convolved(sigma, p.probability, rounds, step, width, way) for way in (0, 1))
+    lower, upper = (_convolved(sigma, p.probability, rounds, step, width, up) for up in (0, 1))
     return [
-        Range(_epsilon_of(down, delta), _epsilon_of(up, delta), "losses rounded down and up")
+        Range(_epsilon_of(lower, delta), _epsilon_of(upper, delta), "losses rounded down and up")
         for delta in claimed
     ]
 
@@ -252,7 +252,7 @@ def _integrated(mu: float, delta: float) -> float:
 
 
 def _sampled(mechanism: Mechanism, p: BallsInBins, deltas: list[float]) -> list[float]:
-    """Return lower bounds on epsilon, each wrong once in a million: one way, no tilting.
+    """Return lower bounds on epsilon, each valid with probability 1 - 1e-6: removal, no tilting.
 
     A person falls into one of b bins and gives all ones; the release is (m_i + Z) / std.
     """
@@ -302,8 +302,8 @@ def _renewal_losses(mechanism: Mechanism, p: MinSepPoisson) -> Array:
 
 def _lower(losses: Array, deltas: list[float]) -> list[float]:
     """Return lower confidence bounds on epsilon from samples of the loss."""
-    # Of the k largest losses of N, the probability of the least is Beta(k, N - k + 1): it exceeds
-    # `sure` but for one in a million, for all ranks together. delta(eps) is at least
+    # The probability of a loss above the k-th largest of N is Beta(k, N - k + 1): it exceeds `sure`
+    # with probability 1 - 1e-6, for all ranks together. delta(eps) is at least
     # P(loss >= x) (1 - exp(eps - x)) for every x.
     size = losses.size
     ranks = np.unique(np.geomspace(3, size, 100).astype(np.int64))
@@ -314,21 +314,21 @@ def _lower(losses: Array, deltas: list[float]) -> list[float]:
 
 
 def _convolved(
-    sigma: float, q: float, rounds: int, step: float, width: float, way: int
+    sigma: float, q: float, rounds: int, step: float, width: float, up: int
 ) -> list[Losses]:
     """Return the composed losses of both directions, each loss rounded down (0) or up (1)."""
     size = 2 ** math.ceil(math.log2(2 * width / step))
     grid = (np.arange(size) - size // 2) * step
     found = []
     for removed in (True, False):
-        mass, beyond = _losses(sigma, q, grid, removed, way)
+        mass, beyond = _losses(sigma, q, grid, removed, up)
         total = fft.irfft(fft.rfft(np.roll(mass, -(size // 2))) ** rounds, size)
         total = np.maximum(np.roll(total, size // 2), 0.0)
-        found.append((grid, total, rounds * beyond if way else 0.0))
+        found.append((grid, total, rounds * beyond if up else 0.0))
     return found
 
 
-def _losses(sigma: float, q: float, grid: Array, removed: bool, way: int) -> tuple[Array, float]:
+def _losses(sigma: float, q: float, grid: Array, removed: bool, up: int) -> tuple[Array, float]:
     """Return the mass of one round at each grid point, and that beyond the last."""
     edges = grid if removed else -grid[::-1]
     # log(1 - q + q exp((2 x - 1) / (2 sigma^2))) = edge, solved for x: -inf below log(1 - q).
@@ -342,9 +342,9 @@ def _losses(sigma: float, q: float, grid: Array, removed: bool, way: int) -> tup
         above = stats.norm.cdf(x / sigma)[::-1]
     between = np.where(below[1:] < 0.5, np.diff(below), -np.diff(above))
     mass = np.zeros(grid.size)
-    mass[way : way + between.size] += between
+    mass[up : up + between.size] += between
     mass[0] += below[0]
-    if not way:
+    if not up:
         mass[-1] += above[-1]
     return mass, float(above[-1])
 

@@ -194,8 +194,8 @@ each, at least 2 apart): steps so far 1, the last one 0
         """Continue a saved ledger; only a fresh one can, for what was admitted stays admitted.
 
         Raises:
-            RootnoiseError: this ledger has admitted a step or has a file, or the saved one is not
-                its like.
+            RootnoiseError: this ledger has admitted a step or has a file, or the saved one is of
+                another participation or size, or damaged.
         """
         if self.t:
             raise RootnoiseError(f"ledger must be at step 0 to load a state, got step {self.t}")
@@ -208,7 +208,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         self.t, self._last, self._count, self._salt, self.digest = t, last, count, salt, digest
 
     def check_unkept(self) -> None:
-        """Refuse if `keep` was called: that file is of this salt, and would not be gone on with."""
+        """Refuse if `keep` was called: its file has this ledger's salt, not that of a saved one."""
         if self._journal is not None:
             raise RootnoiseError(
                 f"ledger must be kept in a file after a state is loaded, got {self._journal.path} "

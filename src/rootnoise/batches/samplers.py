@@ -32,7 +32,7 @@ Indices = NDArray[np.int64]
 class Sampler(ABC):
     """Batches 0 .. n_steps - 1 of sorted int64 example indices; iterating yields them in order.
 
-    A sampler stays as it was made, but for the seed that `load_state_dict` takes over.
+    A sampler stays as it was made; only its seed is replaced, by `load_state_dict`.
 
     Attributes:
         n_examples: size of the data set.
@@ -223,7 +223,7 @@ class MinSeparationSampler(Sampler):
         return np.sort(self._shuffled(epoch, stretch)[start : start + self.batch_size])
 
     def _shuffled(self, epoch: int, stretch: int) -> Indices:
-        """Return the order of one stretch in one epoch; the last one is kept at hand."""
+        """Return the order of one stretch in one epoch; the last one is cached."""
         if self._held is None or self._held[:2] != (epoch, stretch):
             size = self._stretch * self.batch_size
             members = self._order[stretch * size : (stretch + 1) * size]
@@ -407,8 +407,8 @@ class MinSepPoissonSampler(Sampler):
 class OwnBatches(Sampler):
     """Says that the batches are the user's own: the ledger alone holds them to the participation.
 
-    Only for participations that restrict who appears when and nothing else, since a list of batches
-    shows whether they were kept. Amplification needs batches drawn by one of the samplers above.
+    Only for participations that restrict who appears when and nothing else: these a ledger can hold
+    a list of batches to. Amplification needs batches drawn by one of the samplers above.
 
     Args:
         participation: single, min-sep or fixed-cycle.

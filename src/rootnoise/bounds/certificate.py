@@ -105,7 +105,6 @@ def lower_bound(
         participation: who may take part when. Poisson sampling counts as one participation,
             as in `sensitivity`; of a minimal separation some patterns stand for all.
         effort: "fast" (solved whole up to 1024 steps, then by 512 rows) or "tight" (twice as many).
-
         objective: "rmse", or "max" for `max_error`, the error of the worst step. It is at least the
             rmse, and bounded by that alone beyond the size of a dense problem.
 

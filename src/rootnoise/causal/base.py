@@ -102,6 +102,18 @@ class CausalMatrix(ABC):
         """Return the n x n array: for oracles and small n."""
         return self.apply(np.eye(self.n_steps))
 
+    def by_diagonals(self, p: int | None = None) -> Array:
+        """Return p >= `bands` diagonals (default: `bands`), shape (p, n), in O(n p) memory.
+
+        Entry (j, t) is that of the map at (t + j, t), 0 below the last row.
+        """
+        n, p = self.n_steps, min(self.bands, self.n_steps) if p is None else p
+        steps = np.arange(n)
+        comb = np.zeros((n, p))
+        comb[steps, steps % p] = 1.0  # columns p apart do not overlap: p sums show all entries
+        image = np.pad(self.apply(comb), ((0, p - 1), (0, 0)))
+        return np.array([image[steps + j, steps % p] for j in range(p)])
+
     def _columns(self) -> Iterator[Array]:
         """Yield the columns in blocks of some million entries."""
         n = self.n_steps

@@ -93,7 +93,7 @@ class BufferedToeplitz(CausalMatrix):
     def block(self, t: int, m: int) -> Array:
         # From S: y_t = x_t + omega S_t, S_{t+1} = theta S_t + x_t in each buffer.
         powers = self.decays ** np.arange(m + 1)[:, np.newaxis]
-        heard = powers[:m] * self.weights
-        column = np.append(1.0, heard[: m - 1].sum(axis=1))
+        responses = powers[:m] * self.weights
+        column = np.append(1.0, responses[: m - 1].sum(axis=1))
         within = toeplitz(column, np.zeros(m))
-        return np.block([[heard, within], [np.diag(powers[m]), powers[m - 1 :: -1].T]])
+        return np.block([[responses, within], [np.diag(powers[m]), powers[m - 1 :: -1].T]])

@@ -22,7 +22,7 @@ class Toeplitz(CausalMatrix):
     """Lower-triangular Toeplitz: entry (i, j) is leading[i - j]; banded when they are fewer than n.
 
     Raises:
-        RootnoiseError: no, or NaN, coefficients, a zero first one, or more of them than n_steps.
+        RootnoiseError: coefficients that are none, not finite, zero at first, or more than n_steps.
 
     >>> Toeplitz(np.array([1.0, 0.5]), 3).dense()
     array([[1. , 0. , 0. ],

@@ -77,7 +77,7 @@ class Descent(CausalMatrix):
         return self._run(0, np.zeros((2, g.shape[1])), g)[0].reshape(x.shape)
 
     def solve(self, y: Array) -> Array:
-        self._refuse_standstill()
+        self._refuse_zero_rates()
         x = y.reshape(self.n_steps, -1)
         before = np.zeros_like(x)
         before[1:] = x[:-1]
@@ -96,7 +96,7 @@ class Descent(CausalMatrix):
         return np.vstack(self._run(t, unit[:2], unit[2:]))
 
     def inverse(self) -> CausalMatrix:
-        self._refuse_standstill()
+        self._refuse_zero_rates()
         return super().inverse()
 
     def _run(self, t: int, state: Array, g: Array) -> tuple[Array, Array]:
@@ -105,7 +105,7 @@ class Descent(CausalMatrix):
         chi, beta, alpha = self._chi[steps], self._beta[steps], self._alpha[steps]
         w = self.weight_decay
         ahead = chi * self.nesterov
-        keep = alpha - w * ahead  # what of x_{t-1} is in x_t, but for m_t
+        keep = alpha - w * ahead  # the factor of x_{t-1} in x_t, m_t held fixed
         # The unknowns m_t, x_t, m_{t+1}, ... in turn: two sub-diagonals below ones.
         bands = np.ones((3, 2 * len(g)), order="F")
         bands[1, 0::2], bands[1, 1::2] = -chi * (beta if self.nesterov else 1.0), w
@@ -117,7 +117,7 @@ class Descent(CausalMatrix):
         solved = _substitute(bands, known)
         return solved[1::2], solved[-2:]
 
-    def _refuse_standstill(self) -> None:
+    def _refuse_zero_rates(self) -> None:
         if not self._chi.all():
             raise RootnoiseError(
                 "learning_rates must be non-zero for the workload to have an inverse, "

@@ -7,7 +7,7 @@ is noise with covariances G_ij = sum_{v <= j} m_v m_{v+i-j} for i >= j. Hence
     |row t|^2 = Var (A y)_t,    |A diag(g) M|_F^2 = g^T H g,    H_ij = (A^T A)_ij G_ij.
 
 Two facts make both cheap. An SGD workload is a cascade of two one-pole filters (`poles`), so that
-variances follow one-pole recursions. And M, the inverse of few bands, has died out after J << n
+variances follow one-pole recursions. And M, the inverse of few bands, has decayed after J << n
 coefficients, so that G is Toeplitz but for its first J columns: O(J^2 + n log n) time, O(n) memory.
 """
 
@@ -57,13 +57,13 @@ def row_norms(a: Array, g: Array, m: Array) -> Array | None:
     if found is None:
         return None
     alpha, beta = found
-    n, m = g.size, _living(m)
+    n, m = g.size, _trimmed(m)
     # u_t = y_t + beta u_{t-1} and v_t = u_t + alpha v_{t-1} = (A y)_t: first how u_{t-1} and
     # v_{t-1} respond to y_{t-lag}, then their covariances with w_t.
     kernels = np.zeros((2, n), dtype=np.result_type(alpha, beta))
     kernels[:, 1:] = np.power(beta, np.arange(n - 1)), a[: n - 1] / a[0]
-    past = _convolve(kernels[:, : m.size] * _covariances(m), g)[:, :n]
-    for lag, missing in _start(m):
+    past = _convolve(kernels[:, : m.size] * _stationary(m), g)[:, :n]
+    for lag, missing in _transient(m):
         rows = slice(lag, lag + missing.size)
         past[:, rows] -= np.outer(kernels[:, lag], missing * g[: missing.size])
     uy, vy = past * g  # E[u_{t-1} y_t], E[v_{t-1} y_t]
@@ -84,7 +84,7 @@ def block_sums(a: Array, g: Array, m: Array, blocks: NDArray[np.int64]) -> Array
         m: coefficients of M, at most n.
         blocks: the label of each step, shape (n,), non-decreasing from 0.
     """
-    n, k, m = g.size, int(blocks[-1]) + 1, _living(m)
+    n, k, m = g.size, int(blocks[-1]) + 1, _trimmed(m)
     found = poles(a)
     if found is None:
         return block_sums_by_lags(toeplitz_gram(a), g, m, blocks)
@@ -95,14 +95,14 @@ def block_sums(a: Array, g: Array, m: Array, blocks: NDArray[np.int64]) -> Array
     left = np.array([np.cumsum(a * f)[::-1] for f in powers]) * g * a[0]
     kernels = np.array([a / a[0], np.power(beta, np.arange(n))])[:, : m.size]
     kernels[:, 0] /= 2  # the diagonal belongs to both triangles
-    stationary = kernels * _covariances(m)
+    stationary = kernels * _stationary(m)
     lower = np.zeros((k, k))
     edges = np.searchsorted(blocks, np.arange(k + 1))
     for j, (first, stop) in enumerate(pairwise(edges)):
         rows = slice(first, min(n, stop + m.size - 1))
-        heard = _convolve(stationary, g[first:stop])[:, : rows.stop - first]
-        lower[:, j] = np.bincount(blocks[rows], (heard * left[:, rows]).sum(0).real, minlength=k)
-    for lag, missing in _start(m):
+        caused = _convolve(stationary, g[first:stop])[:, : rows.stop - first]
+        lower[:, j] = np.bincount(blocks[rows], (caused * left[:, rows]).sum(0).real, minlength=k)
+    for lag, missing in _transient(m):
         late, early = slice(lag, lag + missing.size), slice(0, missing.size)
         pairs = (kernels[:, lag] @ left[:, late]).real * missing * g[early]
         _add(lower, blocks[late], blocks[early], -pairs)
@@ -120,9 +120,10 @@ def block_sums_by_lags(
         m: coefficients of M, at most n.
         blocks: the label of each step, shape (n,), non-decreasing from 0.
     """
-    n, k, m = g.size, int(blocks[-1]) + 1, _living(m)
+    n, k, m = g.size, int(blocks[-1]) + 1, _trimmed(m)
     lower = np.zeros((k, k))
-    for diagonal, covariance, (lag, missing) in zip(gram, _covariances(m), _start(m), strict=False):
+    lags = zip(gram, _stationary(m), _transient(m), strict=False)
+    for diagonal, covariance, (lag, missing) in lags:
         late, early = slice(lag, n), slice(0, n - lag)
         noise = np.full(n - lag, covariance / (2 if lag == 0 else 1))
         noise[: missing.size] -= missing / (2 if lag == 0 else 1)
@@ -139,8 +140,9 @@ def toeplitz_gram(a: Array) -> Iterator[Array]:
 def streamed_gram(matrix: Streamable) -> Iterator[Array]:
     """Yield the diagonals (j + lag, j) of A^T A for lags 0, 1, ..., for an A of small state s.
 
-    The energy that a state still causes comes from a backward recursion, as in `gramian`; the
-    inputs of steps j and i meet in what both leave behind. O(n s^2) time a diagonal.
+    The energy of all outputs that a state still causes comes from a backward recursion, as in
+    `streamed_norms`; entry (i, j) is what the input of step j, carried to step i by the state, has
+    in common with that of step i. O(n s^2) time a diagonal.
     """
     n, s = matrix.n_steps, matrix.state_size
     steps = np.array([matrix.block(t, 1) for t in range(n)])
@@ -160,19 +162,22 @@ def streamed_gram(matrix: Streamable) -> Iterator[Array]:
         state = np.einsum("tij,tj->ti", f[lag : n - 1], state[:-1])
 
 
-def _living(m: Array) -> Array:
-    """Drop the end of m that is rounding."""
+def _trimmed(m: Array) -> Array:
+    """Drop the last coefficients, as far as they are rounding errors."""
     magnitudes = np.abs(m)
     return m[: np.flatnonzero(magnitudes > NEGLIGIBLE * magnitudes.max())[-1] + 1]
 
 
-def _covariances(m: Array) -> Array:
-    """Return the covariances of the noise M z at every lag, long after its start."""
+def _stationary(m: Array) -> Array:
+    """Return the covariances of the noise M z at every lag once it has become stationary."""
     return np.asarray(signal.correlate(m, m)[m.size - 1 :])
 
 
-def _start(m: Array) -> Iterator[tuple[int, Array]]:
-    """Yield, for each lag, what the covariances lack at steps j = 0, 1, ... for want of a past."""
+def _transient(m: Array) -> Iterator[tuple[int, Array]]:
+    """Yield, for each lag, by how much the covariances at steps j = 0, 1, ... are smaller.
+
+    The filter M starts from rest, and is stationary once it has seen as many steps as it is long.
+    """
     for lag in range(m.size):
         products = m[: m.size - lag] * m[lag:]
         yield lag, np.cumsum(products[:0:-1])[::-1]

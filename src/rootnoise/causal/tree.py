@@ -96,7 +96,7 @@ class Tree(CausalMatrix):
         scales, feedback = self._table
         squares = scales[_trailing_ones(t)] ** -2.0
         for h in range(self.state_size):
-            # Step t is heard once more when the right sibling of its block of 2^h steps ends.
+            # The noise of step t is used once more when the right sibling of its block of 2^h ends.
             left = np.flatnonzero((t >> h & 1 == 0) & (h < height))
             g = _trailing_ones(t[left] | (2 << h) - 1)
             squares[left] += (feedback[g, h] / scales[g]) ** 2
@@ -113,8 +113,8 @@ class Tree(CausalMatrix):
         scales, feedback = self._settings(steps)
         result = np.empty_like(x)
         for i, ones in enumerate(_trailing_ones(steps)):
-            heard = feedback[i] @ state
-            result[i] = (x[i] + heard) / scales[i] if forward else scales[i] * x[i] - heard
+            past = feedback[i] @ state
+            result[i] = (x[i] + past) / scales[i] if forward else scales[i] * x[i] - past
             if ones < len(state):
                 state[ones] = (x[i] if forward else result[i]) + state[:ones].sum(axis=0)
         return result
@@ -176,21 +176,21 @@ def error_variances(
     >>> error_variances(4, "naive")
     array([1., 1., 2., 1.])
     """
-    coast = _Coast(n_steps, momentum, decay)
+    free_run = _FreeRun(n_steps, momentum, decay)
     if estimator == "full":
-        return _full_variances(coast)
+        return _full_variances(free_run)
     # Complete blocks that make up the past are independent, whatever comes after them.
     t, total = np.arange(n_steps), np.zeros(n_steps)
     for h, covariance in zip(
-        coast.levels, _covariances(coast, online=estimator == "online"), strict=False
+        free_run.levels, _covariances(free_run, online=estimator == "online"), strict=False
     ):
         after = np.flatnonzero(t + 1 >> h & 1)
-        total[after] += coast.variance(t[after] + 1 & (1 << h) - 1, covariance)
+        total[after] += free_run.variance(t[after] + 1 & (1 << h) - 1, covariance)
     return total
 
 
-class _Coast:
-    """What steps without noise make of the state (y, m): y' = alpha y + m', m' = beta m."""
+class _FreeRun:
+    """The free run of SGD, its steps without noise: m' = beta m, y' = alpha y + m'."""
 
     def __init__(self, n_steps: int, momentum: float, decay: float):
         self.n_steps, self.levels = n_steps, range(n_steps.bit_length())
@@ -215,48 +215,48 @@ class _Coast:
         return np.array([[y, m], [0.0, self._momentum**d]])
 
 
-def _full_variances(coast: _Coast) -> Array:
-    n = coast.n_steps
+def _full_variances(free_run: _FreeRun) -> Array:
+    n = free_run.n_steps
     t, height = np.arange(n), _heights(np.arange(n), n)
     # Given the sum s of its block of 2^h steps, y has mean share * s and variance rest.
     share, rest, before = np.ones(n), np.zeros(n), np.zeros(n)
-    for h, (mean, covariance) in zip(coast.levels, _given_sums(coast), strict=False):
+    for h, (mean, covariance) in zip(free_run.levels, _given_sums(free_run), strict=False):
         inside, left = h < height, np.zeros(n)
         right = np.flatnonzero(inside & (t >> h & 1 == 1))
         after = (t[right] & (1 << h) - 1) + 1
-        left[right] = coast.mean(after, mean)
-        rest[right] += coast.variance(after, covariance)
+        left[right] = free_run.mean(after, mean)
+        rest[right] += free_run.variance(after, covariance)
         rest += np.where(inside, (share - left) ** 2 * _variance(h) / 2, 0.0)
         share = np.where(inside, (share + left) / 2, share)
         if n >> h & 1:
             late = np.flatnonzero(h > height)
             whole = covariance + _variance(h) * np.outer(mean, mean)
-            before[late] += coast.variance(t[late] + 1 - (n >> h << h), whole)
+            before[late] += free_run.variance(t[late] + 1 - (n >> h << h), whole)
     return np.asarray(before + share**2 * _variance(height) + rest)
 
 
-def _given_sums(coast: _Coast) -> Iterator[tuple[Array, Array]]:
+def _given_sums(free_run: _FreeRun) -> Iterator[tuple[Array, Array]]:
     """Yield mean and covariance of (y, m) after a block of 2^h steps whose sum is 1."""
     mean, covariance = np.ones(2), np.zeros((2, 2))
-    for h in coast.levels:
+    for h in free_run.levels:
         yield mean, covariance
-        f = coast.matrix(min(1 << h, coast.n_steps))  # beyond n_steps nothing is used
+        f = free_run.matrix(min(1 << h, free_run.n_steps))  # beyond n_steps nothing is used
         gap = f @ mean - mean
         covariance = f @ covariance @ f.T + covariance + np.outer(gap, gap) * _variance(h) / 2
         mean = (f @ mean + mean) / 2
 
 
-def _covariances(coast: _Coast, *, online: bool) -> Iterator[Array]:
+def _covariances(free_run: _FreeRun, *, online: bool) -> Iterator[Array]:
     """Yield the covariance of (y, m) after a block of 2^h steps that was estimated from below."""
     # Of (y, m, e), with e the estimate: a block's last step adds theta (own - left - right).
     joint = np.ones((3, 3))
-    for h in coast.levels:
+    for h in free_run.levels:
         yield joint[:2, :2]
         theta = 1 - online / (1 + 2 * _variance(h))
         late = np.eye(3)
         late[:, 2] -= theta
         early = late.copy()
-        early[:2, :2] = coast.matrix(min(1 << h, coast.n_steps))
+        early[:2, :2] = free_run.matrix(min(1 << h, free_run.n_steps))
         joint = early @ joint @ early.T + late @ joint @ late.T + theta**2
 
 

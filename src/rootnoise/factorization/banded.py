@@ -10,23 +10,19 @@ in q is the gradient -sum_j q_j h_{i+j} in e_i, where h is g divided by e from i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise._values import Array
 from rootnoise.causal import Toeplitz, series
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
+from rootnoise.factorization.lbfgs import Bound, ValueAndGradient, lbfgs
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.participation.overlaps import comb
 from rootnoise.workload import Workload
 
-ValueAndGradient = tuple[float, Array]
 Objective = Callable[[Array], ValueAndGradient]
-
-# What the objective is where C overflows, so that the line search steps back.
-OVERFLOW = 1e4
 
 
 @register("banded")
@@ -77,36 +73,12 @@ def banded(
 
 
 def minimise(
-    objective: Objective,
-    start: Array,
-    search: Search,
-    bounds: list[tuple[float | None, float | None]] | None = None,
+    objective: Objective, start: Array, search: Search, bounds: Sequence[Bound] | None = None
 ) -> Array:
     """Return where L-BFGS from `start` ends."""
-
-    def guarded(x: Array) -> ValueAndGradient:
-        with np.errstate(all="ignore"):
-            value, gradient = objective(x)
-        if np.isfinite(value) and np.all(np.isfinite(gradient)):
-            return value, gradient
-        return OVERFLOW, np.zeros_like(x)
-
-    def report(intermediate_result: OptimizeResult) -> None:
-        search.report(float(np.exp(intermediate_result.fun / 2)))
-
-    if start.size == 0:
-        return start
-    result = minimize(
-        guarded,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=bounds,
-        callback=report,
-        # Smooth problems take 10 to 200 steps; kinks of |C| or its envelope would take thousands.
-        options={"maxiter": 300, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-9},
+    return lbfgs(
+        objective, start, ftol=1e-13, gtol=1e-9, bounds=bounds, report=search.report_objective
     )
-    return np.asarray(result.x)
 
 
 def separation(n: int, participation: Participation) -> tuple[int, int]:

@@ -27,7 +27,6 @@ from rootnoise._check import real
 from rootnoise._values import Array
 from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
-    OVERFLOW,
     correlate,
     divide,
     first_pattern,
@@ -36,11 +35,11 @@ from rootnoise.factorization.banded import (
     separation,
 )
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
+from rootnoise.factorization.lbfgs import OVERFLOW, ValueAndGradient, reporting
 from rootnoise.participation import Participation
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import Workload
 
-ValueAndGradient = tuple[float, Array]
 # From the magnitudes of C to the indices of a sequence that covers them.
 Cover = Callable[[Array], NDArray[np.intp]]
 
@@ -122,7 +121,7 @@ def lambda_cgd(
 
 
 def _sizes(bands: int) -> list[int]:
-    """Return the numbers of bands to search on the way: halves of what follows."""
+    """Return the numbers of bands to search one after the other, each half of the next."""
     return [*_sizes(bands // 2), bands] if bands > FEW else [bands]
 
 
@@ -181,9 +180,7 @@ def _newton(a: Array, who: Participation, d: Array, search: Search) -> Array:
             jac=_finite(smooth.gradient),
             hess=_finite(smooth.hessian),
             method="trust-exact",
-            callback=lambda intermediate_result: search.report(
-                float(np.exp(intermediate_result.fun / 2))
-            ),
+            callback=reporting(search.report_objective),
             options={"maxiter": MOST_STEPS, "gtol": 1e-8, "initial_trust_radius": 0.05},
         )
         x = found.x
@@ -242,7 +239,7 @@ class _Smooth:
         c, rounded, square, g = self._parts(x)
         of_s, of_e = self._slopes(x, c, g * c / rounded, square)
         c2 = series.multiply(c, c, n)
-        moves = _shifts(c2, p)  # of c, but for the sign
+        moves = _shifts(c2, p)  # -dc/dd
         kinks = (moves * (g * self._width**2 / rounded**3)) @ moves.T
         moves *= c / rounded
         b, k = separation(n, self._who)

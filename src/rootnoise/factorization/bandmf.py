@@ -19,7 +19,6 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
-from scipy.optimize import OptimizeResult, minimize
 
 from rootnoise._check import integer, real
 from rootnoise._values import Array
@@ -33,6 +32,7 @@ from rootnoise.factorization.base import (
     factorize,
     register,
 )
+from rootnoise.factorization.lbfgs import lbfgs
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
 
@@ -91,19 +91,16 @@ def bandmf(
     search(start)
     windows, repeats = _windows(n, participation)
 
-    def report(intermediate_result: OptimizeResult) -> None:
-        search.report(float(np.exp(intermediate_result.fun / 2) * np.sqrt(repeats / n)))
-
     objective = _Objective(_energy(workload, p), windows, (p, n))
-    found = minimize(
+    found = lbfgs(
         objective,
-        objective.coordinates(_diagonals(start, p)),
-        jac=True,
-        method="L-BFGS-B",
-        callback=report,
-        options={"maxiter": MAX_ITERATIONS, "maxcor": 20, "ftol": tolerance / 100, "gtol": 0.0},
+        objective.coordinates(start.by_diagonals(p)),
+        ftol=tolerance / 100,
+        gtol=0.0,
+        most=MAX_ITERATIONS,
+        report=lambda value: search.report_objective(value + np.log(repeats / n)),
     )
-    search(Banded(objective.strategy(found.x)[0]))
+    search(Banded(objective.strategy(found)[0]))
     return search.best
 
 
@@ -122,18 +119,8 @@ def _windows(n: int, participation: Participation) -> tuple[Indices, int]:
     return np.zeros(n, np.intp), 1
 
 
-def _diagonals(matrix: CausalMatrix, p: int) -> Array:
-    """Return the p diagonals of a map, shape (p, n)."""
-    n = matrix.n_steps
-    steps = np.arange(n)
-    comb = np.zeros((n, p))
-    comb[steps, steps % p] = 1.0  # columns p apart do not overlap
-    image = np.pad(matrix.apply(comb), ((0, p), (0, 0)))
-    return np.array([image[steps + j, steps % p] for j in range(p)])
-
-
 class _Objective:
-    """2 log rmse, but for a constant, of log s and the entries in the band: see above."""
+    """2 log rmse, up to a constant, of log s and the entries in the band: see above."""
 
     def __init__(self, energy: Energy, windows: Indices, shape: tuple[int, int]) -> None:
         self._energy, self._windows, self._shape = energy, windows, shape

@@ -8,6 +8,8 @@ from functools import cached_property
 from inspect import signature
 from typing import Any
 
+import numpy as np
+
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product, chain
 from rootnoise.causal.tree import Tree, TreeErrors
@@ -192,6 +194,10 @@ class Search:
         self.report(rmse)
         return rmse
 
+    def report_objective(self, value: float) -> None:
+        """Count one more option, whose 2 log rmse is `value`, in the progress."""
+        self.report(float(np.exp(value / 2)))
+
     def report(self, rmse: float) -> None:
         """Count one more option, tried elsewhere, in the progress."""
         self._tried += 1
@@ -202,7 +208,8 @@ class Search:
 def default_bands(n_steps: int, participation: Participation) -> int:
     """Return the separation of one person's steps (n if there is but one).
 
-    Up to it, columns of one person never overlap. THEORY: optimal, or close, up to k of about 10.
+    Up to it, columns of one person never overlap. It is optimal, or close, for up to about ten
+    participations; for more, see `bsr` with bands="auto".
     """
     if isinstance(participation, SingleParticipation):
         return n_steps

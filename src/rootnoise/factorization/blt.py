@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvalsh
-from scipy.optimize import OptimizeResult, minimize
 from scipy.signal import lfilter
 from scipy.special import logit
 
@@ -25,6 +24,7 @@ from rootnoise._check import integer
 from rootnoise._values import Array
 from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, register
+from rootnoise.factorization.lbfgs import lbfgs
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import SGD, Workload
 
@@ -34,7 +34,7 @@ Numbers = NDArray[Any]  # real, or complex with derivatives in the imaginary par
 MOST = 16
 # Without a number given, buffers are added while each gains this part of the error.
 GAIN = 1e-3
-# Imaginary steps so small make imaginary parts derivatives, exact but for rounding.
+# Complex-step derivatives: with so small a step they are exact up to rounding.
 STEP = 1e-30
 # Bounds on the logarithms of the steps between logits: closer pairs cancel, wider ones underflow.
 CLOSEST, WIDEST = -12.0, 3.0
@@ -69,8 +69,8 @@ def blt(
     def build(u: Array) -> Factorization:
         gaps, decays = _gaps(u)
         weights = _weights(gaps)
-        heard = weights > NEGLIGIBLE * gaps[0::2]
-        strategy = BufferedToeplitz(decays[heard], weights[heard], n)
+        kept = weights > NEGLIGIBLE * gaps[0::2]
+        strategy = BufferedToeplitz(decays[kept], weights[kept], n)
         return Factorization("blt", workload, strategy)
 
     search = Search(build, participation, progress)
@@ -150,15 +150,15 @@ def _sensitivity(gaps: Numbers, logs: Numbers, weights: Numbers, n: int, b: int,
     rounds = np.arange(1, k + 1)[:, np.newaxis]
     logs = logs[:, np.newaxis]
     after = np.expm1(rounds * b * logs) / np.expm1(b * logs)
-    heard = weights[:, np.newaxis] * after
-    at = 1 + (heard[:, :-1] * np.exp((b - 1) * logs)).sum(axis=-1)
+    response = weights[:, np.newaxis] * after
+    at = 1 + (response[:, :-1] * np.exp((b - 1) * logs)).sum(axis=-1)
     pairs = logs + np.swapaxes(logs, 1, 2)
     gap, other = gaps[:, np.newaxis], gaps[:, :, np.newaxis]
     per_step = gap + other - gap * other  # 1 - theta_i theta_l
     full = -np.expm1((b - 1) * pairs) / per_step
     last = -np.expm1((n - (k - 1) * b - 1) * pairs) / per_step
-    energy = ((heard[:, :-1] @ full) * heard[:, :-1]).sum(axis=(1, 2))
-    energy += ((heard[:, -1:] @ last) * heard[:, -1:]).sum(axis=(1, 2))
+    energy = ((response[:, :-1] @ full) * response[:, :-1]).sum(axis=(1, 2))
+    energy += ((response[:, -1:] @ last) * response[:, -1:]).sum(axis=(1, 2))
     return np.asarray(1 + np.square(at).sum(axis=1) + energy)
 
 
@@ -254,20 +254,10 @@ def _logits(gaps: Array, weights: Array) -> Array:
 
 def _minimise(objective: _Objective, start: Array, search: Search) -> Array:
     """Return where L-BFGS from `start` ends."""
-
-    def report(intermediate_result: OptimizeResult) -> None:
-        search.report(float(np.exp(intermediate_result.fun / 2)))
-
-    result = minimize(
-        objective,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(-40.0, 40.0)] + [(CLOSEST, WIDEST)] * (start.size - 1),
-        callback=report,
-        options={"maxiter": 300, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-8},
+    bounds = [(-40.0, 40.0)] + [(CLOSEST, WIDEST)] * (start.size - 1)
+    return lbfgs(
+        objective, start, ftol=1e-11, gtol=1e-8, bounds=bounds, report=search.report_objective
     )
-    return np.asarray(result.x)
 
 
 def _best(objective: _Objective, tries: list[Array]) -> Array:

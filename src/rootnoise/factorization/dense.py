@@ -45,8 +45,8 @@ def dense(
         workload: at most 4096 steps, as the matrices are dense.
         participation: who may take part when.
         tolerance: the gap to the lower bound at which to stop.
-        progress: called with the iteration and the gap; for a banded C, where no bound is at hand,
-            with the rmse.
+        progress: called with the iteration and the gap; for a banded C, which has no bound, with
+            the rmse.
 
     Raises:
         RootnoiseError: too many steps, or a tolerance outside (0, 1).

@@ -16,7 +16,6 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 from rootnoise._check import RootnoiseError
 from rootnoise._values import Array
@@ -29,6 +28,7 @@ from rootnoise.factorization.base import (
     factorize,
     register,
 )
+from rootnoise.factorization.lbfgs import lbfgs
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
 
@@ -155,12 +155,6 @@ def _scales(h: Array) -> Array:
         value = np.log(square.sum()) + np.log(error.sum())
         return float(value), 2 * square / square.sum() - 2 * error / error.sum()
 
-    found = minimize(
-        objective,
-        np.zeros(len(h)),
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 1000, "ftol": 1e-15, "gtol": 1e-10},
-    )
-    scales = np.exp(found.x)
+    u = lbfgs(objective, np.zeros(len(h)), ftol=1e-15, gtol=1e-10, most=1000, memory=10)
+    scales = np.exp(u)
     return np.asarray(scales / np.sqrt(np.mean(scales**2)))

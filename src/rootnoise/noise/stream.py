@@ -3,8 +3,7 @@
 Z is a pure function of (key, t, parameter position): the flattened parameters are cut into fixed
 chunks, and a chunk's normals at step t come from the source at (t, chunk). The noising map turns Z
 into correlated noise through its block (t, m): chunk by chunk, m rows of z are drawn and multiplied
-once, which replaces m passes over all buffers by one matrix product (THEORY section 2, Algorithm 1,
-after the optimizer of Kalinin and Lampert, 2024).
+once, where Algorithm 1 of Kalinin and Lampert (2024) passes over all buffers in each of m steps.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Memory = Literal["look-ahead", "ring", "regenerate", "offload"]
 
 # A default block is rounded up to a multiple of this, since short ones lose time between calls: a
 # million values took 3.5, 3.1, 2.9 and 3.0 ms in blocks of 3, 4, 8 and 16 steps at 3 rows of state.
-# Not so for more parameters than SMALL, where rows are dear, and memory is what costs time.
+# For more parameters than SMALL it is not: there an unused row costs more than a short block does.
 ROUND_STEPS, SMALL = 8, 2**22
 
 # Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
@@ -62,7 +61,7 @@ class NoiseStream:
             remember nothing else (banded inverses); "offload" is "look-ahead" on the CPU for a
             `device` that is short of memory.
         block_steps: steps m made at once, if not those of `memory`.
-        device: where `next` delivers, and, but for "offload", where the state is.
+        device: where `next` delivers; the state is there too, except with "offload".
         threads: of the CPU; when None, torch.get_num_threads() for states of 15 rows or more, else
             one: smaller products are so short that threads wait for each other (measured).
         source: where Z comes from, built as source(key, device): `AesSource` on the CPU and

@@ -47,12 +47,7 @@ def gram_diagonals(strategy: CausalMatrix, lags: Iterable[int]) -> Iterator[Arra
                 diagonal[d:] = sums[np.minimum(np.arange(n - d, 0, -1), sums.size) - 1]
             yield diagonal
         return
-    # Columns p apart do not overlap, so that n x p inputs show all entries: rows[e, t] = C_{t+e,t}.
-    steps = np.arange(n)
-    comb = np.zeros((n, p))
-    comb[steps, steps % p] = 1.0
-    image = np.pad(strategy.apply(comb), ((0, p - 1), (0, 0)))
-    rows = np.array([image[steps + e, steps % p] for e in range(p)])
+    rows = strategy.by_diagonals()
     for d in lags:
         diagonal = np.zeros(n)
         diagonal[d:] = np.einsum("et,et->t", rows[d:, : n - d], rows[: p - d, d:])
@@ -114,12 +109,12 @@ def worst_pattern(strategy: CausalMatrix, min_sep: int, most: int) -> tuple[floa
     best[()] = gains
     total = gains.max()
     for _ in range(k - 1):
-        anyhow = np.maximum.reduce(list(best.values()))
+        at_best = np.maximum.reduce(list(best.values()))
         after = {ages: np.full(n, -np.inf) for ages in states}
         if far < n:  # out of reach of all before
-            after[()][far:] = np.maximum.accumulate(anyhow)[:-far]
+            after[()][far:] = np.maximum.accumulate(at_best)[:-far]
         for gap in range(max(b, oldest + 1), p):  # within reach, but of the last step alone
-            _raise(after[()], anyhow, gap, links[gap])
+            _raise(after[()], at_best, gap, links[gap])
         for ages, values in best.items():
             for gap in range(b, oldest + 1):
                 reachable = [gap, *(age + gap for age in ages if age + gap < p)]

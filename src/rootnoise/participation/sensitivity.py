@@ -119,7 +119,7 @@ def _best_pattern(gains: Array, participation: FixedCycle | MinSeparation) -> fl
     envelope = np.maximum.accumulate(gains[::-1])[::-1]
     early = float(envelope[: k * b : b].sum())
     if early <= gains[: k * b : b].sum() * (1 + ROUNDING):
-        return early  # but for rounding the gains shrink: as early as allowed is best
+        return early  # the gains shrink, up to rounding: as early as allowed is best
     best = np.zeros(n + b)  # best[i]: from step i on with j participations left (VecSens)
     for _ in range(k):
         best[:n] = np.maximum.accumulate((gains + best[b:])[::-1])[::-1]

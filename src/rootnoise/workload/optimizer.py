@@ -94,7 +94,7 @@ def from_optimizer(
 def _sgd(build: Build, n: int, steps: int) -> Workload:
     """Settings may change the learning rate and the momentum (as OneCycleLR does)."""
     gradients = _gradients(steps)
-    way, settings = _run(build, gradients)
+    moved, settings = _run(build, gradients)
     rates, momentum = (_each_step(settings[name], n) for name in ("lr", "momentum"))
     dampening, w, nesterov = (
         _fixed(name, settings[name]) for name in ("dampening", "weight_decay", "nesterov")
@@ -102,7 +102,7 @@ def _sgd(build: Build, n: int, steps: int) -> Workload:
     alike = not np.ptp(rates) and not np.ptp(momentum)
     beta = momentum[0] if alike else momentum
     workload = ScheduledSGD(rates, beta, dampening, w, nesterov)
-    _check(workload, gradients, way)
+    _check(workload, gradients, moved)
     if not alike or (dampening and beta):
         return workload
     roots = None if nesterov else sgd_roots(rates[0], momentum[0], w)
@@ -120,8 +120,8 @@ def _adam(build: Build, n: int, steps: int) -> Workload:
     decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
     w = float(group["weight_decay"])
     gradients = _gradients(steps)
-    # The way shrinks by FLAT, so that L2 decay must grow by it.
-    way, settings = _run(build, gradients, eps=FLAT, weight_decay=w if decoupled else w * FLAT)
+    # Displacements shrink by FLAT, so that L2 decay must grow by it.
+    moved, settings = _run(build, gradients, eps=FLAT, weight_decay=w if decoupled else w * FLAT)
     _fixed("weight_decay", settings["weight_decay"])
     beta = float(_fixed("betas", settings["betas"])[0])
     rates = _each_step(settings["lr"], n)
@@ -131,24 +131,24 @@ def _adam(build: Build, n: int, steps: int) -> Workload:
         if decoupled
         else ScheduledSGD(corrected, beta, weight_decay=w)
     )
-    _check(workload, gradients, way * FLAT)
+    _check(workload, gradients, moved * FLAT)
     return workload
 
 
 def _unknown(build: Build, n: int, name: str) -> Workload:
     """Run an impulse, two random sequences, their sum, and nothing."""
     g, h = _gradients(n), _gradients(n)[::-1]
-    way = _run(build, np.hstack([np.eye(n, 1), g, h, g + h, 0 * g]))[0]
-    rounding = ROUNDING * np.abs(way).max()
-    off = np.abs([way[:, 1] + way[:, 2] - way[:, 3], way[:, 4]]).max()
+    moved = _run(build, np.hstack([np.eye(n, 1), g, h, g + h, 0 * g]))[0]
+    rounding = ROUNDING * np.abs(moved).max()
+    off = np.abs([moved[:, 1] + moved[:, 2] - moved[:, 3], moved[:, 4]]).max()
     if not off <= rounding:
         raise RootnoiseError(
             "optimizer must be linear in its gradients, element by element, "
-            f"got {name}, whose way on a sum of two is off by {off:.1e}"
+            f"got {name}, whose displacement under a sum of two is off by {off:.1e}"
         )
-    way *= np.sign(way[0, 0]) or 1.0  # up or down, as with `maximize`, is all the same
-    column = way[:, :1]
-    if column[0] and np.abs(Toeplitz(column[:, 0], n).apply(g) - way[:, 1:2]).max() <= rounding:
+    moved *= np.sign(moved[0, 0]) or 1.0  # maximized or minimized: the same map up to its sign
+    column = moved[:, :1]
+    if column[0] and np.abs(Toeplitz(column[:, 0], n).apply(g) - moved[:, 1:2]).max() <= rounding:
         return ToeplitzWorkload(column[:, 0])
     if n > DENSE:
         raise RootnoiseError(
@@ -201,7 +201,7 @@ def _settings(optimizer: Optimizer, scheduled: bool) -> dict[str, Any]:
 
 
 def _run(build: Build, gradients: Array, **changes: Any) -> tuple[Array, dict[str, list[Any]]]:
-    """Return the way down under gradients (steps, d), of that shape, and every step's settings."""
+    """Return the displacements under gradients (steps, d), and the settings of every step."""
     import torch
 
     optimizer, scheduler = build(gradients.shape[1])
@@ -209,7 +209,7 @@ def _run(build: Build, gradients: Array, **changes: Any) -> tuple[Array, dict[st
     group.update(changes)
     parameter = group["params"][0]
     settings: dict[str, list[Any]] = {name: [] for name in optimizer.defaults}
-    way = np.empty_like(gradients)
+    moved = np.empty_like(gradients)
     for t, gradient in enumerate(gradients):
         parameter.grad = torch.tensor(gradient)
         try:
@@ -220,8 +220,8 @@ def _run(build: Build, gradients: Array, **changes: Any) -> tuple[Array, dict[st
             raise RootnoiseError(f"optimizer and scheduler must step alone, got {reason}") from None
         for name, values in settings.items():
             values.append(group[name])
-        way[t] = -parameter.detach().numpy()
-    return -way if group.get("maximize") else way, settings
+        moved[t] = -parameter.detach().numpy()
+    return -moved if group.get("maximize") else moved, settings
 
 
 def _gradients(n: int) -> Array:
@@ -241,12 +241,12 @@ def _fixed(name: str, values: list[Any]) -> Any:
     return values[0]
 
 
-def _check(workload: Workload, gradients: Array, way: Array) -> None:
+def _check(workload: Workload, gradients: Array, moved: Array) -> None:
     """Refuse a formula that is not what the optimizer did."""
     steps = len(gradients)
     padded = np.pad(gradients, ((0, workload.n_steps - steps), (0, 0)))
-    off = np.abs(workload.matrix.apply(padded)[:steps] - way).max()
-    if not off <= ROUNDING * np.abs(way).max():
+    off = np.abs(workload.matrix.apply(padded)[:steps] - moved).max()
+    if not off <= ROUNDING * np.abs(moved).max():
         raise RootnoiseError(
             f"optimizer must step by its formula, got a way that is off by {off:.1e}"
         )

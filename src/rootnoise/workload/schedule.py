@@ -130,7 +130,7 @@ def sgd_roots(
     square = total**2 - 4 * product
     if total <= 0 or square < 0:
         return None
-    alpha = min((total + square**0.5) / 2, 1.0)  # 1 but for rounding is its bound
+    alpha = min((total + square**0.5) / 2, 1.0)  # never above 1, except by rounding
     return alpha, product / alpha
 
 

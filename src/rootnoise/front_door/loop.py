@@ -71,6 +71,11 @@ class LoopOptimizer(torch.optim.Optimizer):
         """Steps made."""
         return self.private.t
 
+    @property
+    def rows(self) -> int:
+        """Examples of the batch drawn last, which waits for its step; 0 if there is none."""
+        return 0 if self._indices is None else self._indices.size
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, whatever `set_to_none` says: none is kept for the next step."""
         self.private.zero_grad()

@@ -24,7 +24,6 @@ from rootnoise.batches.samplers import (
 )
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import saved
-from rootnoise.front_door.finished import keep_names
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
@@ -79,8 +78,12 @@ def make_private(
     seed: int | None = None,
     resume: str | os.PathLike[str] | None = None,
     independence: str = "probed",
+    workload: Workload | None = None,
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
+
+    The model is the one given, watched by hooks: its weights keep their names. Load them as those
+    of any torch model, `fresh.load_state_dict(model.state_dict())`.
 
     The loop must take every batch of the loader once, with one forward, one backward and one
     `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
@@ -114,6 +117,7 @@ def make_private(
         seed: fixes the batches; from OS entropy when None. Keep it secret.
         independence: "probed" or "assumed", see `PrivateOptimizer`.
         resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
+        workload: what the noise is planned for; that of optimizer and scheduler when None.
 
     Raises:
         RootnoiseError: parts that cannot be trained privately, or do not fit each other.
@@ -146,7 +150,9 @@ def make_private(
     if sum(value is not None for value in goal.values()) != 1:
         raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
     job = Job(len(dataset), batch, epochs, 1.0 if epsilon is None else epsilon, delta, memory_rows)
-    workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
+    rates: list[float] = []
+    if workload is None:
+        workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
     split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
     made = Mechanism.calibrate(
         split,
@@ -162,7 +168,6 @@ def make_private(
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = before.key
     module = privatize(model, loss_reduction)
-    keep_names(module, model)
     sampler = _sampler(job, who, seed)
     loop = LoopOptimizer(
         PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence),
@@ -172,7 +177,7 @@ def make_private(
         loop.load_state_dict(before.optimizer)
         module.load_state_dict(before.weights)
     _MADE.add(model)
-    return Private(module, loop, PrivateLoader(dataset, loop, job.period, loading))
+    return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
 
 
 def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
@@ -185,7 +190,14 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
                 "loader must draw single examples at random or in order, for make_private draws "
                 f"the batches, got {type(data.sampler).__name__} and batch_size={data.batch_size}"
             )
-        names = ("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn")
+        names = (
+            "collate_fn",
+            "num_workers",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
+            "generator",
+        )
         loading = {name: getattr(data, name) for name in names}
         if data.num_workers:
             loading |= {n: getattr(data, n) for n in ("prefetch_factor", "multiprocessing_context")}
@@ -218,7 +230,7 @@ def _workload(
             runs.append(_Every(scheduler(fresh), every, fresh))
             return runs[-1]
         for group, original in zip(fresh.param_groups, optimizer.param_groups, strict=False):
-            group["initial_lr"] = original["initial_lr"]
+            group["initial_lr"] = original.get("initial_lr", original["lr"])
             group["lr"] = original["lr"]
         runs.append(_Every(copy.deepcopy(scheduler, {id(optimizer): fresh}), every, fresh))
         return runs[-1]

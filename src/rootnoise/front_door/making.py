@@ -42,6 +42,8 @@ from rootnoise.workload import Workload, from_optimizer
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
 Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
+SCHEDULED = ("lr", "momentum", "betas")  # what schedulers change of an optimizer's own settings
+
 # What `mechanism="auto"` may keep of noise vectors of the model's size, unless told.
 MEMORY_ROWS = 64
 
@@ -230,8 +232,9 @@ def _workload(
             runs.append(_Every(scheduler(fresh), every, fresh))
             return runs[-1]
         for group, original in zip(fresh.param_groups, optimizer.param_groups, strict=False):
-            group["initial_lr"] = original.get("initial_lr", original["lr"])
-            group["lr"] = original["lr"]
+            # What schedulers have put there when they were made: max_lr, say, and the first rate.
+            kept = {n: v for n, v in original.items() if n not in group or n in SCHEDULED}
+            group.update({"initial_lr": original["lr"]} | kept)
         runs.append(_Every(copy.deepcopy(scheduler, {id(optimizer): fresh}), every, fresh))
         return runs[-1]
 

@@ -71,7 +71,9 @@ class PrivacyCallback(Callback):
         """Refuse settings of the trainer that would touch raw gradients, or split batches."""
         if stage != "fit":
             return
-        whole = trainer.limit_train_batches in (None, 1.0) or getattr(trainer, "fast_dev_run", 0)
+        whole = trainer.limit_train_batches in (None, 1.0) or bool(
+            getattr(trainer, "fast_dev_run", False)
+        )
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         rules = {
             "gradient_clip_val": (

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rootnoise.causal.buffered import BufferedToeplitz
     from rootnoise.diagnostics import Finding, diagnose
     from rootnoise.factorization import Factorization, default_bands, factorize, mechanisms
-    from rootnoise.front_door import make_private
+    from rootnoise.front_door import evaluate, make_private
     from rootnoise.keys import Key
     from rootnoise.mechanism import Mechanism
     from rootnoise.noise import NoiseStream
@@ -89,7 +89,7 @@ _MODULES = {
     "diagnostics": ("Finding", "diagnose"),
     "planner": ("Job", "plan"),
     # running
-    "front_door": ("make_private",),
+    "front_door": ("evaluate", "make_private"),
     "keys": ("Key",),
     "noise": ("NoiseStream",),
     "batches.ledger": ("Ledger",),
@@ -153,6 +153,7 @@ __all__ = [
     "data_loader",
     "default_bands",
     "diagnose",
+    "evaluate",
     "factorize",
     "from_optimizer",
     "lower_bound",

@@ -1,4 +1,4 @@
-"""What is done with a model besides training it: weights by their own names, and how good it is."""
+"""How good a model is."""
 
 from __future__ import annotations
 
@@ -13,26 +13,6 @@ from torch.utils.data import DataLoader, Dataset
 from rootnoise._check import RootnoiseError, integer
 
 Metric = Callable[..., Any]
-
-
-def keep_names(wrapper: nn.Module, model: nn.Module) -> None:
-    """Let `wrapper.state_dict()` be that of `model`, inside it, and `load_state_dict` take it."""
-    (child,) = (name for name, module in wrapper.named_children() if module is model)
-
-    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        own = f"{prefix}{child}."
-        for name in [name for name in state if name.startswith(own)]:
-            state[prefix + name.removeprefix(own)] = state.pop(name)
-
-    def restore(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        own = f"{prefix}{child}."
-        for name in [name for name in state if name.startswith(prefix)]:
-            if not name.startswith(own):
-                state[own + name.removeprefix(prefix)] = state.pop(name)
-
-    hooked: Any = wrapper  # torch's own types say nothing of these two
-    hooked.register_state_dict_post_hook(rename)
-    hooked.register_load_state_dict_pre_hook(restore)
 
 
 def accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,6 @@ from rootnoise.batches.samplers import (
 )
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import saved
-from rootnoise.front_door.finished import keep_names
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
@@ -42,6 +41,8 @@ from rootnoise.workload import Workload, from_optimizer
 
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
 Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
+
+SCHEDULED = ("lr", "momentum", "betas")  # what schedulers change of an optimizer's own settings
 
 # What `mechanism="auto"` may keep of noise vectors of the model's size, unless told.
 MEMORY_ROWS = 64
@@ -82,6 +83,9 @@ def make_private(
     workload: Workload | None = None,
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
+
+    The model is the one given, watched by hooks: its weights keep their names. Load them as those
+    of any torch model, `fresh.load_state_dict(model.state_dict())`.
 
     The loop must take every batch of the loader once, with one forward, one backward and one
     `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
@@ -148,7 +152,7 @@ def make_private(
     if sum(value is not None for value in goal.values()) != 1:
         raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
     job = Job(len(dataset), batch, epochs, 1.0 if epsilon is None else epsilon, delta, memory_rows)
-    rates: Sequence[float] = ()
+    rates: list[float] = []
     if workload is None:
         workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
     split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
@@ -166,7 +170,6 @@ def make_private(
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = before.key
     module = privatize(model, loss_reduction)
-    keep_names(module, model)
     sampler = _sampler(job, who, seed)
     loop = LoopOptimizer(
         PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence),
@@ -176,7 +179,7 @@ def make_private(
         loop.load_state_dict(before.optimizer)
         module.load_state_dict(before.weights)
     _MADE.add(model)
-    return Private(module, loop, PrivateLoader(dataset, loop, job.period, loading))
+    return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
 
 
 def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
@@ -190,7 +193,11 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
                 f"the batches, got {type(data.sampler).__name__} and batch_size={data.batch_size}"
             )
         names = (
-            *("collate_fn", "num_workers", "pin_memory", "timeout", "worker_init_fn"),
+            "collate_fn",
+            "num_workers",
+            "pin_memory",
+            "timeout",
+            "worker_init_fn",
             "generator",
         )
         loading = {name: getattr(data, name) for name in names}
@@ -225,8 +232,9 @@ def _workload(
             runs.append(_Every(scheduler(fresh), every, fresh))
             return runs[-1]
         for group, original in zip(fresh.param_groups, optimizer.param_groups, strict=False):
-            group["initial_lr"] = original["initial_lr"]
-            group["lr"] = original["lr"]
+            # What schedulers have put there when they were made: max_lr, say, and the first rate.
+            kept = {n: v for n, v in original.items() if n not in group or n in SCHEDULED}
+            group.update({"initial_lr": original["lr"]} | kept)
         runs.append(_Every(copy.deepcopy(scheduler, {id(optimizer): fresh}), every, fresh))
         return runs[-1]
 

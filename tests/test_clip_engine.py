@@ -392,7 +392,7 @@ class TestRefusals:
         ours = private(nn.Sequential(nn.Linear(2, 2)))
         y = ours(torch.ones(3, 2))
         with pytest.raises(RootnoiseError, match="layer 0 must be called by its model alone"):
-            ours._module[0](y)  # type: ignore[index]
+            ours._module[0](y)
 
     def test_a_parameter_used_outside_its_layer(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2))
@@ -401,16 +401,11 @@ class TestRefusals:
             (ours(torch.ones(3, 2)) @ model[0].weight).sum().backward()
         assert model[0].weight.grad is None
 
-    def test_a_copy_of_the_bare_model_is_nobodys(self) -> None:
+    def test_the_bare_model(self) -> None:
         model = nn.Linear(2, 2)
-        ours = private(model)
-        model(torch.ones(3, 2)).sum().backward()  # the same as by the module around it
-        assert ours.rows == 3
-        assert model.weight.grad is None
-        twin = copy.deepcopy(model)
-        twin(torch.ones(5, 2)).sum().backward()
-        assert twin.weight.grad is not None
-        assert ours.rows == 3
+        private(model)
+        with pytest.raises(RootnoiseError, match="gradient from elsewhere"):
+            model(torch.ones(3, 2)).sum().backward()
 
     def test_rows_that_are_not_examples(self) -> None:
         ours = private(nn.Sequential(nn.Flatten(0, 1), nn.Linear(2, 2)))
@@ -477,6 +472,18 @@ class TestRefusals:
             Flat(0.0)
         with pytest.raises(RootnoiseError, match="gamma must be a finite number > 0"):
             Automatic(1.0, gamma=0.0)
+
+
+def test_a_copy_of_the_model_is_nobodys() -> None:
+    model = nn.Linear(2, 2)
+    ours = PrivateModule(model, guarded=True)
+    model(torch.ones(3, 2)).sum().backward()  # guarded, the same as by the module around it
+    assert ours.rows == 3
+    assert model.weight.grad is None
+    twin = copy.deepcopy(model)
+    twin(torch.ones(5, 2)).sum().backward()
+    assert twin.weight.grad is not None
+    assert ours.rows == 3
 
 
 def test_layers_outside_the_table_are_named_once() -> None:

@@ -104,12 +104,16 @@ class PrivateModule(nn.Module):
                 it), or no tensor among the arguments.
         """
         book = self._book
-        if not self._probed and self.training and torch.is_grad_enabled() and not book.open:
-            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-            if tensors and tensors[0].dim() and len(tensors[0]) > 1:
-                self._probe(len(tensors[0]), args, kwargs)
-                self._probed = True
-        return self._module(*args, **kwargs)
+        book.called = True
+        try:
+            if not self._probed and self.training and torch.is_grad_enabled() and not book.open:
+                tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+                if tensors and tensors[0].dim() and len(tensors[0]) > 1:
+                    self._probe(len(tensors[0]), args, kwargs)
+                    self._probed = True
+            return self._module(*args, **kwargs)
+        finally:
+            book.called = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -253,6 +257,13 @@ class PrivateModule(nn.Module):
     def _check_whole(self) -> None:
         if self._adding:
             raise RootnoiseError("sum must be whole, got one whose add was broken off: start anew")
+
+    def restart(self) -> None:
+        """Forget the sum of the micro-batches so far, whole or not; the step begins anew."""
+        self.discard()
+        self._sums, self._flat = {}, {}
+        self._bad = self._examples = self._tokens = 0
+        self._adding = False
 
     def discard(self) -> None:
         """Forget the forward and backward that were not added."""

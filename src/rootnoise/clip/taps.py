@@ -97,6 +97,7 @@ class Book:
         rows: its examples; -1 while no layer has shown them.
         given: rows of the model's first tensor.
         open: whether taps are set: from the forward to the use of what its backward left.
+        called: whether the private module, not its bare model, is being called.
         inside: whether the forward is running.
         gradients: whether backward has reached a tap.
         paused: whether a layer, or the model, is run again, untapped.
@@ -109,6 +110,7 @@ class Book:
     rows: int = 0
     given: int = -1
     open: bool = False
+    called: bool = False
     inside: bool = False
     gradients: bool = False
     paused: bool = False
@@ -122,6 +124,8 @@ class Book:
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """A forward of the model begins: open the taps, if it is one in training mode."""
         if self.paused or not (module.training and torch.is_grad_enabled()):
+            return
+        if not (self.guarded or self.called):  # its gradients are refused by `guard_parameter`
             return
         if self.inside:
             self._depth += 1

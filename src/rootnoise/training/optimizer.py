@@ -183,6 +183,8 @@ class PrivateOptimizer:
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()
+        self._batch: Indices | None = None  # of a step in micro-batches, once it is admitted
+        self._taken = np.empty(0, dtype=np.int64)  # of this process's examples, in the sum
 
     @property
     def mechanism(self) -> Mechanism:
@@ -243,40 +245,114 @@ class PrivateOptimizer:
         )
 
     def zero_grad(self) -> None:
-        """Drop all gradients, per-sample ones included, and the passes that made them.
+        """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
         Call it once a step, before backward: a forward without backward stays until the next one.
         """
         self._guard.clear()
         self._place.clear()
+        if self._taken.size:
+            self._taken = self._taken[:0]
+            self._place.restart()
+
+    def accumulate(self, indices: ArrayLike, batch: ArrayLike | None = None) -> None:
+        """Take the gradients of a part of step `t`'s batch; `step` takes the last part.
+
+        Micro-batches may have any sizes and any order. Together with what `step` gets they must be
+        the batch of the step, each example once. The clipped sum is that of the undivided batch to
+        float rounding; noise is added once, by `step`. The ledger admits the whole batch here,
+        before the first gradient counts. Nothing is released until `step`; `zero_grad` drops what
+        was taken, and the step begins anew.
+
+        Args:
+            indices: of the last backward, one for each of its rows; may be empty.
+            batch: the whole batch, over all ranks, if `OwnBatches` are declared; else it is the
+                sampler's.
+
+        Raises:
+            RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
+                before; a sharded model. With a process group this rank alone raises.
+
+        >>> from rootnoise.batches.samplers import FixedCycleSampler
+        >>> from rootnoise.factorization import factorize
+        >>> from rootnoise.workload import SGD
+        >>> sampler = FixedCycleSampler(n_examples=12, batch_size=6, epochs=1, seed=0)
+        >>> split = factorize(SGD(sampler.n_steps), sampler.participation, "identity")
+        >>> mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=2.0, delta=1e-5)
+        >>> module = privatize(nn.Linear(3, 2))
+        >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1)
+        >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
+        >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
+        >>> for batch in sampler:
+        ...     optimizer.zero_grad()
+        ...     for part in (batch[:4], batch[4:]):
+        ...         nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+        ...         if part[-1] != batch[-1]:
+        ...             optimizer.accumulate(part)
+        ...     optimizer.step(part)
+        >>> optimizer.t
+        2
+        """
+        if isinstance(self._place, Shards):
+            raise RootnoiseError(
+                "micro-batches must be of a model that each process holds whole, got a sharded one"
+            )
+        part = self._checked(indices)
+        self._begin(batch)
+        assert self._batch is not None  # noqa: S101 - for the type checker
+        stranger = part[~np.isin(part, self._batch)]
+        if stranger.size:
+            raise RootnoiseError(
+                f"micro-batch must be of the batch of step {self.t}, got example {stranger[0]}, "
+                "which is not in it"
+            )
+        self._place.take(part.size)
+        self._taken = np.concatenate([self._taken, part])
+        self._guard.reset()
+        if self._probe is not None:
+            self._probe.taken()
+
+    def _begin(self, given: ArrayLike | None) -> None:
+        """Admit the batch of a step in micro-batches, or refuse another one than was admitted."""
+        own = type(self.sampler) is OwnBatches
+        if own and given is None and self._batch is None:
+            raise RootnoiseError(
+                "batch must be given with the first micro-batch of a step of OwnBatches, got None"
+            )
+        if self._batch is None:
+            drawn = None if own else self.sampler.batch(self.t)
+            self.ledger.admit(self.t, drawn if given is None else given, drawn)
+            self._batch = self.ledger.checked(drawn if given is None else given)
+        elif given is not None and not np.array_equal(self.ledger.checked(given), self._batch):
+            raise RootnoiseError(f"batch must stay that of step {self.t}'s first micro-batch")
 
     def step(self, indices: ArrayLike) -> None:
-        """Make step `t` with the per-sample gradients of the examples `indices`.
+        """Make step `t` with the gradients of the examples `indices`.
 
         Args:
             indices: the batch of the last backward, integers in [0, n_examples), one for each of
                 its rows. Empty: the gradient is noise alone, and no backward is needed. With a
-                process group: this rank's part of the batch, which may be empty.
+                process group: this rank's part of the batch, which may be empty. After
+                `accumulate`: the last part, which may be empty too.
 
         Raises:
             RootnoiseError: a closure; the mechanism's steps are used up; indices that, joined over
-                the ranks, are not the sampler's batch of this step, break the participation or do
-                not match the per-sample gradients; not exactly one backward in training mode since
-                the last step; parameters that were added, removed, frozen or reshaped; a step that
-                was broken off before; another live optimizer of this key and mechanism that has
-                released other bits in this step. Nothing has been released then. With a process
-                group, all ranks raise together.
+                micro-batches and ranks, are not the sampler's batch of this step, break the
+                participation or do not match the gradients; not exactly one backward in training
+                mode since the last step; parameters that were added, removed, frozen or reshaped; a
+                step that was broken off before; another live optimizer of this key and mechanism
+                that has released other bits in this step. Nothing has been released then. With a
+                process group, all ranks raise together.
         """
         try:
             part = self._checked(indices)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
-        batch = self._ranks.batch(self.t, part)
+        batch = self._ranks.batch(self.t, np.concatenate([self._taken, part]))
         if self._probe is not None and isinstance(self._place, Shards):
             self._probe_together(self._probe, part.size)
         try:
-            own = type(self.sampler) is OwnBatches
-            self.ledger.admit(self.t, batch, None if own else self.sampler.batch(self.t))
+            self._admit(batch)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
@@ -296,7 +372,19 @@ class PrivateOptimizer:
         if self._probe is not None:
             self._probe.next()
         self.optimizer.step()
+        self._batch, self._taken = None, self._taken[:0]
         self.t += 1
+
+    def _admit(self, batch: Indices) -> None:
+        """Admit the batch of a step, or see that its parts are what was admitted."""
+        own = type(self.sampler) is OwnBatches
+        if self._batch is None:
+            self.ledger.admit(self.t, batch, None if own else self.sampler.batch(self.t))
+        elif not np.array_equal(self.ledger.checked(batch), self._batch):
+            raise RootnoiseError(
+                f"batch of step {self.t} must be whole, its micro-batches joined over ranks; got "
+                f"{batch.size} examples of its {self._batch.size} (zero_grad drops those before it)"
+            )
 
     def _probe_together(self, probe: Probe, rows: int) -> None:
         """Probe a sharded model, for whose forward every rank is needed."""
@@ -337,6 +425,11 @@ class PrivateOptimizer:
         self._place.check(rows)
         self._guard.check(rows)
         part = self.ledger.checked(indices)
+        again = part[np.isin(part, self._taken)]
+        if again.size:
+            raise RootnoiseError(
+                f"micro-batches of step {self.t} must have each example once, got {again[0]} twice"
+            )
         if self._probe is not None and not isinstance(self._place, Shards):
             self._probe.run(rows)
         return part
@@ -353,6 +446,11 @@ class PrivateOptimizer:
             RootnoiseError: a step was broken off by an exception.
         """
         self._check_whole()
+        if self._batch is not None:
+            raise RootnoiseError(
+                f"state must be that between two steps, got step {self.t} in micro-batches: finish "
+                "it, or resume from the state before"
+            )
         noise = self.stream.state_dict()
         noise |= {name: self._place.save(noise[name], most) for name, most in self._rows().items()}
         return {
@@ -441,7 +539,8 @@ class PrivateOptimizer:
         return [[name, list(p.shape)] for name, p in named if p.requires_grad]
 
     def _check_whole(self) -> None:
-        if not self.t == self.ledger.t == self.stream.t:
+        admitted = self.t + (self._batch is not None)
+        if not (self.t == self.stream.t and self.ledger.t == admitted):
             raise RootnoiseError(
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"

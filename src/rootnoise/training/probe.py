@@ -63,7 +63,7 @@ class Probe:
         self._model, self._quiet, self._sharded, self._every = model, quiet, sharded, every
         self.probed: list[int] = []
         self._t = 0
-        self._passed = False
+        self._passed = self._shown = False
         self._step: _Step | None = None
 
     @property
@@ -75,10 +75,15 @@ class Probe:
 
     def next(self) -> None:
         """A step was made."""
-        if self._passed:
+        self.taken()
+        if self._shown:
             self.probed.append(self._t)
         self._t += 1
-        self._passed = False
+        self._shown = False
+
+    def taken(self) -> None:
+        """A micro-batch was taken: one that shows something is enough for its step."""
+        self._shown, self._passed = self._shown or self._passed, False
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A training forward begins: keep its inputs and the state of the generators."""

@@ -52,6 +52,7 @@ class Copies:
                 f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
             )
         self._rule = Flat(math.nextafter(clip.norm - rounding, 0))
+        self._taken = 0  # examples whose gradients are in the sum
 
     def begin(self) -> None:
         """Take over the weights and buffers of rank 0."""
@@ -80,14 +81,21 @@ class Copies:
             self._module.discard()  # a forward whose backward nobody has asked for
         self._module.norms(rows)
         self._module.add(self._rule)
+        self._taken += rows
+
+    def restart(self) -> None:
+        """Drop the sum so far."""
+        self._module.restart()
+        self._taken = 0
 
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
         """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.
 
-        In whole units no rank's rounding depends on the others' examples, though the noise is in.
+        What `take` has added counts. In whole units no rank's rounding depends on the others' examples, though the noise is in.
         """
         self.take(rows)
         total, bad = self._module.finish()
+        rows, self._taken = self._taken, 0
         if bad:
             warnings.warn(
                 f"{bad} of {rows} per-sample gradients of step {t} are not finite and "

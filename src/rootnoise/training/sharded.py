@@ -33,6 +33,8 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
             owns a parameter of another layer.
     """
 
+    hooks_enabled: bool
+
     def __init__(self, model: nn.Module, loss_reduction: str) -> None:
         super().__init__(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
         self.kept: dict[nn.Module, list[tuple[list[torch.Tensor], torch.Tensor]]] = {}
@@ -99,8 +101,7 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Run the model as a plain one, of whose passes nothing is kept."""
-        before: bool = self.hooks_enabled
-        self.hooks_enabled = False
+        before, self.hooks_enabled = self.hooks_enabled, False
         try:
             yield
         finally:

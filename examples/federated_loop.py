@@ -95,8 +95,11 @@ def accuracy(weights: dict, settings: tuple) -> float:
 
 
 def mechanism_of(args: argparse.Namespace) -> rn.Mechanism:
-    """Return the calibrated mechanism: everybody rests for as many rounds as the others fill."""
-    min_sep = args.people // args.cohort
+    """Return the calibrated mechanism: everybody rests for as many rounds as the others fill.
+
+    With --everyone, accounting as if all were in every round, which is what others assume.
+    """
+    min_sep = 1 if args.everyone else args.people // args.cohort
     who = rn.MinSeparation(min_sep=min_sep, max_participations=-(-args.rounds // min_sep))
     split = rn.factorize(rn.SGD(args.rounds, momentum=0.9), who, args.mechanism)
     return rn.Mechanism.calibrate(
@@ -145,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--people", type=int, default=1000)
     options.add_argument("--cohort", type=int, default=100)
     options.add_argument("--rounds", type=int, default=200)
+    options.add_argument("--everyone", action="store_true", help="account for all in every round")
     options.add_argument("--epsilon", type=float, default=8.0)
     options.add_argument("--delta", type=float, default=1e-4)
     options.add_argument("--clip", type=float, default=0.25)

@@ -4,6 +4,7 @@
 skipped, and what the module says then is in test_flower_missing.
 """
 
+import re
 import signal
 import subprocess
 import sys
@@ -468,6 +469,20 @@ def test_kills_at_changes_of_the_folder_leave_no_trace(tmp_path, whole, how):
     assert kills >= 4
     assert outcome(flower.whole, tmp_path / "out", tmp_path / "log") == 0
     assert_same(tmp_path, whole)
+
+
+def test_the_server_app_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```text\n(from flwr.*?)^```$", DOCS.read_text(), re.M | re.S)
+    namespace: dict[str, Any] = {"model": torch.nn.Linear(3, 2)}
+    exec(compile(block, "docs/federated.md", "exec"), namespace)  # noqa: S102 - what a reader runs
+
+    def answer(grid, name, message):
+        return [flower.reply(message, message.content.array_records["arrays"])]
+
+    namespace["main"](flower.Phones([f"phone {i}" for i in range(100)], answer), None)
+    assert torch.load("run/model.pt", weights_only=True)["t"] == 40
+    assert not Path("run/noise.key").exists()
 
 
 def test_a_simulation_by_ray_trains_what_our_own_loop_trains(tmp_path):

@@ -4,7 +4,10 @@
 skipped, and what the module says then is in test_flower_missing.
 """
 
+import re
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,8 @@ from rootnoise.federated.updates import from_grid
 from rootnoise.integrations.flower import AskedOnce, PrivateStrategy, by_key, name_of
 from rootnoise.keys import Key
 
-DOCS = Path(__file__).parents[1] / "docs" / "federated.md"
+ROOT = Path(__file__).parents[1]
+EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs" / "federated.md"
 KILLED = -signal.SIGKILL
 INF, NAN = float("inf"), float("nan")
 
@@ -465,3 +469,39 @@ def test_kills_at_changes_of_the_folder_leave_no_trace(tmp_path, whole, how):
     assert kills >= 4
     assert outcome(flower.whole, tmp_path / "out", tmp_path / "log") == 0
     assert_same(tmp_path, whole)
+
+
+def test_the_server_app_of_the_docs_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"^```text\n(from flwr.*?)^```$", DOCS.read_text(), re.M | re.S)
+    namespace: dict[str, Any] = {"model": torch.nn.Linear(3, 2)}
+    exec(compile(block, "docs/federated.md", "exec"), namespace)  # noqa: S102 - what a reader runs
+
+    def answer(grid, name, message):
+        return [flower.reply(message, message.content.array_records["arrays"])]
+
+    namespace["main"](flower.Phones([f"phone {i}" for i in range(100)], answer), None)
+    assert torch.load("run/model.pt", weights_only=True)["t"] == 40
+    assert not Path("run/noise.key").exists()
+
+
+def test_a_simulation_by_ray_trains_what_our_own_loop_trains(tmp_path):
+    """The two examples on ten people, to the last bit: real server app, client app and engine."""
+    options = ["--data", "digits", "--people", "10", "--cohort", "3", "--rounds", "4"]
+    for script in ("federated", "federated_loop"):
+        out = ["--out", str(tmp_path / script)]
+        done = subprocess.run(
+            [sys.executable, EXAMPLES / f"{script}.py", *options, *out],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "epsilon 8, each person" in done.stdout
+    simulated, plain = (
+        torch.load(tmp_path / script / "model.pt", weights_only=True)
+        for script in ("federated", "federated_loop")
+    )
+    assert simulated["t"] == plain["t"] == 4
+    assert all(torch.equal(w, simulated["weights"][n]) for n, w in plain["weights"].items())

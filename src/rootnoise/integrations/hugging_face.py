@@ -106,6 +106,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         RootnoiseError: settings under which the guarantee would not hold.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
+
     def __init__(
         self, *args: Any, privacy: PrivacyArguments, key: Key | None = None, **kwargs: Any
     ) -> None:
@@ -292,30 +296,20 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             RootnoiseError: a collator that does not give a row an example, a layer that gets none,
                 or a loss that is not the model's.
         """
-        model, seen = self.model, []
+        model, seen = self.model, {}
         with torch.random.fork_rng():
             model.eval()
-            for rows in (1, 3, 5):
+            for rows in (3, 5, 1):
                 inputs = collate([dataset[0] for _ in range(rows)])
-                inputs = self._prepare_inputs(self._checked(inputs, rows))
+                seen[rows] = self._prepare_inputs(self._checked(inputs, rows))
+            if self._own_loss:
+                self._find_loss(model, seen[1])
+            for rows, inputs in seen.items():
                 with _Shapes(model) as shapes:
-                    if not self._own_loss:
-                        self.compute_loss(model, inputs)
-                    elif rows == 1:
-                        self._find_loss(model, inputs)
-                    else:
-                        self._own_mean(model, inputs)
-                seen.append((rows, shapes.of))
+                    (self._own_mean if self._own_loss else self.compute_loss)(model, inputs)
+                if rows > 1:
+                    shapes.check(rows)
             model.train()
-        for rows, shapes_of in seen[1:]:
-            for name, shapes_seen in shapes_of.items():
-                for kind, got in shapes_seen:
-                    if got[:1] != (rows,):
-                        raise RootnoiseError(
-                            f"layer {name} ({kind}) must get and give one row an example, got "
-                            f"{tuple(got)} for {rows} examples: freeze it by "
-                            f"model.get_submodule({name!r}).requires_grad_(False)"
-                        )
 
     def _find_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Find whether logits predict the next label: as the model's own loss of one example."""
@@ -324,19 +318,19 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             inputs = {**inputs, "labels": labels.clamp(min=0)}  # with all of them predicted
         outputs = model(**inputs)
         own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        found = []
-        for self._shift in (self._loss_shifts_labels, not self._loss_shifts_labels):
-            found.append(self._own_mean(model, inputs, smoothing=0.0)[0])
-            if own is None or torch.allclose(own.float(), found[-1].float(), 1e-2, 1e-3):
+        for shift in (self._loss_shifts_labels, not self._loss_shifts_labels):
+            self._shift = shift
+            ours = float(self._own_mean(model, inputs, smoothing=0.0)[0])
+            if own is None or math.isclose(float(own), ours, rel_tol=1e-2, abs_tol=1e-3):
                 return
             if labels is None or labels.dim() < 2 or labels.is_floating_point():
                 break
-        raise RootnoiseError(
-            f"loss of one example must be the model's own {float(own):.4g} (or give "
-            f"compute_loss_func), got {' or '.join(f'{float(x):.4g}' for x in found)}"
+        raise RootnoiseError(  # without the two numbers, which are made of raw data
+            "loss of one example must be the model's own (or give compute_loss_func), got another "
+            f"from {type(self.model).__name__}"
         )
 
-    # ------------------------------------------------------------------------------ the step
+    # ------------------------------------------------------------------------------------- the step
 
     @property
     def _own_loss(self) -> bool:
@@ -419,10 +413,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         if not isinstance(logits, torch.Tensor):
             got = f"{type(outputs).__name__} of {type(self.model).__name__}"
             raise RootnoiseError(f"model must return logits (or give compute_loss_func), got {got}")
-        kind = getattr(getattr(self.model, "config", None), "problem_type", None)
+        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
         if smoothing is None:
             smoothing = self.args.label_smoothing_factor
-        return example_losses(logits, labels, self._shift, kind, smoothing).mean(), outputs
+        return example_losses(logits, labels, self._shift, problem, smoothing).mean(), outputs
 
     @property
     def _is_encoder_decoder(self) -> bool:
@@ -434,7 +428,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
         """Return none: the norm is of the raw gradient."""
 
-    # ------------------------------------------------------------------------------ what is released
+    # ----------------------------------------------------------------------------- what is released
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """Log what is not made of raw data, with the epsilon spent so far."""
@@ -458,9 +452,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         """Return Trainer's; metrics of the training set are refused."""
         named = isinstance(eval_dataset, str)
         self._check_evaluated(self.eval_dataset[eval_dataset] if named else eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
+        loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
+        return loader
 
-    # ------------------------------------------------------------------------------ checkpoints
+    # ---------------------------------------------------------------------------------- checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write the private state into one file, readable by its owner alone."""
@@ -505,7 +500,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self.lr_scheduler.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def example_losses(
@@ -670,6 +665,17 @@ class _Shapes:
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def check(self, rows: int) -> None:
+        """Refuse a layer that gets or gives anything but one row an example."""
+        for name, shapes in self.of.items():
+            for kind, got in shapes:
+                if got[:1] != (rows,):
+                    raise RootnoiseError(
+                        f"layer {name or 'model'} ({kind}) must get and give one row an example, "
+                        f"got {tuple(got)} for {rows} examples: freeze it by "
+                        f"model.get_submodule({name!r}).requires_grad_(False)"
+                    )
 
 
 class _Epoch(Dataset[Any]):

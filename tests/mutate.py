@@ -101,6 +101,10 @@ class Campaign:
     def runs(self, bugs: Sequence[Mutant | Mutation], progress: Progress) -> Iterator[Run]:
         task = progress.add_task("mutants", total=len(bugs))
         for bug in bugs:
+            if self._may_live(bug):  # no test need look for what none can find
+                self._count(bug, None, progress)
+                progress.advance(task)
+                continue
             stages = [stage for stage in self._tests(bug) if stage]
 
             def following(
@@ -145,23 +149,29 @@ class Campaign:
                 left -= seconds[test]
         return near, far
 
-    def _count(self, bug: Mutant | Mutation, outcome: Outcome, progress: Progress) -> None:
+    def _may_live(self, bug: Mutant | Mutation) -> bool:
+        return isinstance(bug, Mutant) and bool(
+            self._allowed.keys() & {bug.identity, bug.identity[:2]}
+        )
+
+    def _count(self, bug: Mutant | Mutation, outcome: Outcome | None, progress: Progress) -> None:
         listed = isinstance(bug, Mutation)
         counts = self.counts.setdefault("the list" if listed else bug.file, Counter())
         counts["planted"] += 1
-        if outcome.killed:
-            counts["killed"] += 1
-            how = outcome.failed
-        elif isinstance(bug, Mutant) and self._allowed.keys() & {bug.identity, bug.identity[:2]}:
+        if outcome is None:
             counts["allowed"] += 1
             how = "allowed"
+        elif outcome.killed:
+            counts["killed"] += 1
+            how = outcome.failed
         else:
             counts["survived"] += 1
             self.survivors.append(str(bug))
             how = "SURVIVED " + outcome.failed
             progress.console.print(f"survived: {bug} {outcome.failed}", markup=False)
         if self._log is not None:
-            self._log.write(f"{outcome.seconds:.1f}\t{bug}\t{how}\n")
+            seconds = outcome.seconds if outcome else 0.0
+            self._log.write(f"{seconds:.1f}\t{bug}\t{how}\n")
             self._log.flush()
 
 

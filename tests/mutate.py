@@ -124,7 +124,7 @@ class Campaign:
                 yield first
 
     def _tests(self, bug: Mutant | Mutation) -> tuple[list[str], list[str]]:
-        """Return the tests that may see it, fastest first: of one file, then the others.
+        """Return the tests that may see it, the fastest of all: of one file, then the others.
 
         The one is the file's own or, failing that, the one with the most of these tests: to import
         all others takes longer than most bugs live.
@@ -140,13 +140,14 @@ class Campaign:
         files = Counter(test.split("::")[0] for test in found)
         own = f"tests/test_{Path(bug.file).stem}.py"
         first = own if own in files else max(files, key=lambda file: files[file], default="")
-        near: list[str] = []
-        far: list[str] = []
+        within: list[str] = []
         left = self._budget
-        for test in sorted(found, key=lambda test: not test.startswith(f"{first}::")):
+        for test in found:
             if left > 0:
-                (near if test.startswith(f"{first}::") else far).append(test)
+                within.append(test)
                 left -= seconds[test]
+        near = [test for test in within if test.startswith(f"{first}::")]
+        far = [test for test in within if not test.startswith(f"{first}::")]
         return near, far
 
     def _may_live(self, bug: Mutant | Mutation) -> bool:

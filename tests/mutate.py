@@ -101,6 +101,10 @@ class Campaign:
     def runs(self, bugs: Sequence[Mutant | Mutation], progress: Progress) -> Iterator[Run]:
         task = progress.add_task("mutants", total=len(bugs))
         for bug in bugs:
+            if self._may_live(bug):  # no test need look for what none can find
+                self._count(bug, None, progress)
+                progress.advance(task)
+                continue
             stages = [stage for stage in self._tests(bug) if stage]
 
             def following(
@@ -120,7 +124,7 @@ class Campaign:
                 yield first
 
     def _tests(self, bug: Mutant | Mutation) -> tuple[list[str], list[str]]:
-        """Return the tests that may see it, fastest first: of one file, then the others.
+        """Return the tests that may see it, the fastest of all: of one file, then the others.
 
         The one is the file's own or, failing that, the one with the most of these tests: to import
         all others takes longer than most bugs live.
@@ -136,32 +140,39 @@ class Campaign:
         files = Counter(test.split("::")[0] for test in found)
         own = f"tests/test_{Path(bug.file).stem}.py"
         first = own if own in files else max(files, key=lambda file: files[file], default="")
-        near: list[str] = []
-        far: list[str] = []
+        within: list[str] = []
         left = self._budget
-        for test in sorted(found, key=lambda test: not test.startswith(f"{first}::")):
+        for test in found:
             if left > 0:
-                (near if test.startswith(f"{first}::") else far).append(test)
+                within.append(test)
                 left -= seconds[test]
+        near = [test for test in within if test.startswith(f"{first}::")]
+        far = [test for test in within if not test.startswith(f"{first}::")]
         return near, far
 
-    def _count(self, bug: Mutant | Mutation, outcome: Outcome, progress: Progress) -> None:
+    def _may_live(self, bug: Mutant | Mutation) -> bool:
+        return isinstance(bug, Mutant) and bool(
+            self._allowed.keys() & {bug.identity, bug.identity[:2]}
+        )
+
+    def _count(self, bug: Mutant | Mutation, outcome: Outcome | None, progress: Progress) -> None:
         listed = isinstance(bug, Mutation)
         counts = self.counts.setdefault("the list" if listed else bug.file, Counter())
         counts["planted"] += 1
-        if outcome.killed:
-            counts["killed"] += 1
-            how = outcome.failed
-        elif isinstance(bug, Mutant) and self._allowed.keys() & {bug.identity, bug.identity[:2]}:
+        if outcome is None:
             counts["allowed"] += 1
             how = "allowed"
+        elif outcome.killed:
+            counts["killed"] += 1
+            how = outcome.failed
         else:
             counts["survived"] += 1
             self.survivors.append(str(bug))
             how = "SURVIVED " + outcome.failed
             progress.console.print(f"survived: {bug} {outcome.failed}", markup=False)
         if self._log is not None:
-            self._log.write(f"{outcome.seconds:.1f}\t{bug}\t{how}\n")
+            seconds = outcome.seconds if outcome else 0.0
+            self._log.write(f"{seconds:.1f}\t{bug}\t{how}\n")
             self._log.flush()
 
 

@@ -127,21 +127,21 @@ MUTATIONS = [
         "training/clipping.py",
         "            cut -= cut.frac()  # exact",
         "            pass  # exact",
-        "training",
+        "clipping",
     ),
     Mutation(
         "clipped values are added up in float32",
         "training/clipping.py",
         "cut.sum(0, dtype=torch.float64)",
         "cut.sum(0)",
-        "training",
+        "clipping training",
     ),
     Mutation(
         "sums of more examples than the data set fit",
         "training/clipping.py",
         "largest = max(clip_range(norm) * n_examples,",
         "largest = max(clip_range(norm),",
-        "training",
+        "clipping training",
     ),
     # ---------------------------------------------------------------------- what a step relies on
     Mutation(

@@ -105,3 +105,12 @@ def test_bands_beyond_the_groups_are_not_amplified_silently():
     who, c = CyclicPoisson(3, 0.1), Toeplitz(np.ones(4), 12)
     with pytest.raises(RootnoiseError, match=r"^bands must be in \[1, groups=3\] .*, got 4$"):
         sensitivity(c, who)
+
+
+def test_digits_of_shown_numbers_by_hand():
+    """The private side of six and of nine digits; noise is forgiven 1e-12 of itself, no more."""
+    assert accounting.round_up(2.0000001) == "2.00001"
+    assert accounting.round_up(1.5) == "1.5"
+    assert accounting.round_down(0.12345678999) == "0.123456789"
+    for part, shown in ((0.0, "0.3"), (0.98e-12, "0.3"), (1.02e-12, "0.299999999")):
+        assert accounting.round_down(0.3 * (1 - part)) == shown

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger import Ledger
 from rootnoise.batches.ledger_file import Journal, first_line, pack, unpack
+from rootnoise.participation import MinSeparation
 
 HEADER = {"b": 1, "a": "x"}
 BATCHES = [[], [0], [2**32 - 1], [0, 1, 2], [5, 900, 2**20]]
@@ -57,3 +59,35 @@ def test_sync_waits_for_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number).st_ino))
     journal.sync()
     assert synced == [journal.path.stat().st_ino]
+
+
+def test_a_ledger_killed_before_its_first_checkpoint_goes_on_with_its_file(tmp_path):
+    path = tmp_path / "ledger.bin"
+    ledger = Ledger(MinSeparation(2, 3), 6)
+    state = ledger.state_dict()
+    ledger.keep(path)
+    ledger.admit(0, [1, 4])
+    whole = path.read_bytes()
+    again = Ledger(MinSeparation(2, 3), 6)
+    again.load_state_dict(state)
+    again.keep(path)
+    with pytest.raises(RootnoiseError, match=r"^step 0 must repeat its batch of before the run"):
+        again.admit(0, [1])
+    again = Ledger(MinSeparation(2, 3), 6)
+    again.load_state_dict(state)
+    again.keep(path)
+    again.admit(0, [4, 1])
+    assert (path.read_bytes(), again.digest) == (whole, ledger.digest)
+
+
+@pytest.mark.parametrize("name", ["count", "last_step"])
+def test_one_bad_number_among_good_ones_is_not_resumed(name):
+    ledger = Ledger(MinSeparation(1, 3), 6)
+    for t in range(2):
+        ledger.admit(t, [1, 4])
+    state = ledger.state_dict()
+    for bad in (-1, 3):
+        numbers = state[name].clone()
+        numbers[2] = bad
+        with pytest.raises(RootnoiseError, match=f"^saved ledger's {name} must be 6 int32 values"):
+            Ledger(MinSeparation(1, 3), 6).load_state_dict(state | {name: numbers})

@@ -360,3 +360,11 @@ def test_a_rate_beyond_the_separation_is_refused():
     )
     with pytest.raises(RootnoiseError, match=f"^{re.escape(message)}$"):
         MinSepPoissonSampler(100, 30, n_steps=10, min_sep=4)
+
+
+def test_the_last_step_may_draw_nobody():
+    empty = 0
+    for seed in range(20):
+        sampler = MinSepPoissonSampler(10, batch_size=1, n_steps=4, min_sep=2, seed=seed)
+        empty += [sampler.batch(t).size for t in range(4)][-1] == 0
+    assert 0 < empty < 20

@@ -530,3 +530,13 @@ def test_a_broken_off_step_cannot_be_repeated():
         optimizer.step(batch)
     with pytest.raises(RootnoiseError, match="resume from a saved state"):
         optimizer.state_dict()
+
+
+def test_the_step_after_the_last_is_refused_with_its_cure():
+    x, y = examples(7)
+    optimizer = make()
+    train(optimizer, x, y)
+    backward(optimizer, x, y, optimizer.sampler.batch(17))
+    line = "got 18: the mechanism's steps are used up; calibrate one for all the steps to be made"
+    with pytest.raises(RootnoiseError, match=line):
+        optimizer.step([])

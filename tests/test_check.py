@@ -25,6 +25,8 @@ from rootnoise.runs.run import run
         (lambda: _check.integer("p", 1.5), "p must be an integer, got 1.5"),
         (lambda: _check.integer("p", True), "p must be an integer, got True"),
         (lambda: _check.integer("p", None), "p must be an integer, got None"),
+        (lambda: _check.integer("p", 10**5000, 1, 9), "p must be in [1, 9], got one of 16610 bits"),
+        (lambda: _check.real("s", 10**400), "s must be a finite number, got one beyond 1e308"),
         (lambda: _check.real("s", math.nan), "s must be a finite number, got nan"),
         (lambda: _check.real("s", math.inf, above=0), "s must be a finite number > 0, got inf"),
         (lambda: _check.real("s", 0, above=0), "s must be a finite number > 0, got 0.0"),

@@ -1,6 +1,8 @@
 """The server: exact clipping, white noise at the right scale, and faults that change nothing."""
 
+import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -168,7 +170,25 @@ def test_integer_buffers_are_left_alone(tmp_path):
     assert torch.load(tmp_path / "model.pt", weights_only=True)["weights"]["steps"] == 7
 
 
+class Raises(dict[str, Any]):
+    """A stranger's mapping."""
+
+    def __getitem__(self, name):
+        raise ZeroDivisionError
+
+
+class Liar(torch.Tensor):
+    """Says that its norm is 0."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return found * 0 if func is torch.Tensor.abs else found
+
+
 GARBAGE = {
+    "raises": Raises(a=torch.ones(4, 3), b=torch.ones(5)),
+    "subclass": {"a": torch.ones(4, 3).as_subclass(Liar), "b": torch.ones(5)},
     "nothing": None,
     "text": "update",
     "empty": {},
@@ -318,6 +338,37 @@ def test_a_hundred_random_faults_change_nothing(tmp_path):
     assert f"({mechanism.epsilon:.6g}, 1e-05)-differential privacy for one user" in wild.claim()
     with pytest.raises(RootnoiseError, match=r"round must be in \[0, n_steps - 1=59\], got 60"):
         wild.open(everyone)
+
+
+def test_the_claim_is_rounded_to_the_private_side(tmp_path):
+    base = runs.mechanism()
+    for i, clip in enumerate([1.23456789, 0.70000001, 3.3333333, 5.00000049]):
+        mechanism = dataclasses.replace(base, clip_norm=clip)
+        server = PrivateAggregator(tmp_path / str(i), mechanism, runs.WEIGHTS, cohort_size=2)
+        claim = server.claim()
+        server.leave()
+        (std,) = re.findall(r"standard deviation ([^ :]+)", claim)
+        (norm,) = re.findall(r"sensitivity ([0-9.]+)", claim)
+        assert float(std) <= mechanism.noise_std * (1 + 2e-12)
+        assert float(norm) >= mechanism.sensitivity.value * (1 - 2e-12)
+        assert f"clipped to l2 norm {clip!r} " in claim
+        assert f"noise multiplier {mechanism.noise_multiplier!r} x" in claim
+
+
+def test_a_folder_says_what_the_run_says(tmp_path):
+    """Its claim is compared; released weights that somebody changed are written anew."""
+    server = runs.server(tmp_path)
+    server.leave()
+    released = (tmp_path / "model.pt").read_bytes()
+    weights = {name: w + 1 for name, w in runs.WEIGHTS.items()}
+    torch.save({"t": 0, "weights": weights}, tmp_path / "model.pt")
+    runs.server(tmp_path).leave()
+    assert (tmp_path / "model.pt").read_bytes() == released
+    claim = tmp_path / "claim.txt"
+    for wrong in (claim.read_bytes().replace(b"(4,", b"(1,"), None):
+        claim.unlink() if wrong is None else claim.write_bytes(wrong)
+        with pytest.raises(RootnoiseError, match=r"claim\.txt must be as a run wrote it"):
+            runs.server(tmp_path)
 
 
 def test_the_claim_is_for_users(tmp_path):

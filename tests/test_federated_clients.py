@@ -129,6 +129,7 @@ def test_what_breaks_the_participation_is_refused_and_not_recorded():
         ([""], "client id must not be empty, got ''"),
         ([True], "client id that is not a string must be an integer, got True"),
         ([1.0], "client id that is not a string must be an integer, got 1.0"),
+        ([2**63], r"client id that is not a string must be in \[-9223372036854775808, "),
     ],
 )
 def test_ids_that_could_make_two_of_one_are_refused(ids, reason):

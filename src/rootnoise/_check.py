@@ -57,7 +57,9 @@ def integer(
         else:
             top = f"{high_name}={high}" if high_name else f"{high}"
             rule = f"<= {top}" if low is None else f"in [{low}, {top}]"
-        raise RootnoiseError(f"{name} must be {rule}, got {result}")
+        bits = result.bit_length()
+        got = f"{result}" if bits < 1024 else f"one of {bits} bits"  # Python prints 4300 digits
+        raise RootnoiseError(f"{name} must be {rule}, got {got}")
     return result
 
 
@@ -80,6 +82,8 @@ def real(
         if isinstance(value, bool | np.bool_ | str | bytes):
             raise TypeError
         result = float(value)
+    except OverflowError:
+        raise RootnoiseError(f"{name} must be a finite number, got one beyond 1e308") from None
     except (TypeError, ValueError):
         raise RootnoiseError(f"{name} must be a number, got {value!r}") from None
     # Written so that NaN fails every comparison it takes part in.

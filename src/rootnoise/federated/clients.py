@@ -242,13 +242,13 @@ def checked_id(client: ClientId) -> ClientId:
     """Return an id as a plain string or int.
 
     Raises:
-        RootnoiseError: it is neither, or empty.
+        RootnoiseError: it is neither, empty, or an integer beyond 64 bits.
     """
     if isinstance(client, str):
         if not client:
             raise RootnoiseError("client id must not be empty, got ''")
         return str(client)
-    return integer("client id that is not a string", client)
+    return integer("client id that is not a string", client, -(2**63), 2**63 - 1)
 
 
 def _line(client: ClientId) -> bytes:

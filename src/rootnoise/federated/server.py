@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from rootnoise import accounting
 from rootnoise._check import RootnoiseError, integer, real, same
 from rootnoise.federated.clients import ClientId, Clients, checked_id
 from rootnoise.federated.cohorts import Policy, pick
@@ -144,13 +145,14 @@ class PrivateAggregator:
         self._key = store.key() if begun else (key or Key.fresh())
         self._stream = NoiseStream(self.mechanism, self._layout.size, self._key, memory=memory)
         if begun:
+            store.refuse_other_claim(self.claim())
             self._load(store.state())
         else:
             store.create(self.mechanism, self.claim(), self._key)
             self.clients.keep(store.path)
             store.release(0, self.weights)
             store.commit(self._state())
-        if store.released() < self.t:
+        if not store.holds(self.t, self.weights):
             store.release(self.t, self.weights)
 
     @property
@@ -282,19 +284,21 @@ class PrivateAggregator:
     def claim(self) -> str:
         """Return the privacy guarantee for a user, as sentences that an auditor can check."""
         m = self.mechanism
-        sens, cost = m.sensitivity, m.privacy
+        sens, cost, number = m.sensitivity, m.privacy, accounting.exactly
         kind = "exact" if sens.exact else "an upper bound"
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         who = str(m.participation).replace("step", "round")
         spent = m.claim().partition("-differential")[0]  # (epsilon, delta), rounded up
+        norm = accounting.round_up(sens.value * (1 - 1e-12), 9)  # as `Mechanism.claim` rounds
         return (
             f"{spent}-differential privacy for one user zeroed out (its updates replaced by zero, "
             f"everybody else's rounds unchanged). A user is one client id. Every user takes part "
             f"in {who}, of {m.n_steps} rounds. A user's whole update is clipped to l2 norm "
-            f"{m.clip_norm:g} and summed, all with weight one; the strategy is {m.name} with "
-            f"{m.strategy.bands} band(s) and sensitivity {sens.value:.9g} ({kind}: "
-            f"{sens.method}); Gaussian noise Z has standard deviation {m.noise_std:.9g} = noise "
-            f"multiplier {m.noise_multiplier:.9g} x clip norm x sensitivity. Epsilon is {bound} "
+            f"{number(m.clip_norm)} and summed, all with weight one; the strategy is {m.name} with "
+            f"{m.strategy.bands} band(s) and sensitivity {norm} ({kind}: "
+            f"{sens.method}); Gaussian noise Z has standard deviation "
+            f"{accounting.round_down(m.noise_std)}: noise multiplier {number(m.noise_multiplier)} "
+            f"x clip norm x sensitivity. Epsilon is {bound} "
             f"({cost.method}). Not covered: a person with several ids, data of one person on "
             f"another's device, who answers and when, floating-point effects, and choices made by "
             f"looking at the data outside this run."

@@ -83,6 +83,19 @@ class Store:
         write_whole(self.path / "claim.txt", claim.encode() + b"\n")
         key.save(self.path / KEY)
 
+    def refuse_other_claim(self, claim: str) -> None:
+        """Refuse a claim.txt that is not the mechanism's claim.
+
+        Raises:
+            RootnoiseError: it is missing or was edited.
+        """
+        try:
+            found = (self.path / "claim.txt").read_bytes()
+        except OSError:
+            found = b""
+        if found != claim.encode() + b"\n":
+            raise RootnoiseError(f"claim.txt must be as a run wrote it, got another in {self.path}")
+
     def mechanism(self) -> Mechanism:
         """Read the mechanism, recomputed and compared."""
         return Mechanism.load(self.path / "mechanism.json")
@@ -124,7 +137,12 @@ class Store:
 
     def release(self, t: int, weights: Mapping[str, torch.Tensor]) -> None:
         """Replace model.pt by the weights after t rounds."""
-        self._write(MODEL, _serialised({"t": t, "weights": dict(weights)}), 0o644)
+        self._write(MODEL, _released(t, weights), 0o644)
+
+    def holds(self, t: int, weights: Mapping[str, torch.Tensor]) -> bool:
+        """Whether model.pt is what `release` writes of these weights."""
+        path = self.path / MODEL
+        return path.exists() and path.read_bytes() == _released(t, weights)
 
     def released(self) -> int:
         """Return the rounds in model.pt, 0 where there is none."""
@@ -148,6 +166,10 @@ class Store:
             raise RootnoiseError(
                 f"{name} must be writable, got {self.path}: {reason.strerror}"
             ) from None
+
+
+def _released(t: int, weights: Mapping[str, torch.Tensor]) -> bytes:
+    return _serialised({"t": t, "weights": dict(weights)})
 
 
 def _serialised(content: Mapping[str, Any]) -> bytes:

@@ -64,13 +64,20 @@ class Layout:
         """Return an update as one float64 vector, shape (size,).
 
         Raises:
-            Malformed: names, types or shapes are not those of the weights.
+            Malformed: names, types or shapes are not those of the weights, or reading it raises.
         """
+        try:
+            parts = self._parts(update)
+        except Exception:  # noqa: BLE001 - an update is a stranger's: it may raise anything
+            raise Malformed from None
+        return torch.cat(parts)
+
+    def _parts(self, update: Any) -> list[torch.Tensor]:
         if not isinstance(update, Mapping) or not self.shapes.keys() <= update.keys():
             raise Malformed
         if update.keys() - self.shapes.keys() - set(self.left_alone):
             raise Malformed
-        return torch.cat([_part(update[name], shape) for name, shape in self.shapes.items()])
+        return [_part(update[name], shape) for name, shape in self.shapes.items()]
 
     def split(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the parts of a flat vector, each in its weight's shape."""
@@ -85,19 +92,13 @@ class Layout:
 
 def _part(tensor: Any, shape: torch.Size) -> torch.Tensor:
     if isinstance(tensor, np.ndarray):
-        tensor = tensor.copy()  # torch warns of arrays that are read-only
-    elif not isinstance(tensor, torch.Tensor):
+        tensor = torch.as_tensor(np.array(tensor))  # torch warns of arrays that are read-only
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise Malformed  # what a subclass says of its norm need not be so
+    if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.shape != shape:
         raise Malformed
-    try:
-        part = torch.as_tensor(tensor)
-        if not part.is_floating_point() or part.layout != torch.strided or part.is_meta:
-            raise Malformed
-        part = part.detach().to("cpu", torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        raise Malformed from None
-    if part.shape != shape:
-        raise Malformed
-    return part.reshape(-1)
+    part: torch.Tensor = tensor.detach().to("cpu", torch.float64).reshape(-1)
+    return part
 
 
 def on_grid(vector: torch.Tensor, clip_norm: float) -> torch.Tensor | None:

@@ -91,7 +91,8 @@ class Copies:
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
         """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.
 
-        What `take` has added counts. In whole units no rank's rounding depends on the others' examples, though the noise is in.
+        What `take` has added counts. In whole units no rank's rounding depends on the others'
+        examples, though the noise is in.
         """
         self.take(rows)
         total, bad = self._module.finish()

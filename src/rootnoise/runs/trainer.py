@@ -22,7 +22,7 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.models import build
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 
 # Called after every step with the step's number (from 1), n_steps, and the last test accuracy.
 OnStep = Callable[[int, int, float | None], None]
@@ -70,9 +70,12 @@ class Trainer:
             self._refuse_memory(config, mechanism)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
-            self.optimizer = PrivateOptimizer(
-                sgd, wrapped, mechanism, sampler, key, decay=config.decay
-            )
+            with warnings.catch_warnings():
+                # The workload is that of these settings; the schedule is set by `_step`.
+                warnings.simplefilter("ignore", UnplannedOptimizerWarning)
+                self.optimizer = PrivateOptimizer(
+                    sgd, wrapped, mechanism, sampler, key, decay=config.decay
+                )
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
 
@@ -106,13 +109,10 @@ class Trainer:
         start, end = time.perf_counter(), self.epoch_end
         stop = end if most is None else min(self.t + most, end)
         accuracy = self.history[-1]["test_accuracy"] if self.history else None
-        with warnings.catch_warnings():
-            # torch, on Opacus's hooks: the first layer's input, the data, needs no gradient.
-            warnings.filterwarnings("ignore", "Full backward hook is firing")
-            while self.t < stop:
-                self._step()
-                if on_step is not None:
-                    on_step(self.t, self.sampler.n_steps, accuracy)
+        while self.t < stop:
+            self._step()
+            if on_step is not None:
+                on_step(self.t, self.sampler.n_steps, accuracy)
         self._seconds += time.perf_counter() - start
         if stop < end:
             return

@@ -1,5 +1,5 @@
 """How is one private step made?"""
 
-from rootnoise.training.optimizer import PrivateOptimizer, privatize
+from rootnoise.training.optimizer import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 
-__all__ = ["PrivateOptimizer", "privatize"]
+__all__ = ["PrivateOptimizer", "UnplannedOptimizerWarning", "privatize"]

@@ -34,6 +34,7 @@ from rootnoise.clip import PrivateModule
 from rootnoise.clip.taps import is_tapped
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.mismatch import mismatch
 from rootnoise.noise import NoiseStream
 from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
@@ -82,6 +83,10 @@ def privatize(
     # torch tells every loop that the first layer's input, the data, needs no gradient.
     warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
     return ShardedGradSampleModule(model, loss_reduction)
+
+
+class UnplannedOptimizerWarning(UserWarning):
+    """The noise was planned for another optimizer: privacy holds, the error is larger."""
 
 
 class PrivateOptimizer:
@@ -180,11 +185,18 @@ class PrivateOptimizer:
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
+        self._advise()
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()
         self._batch: Indices | None = None  # of a step in micro-batches, once it is admitted
         self._taken = np.empty(0, dtype=np.int64)  # of this process's examples, in the sum
+
+    def _advise(self) -> None:
+        """Say once if the noise was planned for another optimizer, and what that costs."""
+        advice = mismatch(self.mechanism, self.optimizer, decay=self.decay)
+        if advice:
+            warnings.warn(advice, UnplannedOptimizerWarning, stacklevel=3)
 
     @property
     def mechanism(self) -> Mechanism:

@@ -167,6 +167,7 @@ class Attention(nn.Module):
         return self.third(self.second(x + y)[0]).mean(1)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's, for LSTM
 def test_layers_that_are_run_again_are_one_pass_to_the_guard():
     o = make(Attention())
     x = torch.randn(N, 5, 4, generator=torch.Generator().manual_seed(1))

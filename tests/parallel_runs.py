@@ -115,6 +115,27 @@ def run(
     torch.save(saved(optimizer), out / f"{rank}.pt")
 
 
+def run_divided(rank: int, size: int, out: Path, until: int) -> None:
+    """Rank 0 takes its part in three micro-batches, rank 1 whole; at first it leaves one out."""
+    optimizer = make(join(rank, size, out), seed=1)
+    x, y = examples()
+    for t in range(until):
+        part = optimizer.sampler.batch(t)[rank::size]
+        parts = np.split(part, [1, 2]) if rank == 0 else [part]
+        for left_out in (True, False) if t == 0 else (False,):
+            optimizer.zero_grad()
+            for one in parts[int(left_out and rank == 0) : -1]:
+                cross_entropy(optimizer.module(x[one]), y[one], reduction="sum").backward()
+                optimizer.accumulate(one)
+            last = parts[-1]
+            cross_entropy(optimizer.module(x[last]), y[last], reduction="sum").backward()
+            try:
+                optimizer.step(last)
+            except RootnoiseError as reason:
+                (out / f"{rank}.txt").write_text(str(reason))
+    torch.save(saved(optimizer), out / f"{rank}.pt")
+
+
 def run_wrong(rank: int, size: int, out: Path, until: int) -> None:
     """The mistake: every rank adds all of the noise."""
     Ranks.span = lambda self, n: (0, n)  # type: ignore[method-assign]

@@ -84,6 +84,7 @@ def test_train_prints_a_table_and_refuses_to_overwrite(call, tmp_path):
         ("--bands", "0", "bands must be >= 1, got 0"),
         ("--batch-size", "5000", "batch_size must be in [1, n_examples=1442], got 5000"),
         ("--batch-size", "0", "batch_size must be >= 1, got 0"),
+        ("--micro-batch-size", "0", "micro_batch_size must be >= 1, got 0"),
         ("--epochs", "0", "epochs must be >= 1, got 0"),
         ("--checkpoint-every", "0", "checkpoint_every must be >= 1, got 0"),
         ("--epochs", "two", "--epochs"),

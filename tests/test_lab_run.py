@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import demo as demo_module
@@ -49,6 +50,34 @@ def stopped(out, config=SMALL, step=PERIOD + 3):
 
 
 # --------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("mechanism", ["bsr", "dpsgd", "none"])
+def test_micro_batches_are_the_run_of_whole_ones(tmp_path, mechanism):
+    epsilon = None if mechanism == "none" else 4.0
+    seed = None if mechanism == "none" else 5
+    config = with_(mechanism=mechanism, epsilon=epsilon, insecure_noise_seed=seed)
+    run(config, tmp_path / "whole")
+    split = dataclasses.replace(config, micro_batch_size=37)
+    if mechanism == "bsr":  # stopped, and gone on with
+        stopped(tmp_path / "split", split)
+    run(split, tmp_path / "split", resume=mechanism == "bsr")
+    whole, found = weights(tmp_path / "whole"), weights(tmp_path / "split")
+    for name in whole:
+        torch.testing.assert_close(found[name], whole[name], rtol=0, atol=1e-4)
+
+
+def test_micro_batches_need_less_memory(monkeypatch):
+    monkeypatch.setattr(_limits, "_free", lambda: 1e6)
+    sampler = make_sampler(SMALL, 1442)
+    mechanism = make_mechanism(SMALL, sampler)
+    assert mechanism is not None
+    data = load("digits")
+    with pytest.raises(RootnoiseError, match=r"fewer bands or a smaller batch or micro_batch_size"):
+        Trainer(dataclasses.replace(SMALL, batch_size=721), data, sampler, mechanism)
+    Trainer(
+        dataclasses.replace(SMALL, batch_size=721, micro_batch_size=8), data, sampler, mechanism
+    )
 
 
 @pytest.mark.parametrize("mechanism", ["bsr", "identity", "square-root", "workload", "dpsgd"])

@@ -22,7 +22,8 @@ CONFIG = RunConfig(
 RUN = (
     "_files.py",
     "noise/blockplan.py",
-    "training/clipping.py",
+    "clip/module.py",
+    "clip/bounds.py",
     "training/replicated.py",
     "noise/engine.py",
     "batches/ledger_file.py",

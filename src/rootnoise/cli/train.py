@@ -42,6 +42,10 @@ def train(
     batch_size: Annotated[
         int, typer.Option(help="Examples a step (expected ones under Poisson sampling).")
     ] = 500,
+    micro_batch_size: Annotated[
+        int | None,
+        typer.Option(help="Examples at a time, for less memory [default: the whole batch]."),
+    ] = None,
     lr: Annotated[
         float, typer.Option(help="Learning rate of SGD: less where there is more noise.")
     ] = 0.5,
@@ -118,6 +122,7 @@ def train(
         "delta": delta,
         "epochs": epochs,
         "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
         "lr": lr,
         "momentum": momentum,
         "decay": decay,

@@ -260,7 +260,6 @@ class PrivateModule(nn.Module):
 
     def restart(self) -> None:
         """Forget the sum of the micro-batches so far, whole or not; the step begins anew."""
-        self.discard()
         self._sums, self._flat = {}, {}
         self._bad = self._examples = self._tokens = 0
         self._adding = False

@@ -55,6 +55,7 @@ class RunConfig:
     delta: float = 1e-5
     epochs: int = 4
     batch_size: int = 500
+    micro_batch_size: int | None = None
     lr: float = DEFAULT_LR
     momentum: float = 0.9
     decay: float = 1.0
@@ -122,6 +123,8 @@ class RunConfig:
         real("delta", self.delta, above=0, below=1)
         integer("epochs", self.epochs, 1)
         integer("batch_size", self.batch_size, 1)
+        if self.micro_batch_size is not None:
+            integer("micro_batch_size", self.micro_batch_size, 1)
         real("lr", real("lr", self.lr, above=0), at_most=LARGEST)
         real("momentum", self.momentum, at_least=0, below=1)
         real("decay", self.decay, above=0, at_most=1)

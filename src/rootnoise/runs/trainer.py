@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.samplers import Sampler
+from rootnoise.batches.samplers import Indices, Sampler
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs.config import RunConfig, rates
@@ -61,6 +61,7 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
+        self._micro = config.micro_batch_size or sampler.n_examples
         self.module: nn.Module
         self.optimizer: PrivateOptimizer | _PlainOptimizer
         if mechanism is None:
@@ -80,15 +81,19 @@ class Trainer:
         self._seconds = 0.0
 
     def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
-        """Refuse a run whose noise and per-sample gradients do not fit; on a GPU it will say so."""
+        """Refuse a run whose noise and clipping may not fit; on a GPU it will say so.
+
+        Clipping takes at most a gradient an example, in layers whose gradients are small.
+        """
         if self._device.type != "cpu":
             return
         size = sum(p.numel() for p in self.model.parameters())
         rows = mechanism.noising.state_size
         # float32; a checkpoint holds the rows once more, in the state and in its bytes.
-        needed = 4.0 * size * (3 * rows + config.batch_size)
-        what = f"{rows} rows of noise and {config.batch_size} gradients of {size} parameters"
-        _limits.memory(what, needed, "fewer bands or a smaller batch")
+        most = min(config.batch_size, self._micro)
+        needed = 4.0 * size * (3 * rows + most)
+        what = f"{rows} rows of noise and {most} gradients of {size} parameters"
+        _limits.memory(what, needed, "fewer bands or a smaller batch or micro_batch_size")
 
     @property
     def t(self) -> int:
@@ -130,15 +135,21 @@ class Trainer:
     def _step(self) -> None:
         batch = self.sampler.batch(self.t)
         self.optimizer.zero_grad()
-        if batch.size:
-            index = torch.from_numpy(batch)
-            logits = self.module(self.data.train_inputs[index].to(self._device))
-            labels = self.data.train_labels[index].to(self._device)
-            loss = cross_entropy(logits, labels, reduction="sum")
-            torch.autograd.backward(loss)
+        *parts, last = np.split(batch, range(self._micro, batch.size, self._micro))
+        for part in parts:
+            self._backward(part)
+            self.optimizer.accumulate(part)
+        if last.size:
+            self._backward(last)
         for group in self._sgd.param_groups:
             group["lr"] = float(self._lr[self.t])
-        self.optimizer.step(batch)
+        self.optimizer.step(last)
+
+    def _backward(self, indices: Indices) -> None:
+        index = torch.from_numpy(indices)
+        logits = self.module(self.data.train_inputs[index].to(self._device))
+        labels = self.data.train_labels[index].to(self._device)
+        torch.autograd.backward(cross_entropy(logits, labels, reduction="sum"))
 
     def accuracy(self) -> float:
         """Return the share of test examples that the model gets right."""
@@ -215,6 +226,9 @@ class _PlainOptimizer:
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
+
+    def accumulate(self, indices: object) -> None:
+        """Leave the gradients where torch has added them up."""
 
     def step(self, indices: object) -> None:
         with torch.no_grad():

@@ -263,9 +263,7 @@ class PrivateOptimizer:
         """
         self._guard.clear()
         self._place.clear()
-        if self._taken.size:
-            self._taken = self._taken[:0]
-            self._place.restart()
+        self._taken = self._taken[:0]
 
     def accumulate(self, indices: ArrayLike, batch: ArrayLike | None = None) -> None:
         """Take the gradients of a part of step `t`'s batch; `step` takes the last part.
@@ -310,33 +308,34 @@ class PrivateOptimizer:
                 "micro-batches must be of a model that each process holds whole, got a sharded one"
             )
         part = self._checked(indices)
-        self._begin(batch)
-        assert self._batch is not None  # noqa: S101 - for the type checker
-        stranger = part[~np.isin(part, self._batch)]
+        stranger = part[~np.isin(part, self._begin(batch))]
         if stranger.size:
             raise RootnoiseError(
                 f"micro-batch must be of the batch of step {self.t}, got example {stranger[0]}, "
                 "which is not in it"
             )
+        self._taken = np.concatenate([self._taken, part])  # first: an interrupt must not add twice
         self._place.take(part.size)
-        self._taken = np.concatenate([self._taken, part])
         self._guard.reset()
         if self._probe is not None:
             self._probe.taken()
 
-    def _begin(self, given: ArrayLike | None) -> None:
-        """Admit the batch of a step in micro-batches, or refuse another one than was admitted."""
+    def _begin(self, given: ArrayLike | None) -> Indices:
+        """Return the batch of a step in micro-batches, which is admitted with the first of them."""
         own = type(self.sampler) is OwnBatches
-        if own and given is None and self._batch is None:
-            raise RootnoiseError(
-                "batch must be given with the first micro-batch of a step of OwnBatches, got None"
-            )
+        whole = None if given is None else self.ledger.checked(given)
         if self._batch is None:
             drawn = None if own else self.sampler.batch(self.t)
-            self.ledger.admit(self.t, drawn if given is None else given, drawn)
-            self._batch = self.ledger.checked(drawn if given is None else given)
-        elif given is not None and not np.array_equal(self.ledger.checked(given), self._batch):
-            raise RootnoiseError(f"batch must stay that of step {self.t}'s first micro-batch")
+            whole = drawn if whole is None else whole
+            if whole is None:
+                rule = "batch must be given with the first micro-batch of a step of OwnBatches"
+                raise RootnoiseError(f"{rule}, got None")
+            self.ledger.admit(self.t, whole, drawn)
+            self._batch = whole
+        elif whole is not None and not np.array_equal(whole, self._batch):
+            rule = f"batch of step {self.t} must stay that of its first micro-batch"
+            raise RootnoiseError(f"{rule}, got another one")
+        return self._batch
 
     def step(self, indices: ArrayLike) -> None:
         """Make step `t` with the gradients of the examples `indices`.

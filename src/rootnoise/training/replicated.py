@@ -60,8 +60,10 @@ class Copies:
             self.ranks.copy_first_([*self._module.parameters(), *self._module.buffers()])
 
     def clear(self) -> None:
-        """Drop gradients, but not what a forward has left for a backward to come."""
+        """Drop gradients and their sum, but not what a forward has left for a backward to come."""
+        self._module.restart()
         self._module.zero_grad()
+        self._taken = 0
 
     def check(self, rows: int) -> None:
         """Refuse gradients that one backward of `rows` examples would not have left."""
@@ -82,11 +84,6 @@ class Copies:
         self._module.norms(rows)
         self._module.add(self._rule)
         self._taken += rows
-
-    def restart(self) -> None:
-        """Drop the sum so far."""
-        self._module.restart()
-        self._taken = 0
 
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
         """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.

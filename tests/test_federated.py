@@ -158,6 +158,27 @@ def test_the_order_of_replies_does_not_matter_to_the_last_bit(tmp_path):
         assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
 
 
+def test_weights_instead_of_updates_are_the_same_to_the_last_bit(tmp_path):
+    """Changes that are exact in float32; the weights that a round begins with are not zero."""
+    change = {name: torch.full_like(runs.WEIGHTS[name], 2**-9) for name in ("a", "b")}
+    ends = []
+    for how in ("receive", "receive_weights"):
+        begin = {n: w + 1 if w.is_floating_point() else w for n, w in runs.WEIGHTS.items()}
+        server = PrivateAggregator(
+            tmp_path / how, runs.mechanism(), begin, cohort_size=3, key=Key.from_seed(5)
+        )
+        opened = server.open(runs.there(0))
+        for client in opened.cohort[:2]:
+            after = {name: opened.weights[name] + c for name, c in change.items()}
+            sent = change if how == "receive" else after | {"steps": torch.tensor(8)}
+            assert getattr(server, how)(0, client, sent) is Reply.COUNTED
+        for bad in (GARBAGE["broadcast"], None):
+            assert getattr(server, how)(0, opened.cohort[2], bad) is not Reply.COUNTED
+        assert float(server._total.abs().max()) == pytest.approx(2 * 2**-9 / 0.5 * POINTS, rel=1e-6)
+        ends.append(closed(server))
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
+
+
 def test_integer_buffers_are_left_alone(tmp_path):
     server = runs.server(tmp_path)
     for client in server.open(runs.there(0)).cohort:

@@ -1,6 +1,8 @@
 """The server: exact clipping, white noise at the right scale, and faults that change nothing."""
 
 import math
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from rootnoise.noise import NoiseStream
 from rootnoise.participation import CyclicPoisson, MinSeparation
 from rootnoise.workload import SGD, ScheduledSGD
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "federated_loop.py"
 INF, NAN = math.inf, math.nan
 
 
@@ -339,6 +342,29 @@ def test_a_hundred_random_faults_change_nothing(tmp_path):
     assert f"({mechanism.epsilon:.6g}, 1e-05)-differential privacy for one user" in wild.claim()
     with pytest.raises(RootnoiseError, match=r"round must be in \[0, n_steps - 1=59\], got 60"):
         wild.open(everyone)
+
+
+def test_the_example_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Eight people, six rounds; and the same again, left after each of the first three."""
+    example = runpy.run_path(str(EXAMPLE))
+    options = ["--data", "digits", "--people", "8", "--cohort", "2", "--rounds", "6"]
+    args = example["parser"]().parse_args(options)
+    assert len(example["loop"](args, tmp_path / "whole")) == 6
+    close = PrivateAggregator.close
+
+    def close_and_leave(server):
+        weights = close(server)
+        server.leave()
+        return weights
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateAggregator, "close", close_and_leave)
+        for _ in range(3):
+            with pytest.raises(RootnoiseError, match="run must go on from its folder"):
+                example["loop"](args, tmp_path / "parts")
+    assert len(example["loop"](args, tmp_path / "parts")) == 3
+    whole, parts = ((tmp_path / name / "model.pt").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_the_claim_is_for_users(tmp_path):

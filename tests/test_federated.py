@@ -3,6 +3,8 @@
 import dataclasses
 import math
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from rootnoise.noise import NoiseStream
 from rootnoise.participation import CyclicPoisson, MinSeparation
 from rootnoise.workload import SGD, ScheduledSGD
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "federated_loop.py"
 INF, NAN = math.inf, math.nan
 
 
@@ -158,6 +161,27 @@ def test_the_order_of_replies_does_not_matter_to_the_last_bit(tmp_path):
             ends.append(closed(server))
     for ours, theirs in zip(ends[:3], ends[3:], strict=True):
         assert all(torch.equal(w, theirs[name]) for name, w in ours.items())
+
+
+def test_weights_instead_of_updates_are_the_same_to_the_last_bit(tmp_path):
+    """Changes that are exact in float32; the weights that a round begins with are not zero."""
+    change = {name: torch.full_like(runs.WEIGHTS[name], 2**-9) for name in ("a", "b")}
+    ends = []
+    for how in ("receive", "receive_weights"):
+        begin = {n: w + 1 if w.is_floating_point() else w for n, w in runs.WEIGHTS.items()}
+        server = PrivateAggregator(
+            tmp_path / how, runs.mechanism(), begin, cohort_size=3, key=Key.from_seed(5)
+        )
+        opened = server.open(runs.there(0))
+        for client in opened.cohort[:2]:
+            after = {name: opened.weights[name] + c for name, c in change.items()}
+            sent = change if how == "receive" else after | {"steps": torch.tensor(8)}
+            assert getattr(server, how)(0, client, sent) is Reply.COUNTED
+        for bad in (GARBAGE["broadcast"], None):
+            assert getattr(server, how)(0, opened.cohort[2], bad) is not Reply.COUNTED
+        assert float(server._total.abs().max()) == pytest.approx(2 * 2**-9 / 0.5 * POINTS, rel=1e-6)
+        ends.append(closed(server))
+    assert all(torch.equal(w, ends[1][name]) for name, w in ends[0].items())
 
 
 def test_integer_buffers_are_left_alone(tmp_path):
@@ -369,6 +393,29 @@ def test_a_folder_says_what_the_run_says(tmp_path):
         claim.unlink() if wrong is None else claim.write_bytes(wrong)
         with pytest.raises(RootnoiseError, match=r"claim\.txt must be as a run wrote it"):
             runs.server(tmp_path)
+
+
+def test_the_example_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """Eight people, six rounds; and the same again, left after each of the first three."""
+    example = runpy.run_path(str(EXAMPLE))
+    options = ["--data", "digits", "--people", "8", "--cohort", "2", "--rounds", "6"]
+    args = example["parser"]().parse_args(options)
+    assert len(example["loop"](args, tmp_path / "whole")) == 6
+    close = PrivateAggregator.close
+
+    def close_and_leave(server):
+        weights = close(server)
+        server.leave()
+        return weights
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PrivateAggregator, "close", close_and_leave)
+        for _ in range(3):
+            with pytest.raises(RootnoiseError, match="run must go on from its folder"):
+                example["loop"](args, tmp_path / "parts")
+    assert len(example["loop"](args, tmp_path / "parts")) == 3
+    whole, parts = ((tmp_path / name / "model.pt").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
 
 
 def test_the_claim_is_for_users(tmp_path):

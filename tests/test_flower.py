@@ -158,7 +158,8 @@ def test_garbage_adds_zero_and_takes_its_users_turn(strategy, kind, arrays):
 
 def test_two_records_or_none_are_malformed(strategy):
     asked = messages(strategy, flower.grid())
-    two = RecordDict({"arrays": ArrayRecord({"a": Array(A.numpy())}), "more": ArrayRecord()})
+    sound = ArrayRecord(runs.WEIGHTS)
+    two = RecordDict({"arrays": sound, "more": sound})
     strategy._take(Message(two, reply_to=asked[0]))
     strategy._take(Message(RecordDict(), reply_to=asked[1]))
     assert strategy.server._open_replies[Reply.MALFORMED] == 2

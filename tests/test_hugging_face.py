@@ -259,7 +259,7 @@ def verdict(noise, strategy, std):
     """Whether C times the noise passes as white and of this std; wrong alarms below 1e-7."""
     z = strategy @ noise / std
     n, d = z.shape
-    low, high = stats.chi2.ppf([5e-8, 1 - 5e-8], n * d)
+    low, high = (float(stats.chi2.ppf(p, n * d)) for p in (5e-8, 1 - 5e-8))
     gram = z @ z.T / math.sqrt(d)
     pairs = gram[np.triu_indices(n, 1)]
     white = (pairs**2).sum() <= stats.chi2.isf(5e-8, len(pairs)) * 1.5  # products have fat tails
@@ -398,6 +398,7 @@ def test_nothing_raw_is_logged_and_epsilon_is(tmp_path):
     names = {name for entry in [*seen, *state["log_history"]] for name in entry}
     assert not raw & (names | names_logged(run) | output.metrics.keys())
     assert math.isnan(output.training_loss)
+    assert run._total_loss_scalar == 0
     assert "eval_loss" in names_logged(run)
     spent = [entry["privacy_epsilon"] for entry in seen if "learning_rate" in entry]
     assert len(spent) == 6

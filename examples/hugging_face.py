@@ -72,7 +72,7 @@ def main() -> None:
     tiny = (options := parser.parse_args()).tiny
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-    size, batch, epochs = (100, 25, 1) if tiny else (4000, 200, 6)
+    size, batch, epochs = (100, 25, 1) if tiny else (3000, 200, 5)
 
     public = list(docstrings(Path(sysconfig.get_path("stdlib")), size))
     found: list[str] = []
@@ -87,7 +87,10 @@ def main() -> None:
     held, private = (
         encoded(tokenizer, part) for part in (texts[: size // 10], texts[size // 10 :])
     )
-    print(f"{len(public)} public docstrings, {len(private)} private ones, {len(held)} held out")
+    print(
+        f"docstrings: {len(public)} public, {len(private)} private, {len(held)} held out",
+        flush=True,
+    )
 
     with tempfile.TemporaryDirectory() as folder:
 

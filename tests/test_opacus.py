@@ -2,6 +2,8 @@
 
 import io
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -346,3 +348,11 @@ def test_c_times_the_noise_that_reaches_the_optimizer_is_white(correlated):
     assert not white(made, recorder.noise, scale=1 / 1.1)
     assert (made.strategy.bands > 1) == correlated
     assert math.isclose(made.clip_norm, clip)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parents[1] / "examples" / "with_opacus.py"
+    runpy.run_path(str(path))["main"](["--tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["independent noise", "planned noise"]
+    assert all("at epsilon 2.00" in line or "at epsilon 1.99" in line for line in lines)

@@ -233,6 +233,24 @@ def test_a_saved_run_goes_on_bit_by_bit(as_file, tmp_path):
         engine.load_checkpoint(path=path, module=model, optimizer=optimizer)
 
 
+def test_one_checkpoint_does_not_noise_two_gradients(tmp_path):
+    engine = PrivacyEngine()
+    model, optimizer, _ = planned(engine)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    del engine, model, optimizer
+    runs = []
+    for _ in range(2):  # models of their own weights would be loaded over: change one afterwards
+        engine = PrivacyEngine()
+        model, optimizer, batches = planned(engine)
+        engine.load_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+        runs.append((model, optimizer, batches))
+    with torch.no_grad():
+        runs[1][0].weight.mul_(2)
+    train(*runs[0])
+    with pytest.raises(RootnoiseError, match=r"^noise of step 0 must not protect two gradients"):
+        train(*runs[1])
+
+
 def test_another_checkpoint_is_refused(tmp_path):
     engine, other = PrivacyEngine(), PrivacyEngine()
     model, optimizer, _ = planned(engine)

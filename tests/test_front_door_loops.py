@@ -14,7 +14,15 @@ from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from rootnoise import CyclicPoisson, Key, RootnoiseError, evaluate, make_private, privacy_cost
+from rootnoise import (
+    CyclicPoisson,
+    Key,
+    RootnoiseError,
+    SingleParticipation,
+    evaluate,
+    make_private,
+    privacy_cost,
+)
 
 EPOCHS, STEPS, BATCH = 2, 3, 8
 GOAL: dict[str, Any] = {"delta": 1e-5, "epochs": EPOCHS, "batch_size": BATCH, "mechanism": "bsr"}
@@ -338,3 +346,25 @@ def test_epsilon_of_cyclic_poisson_is_that_of_the_steps_made():
                 assert spent[-1] == pytest.approx(min(due, made.epsilon), rel=1e-9)
     assert spent == sorted(spent)
     assert spent[-1] == made.epsilon
+
+
+def test_epsilon_in_the_middle_of_an_epoch_counts_those_who_took_part_twice():
+    """After step 4 of epochs of 3, the records of step 0 have taken part twice."""
+    run, _ = private()
+    made = run.optimizer.private.mechanism
+    strategy, spent = made.strategy.dense(), []
+    assert (strategy >= 0).all()
+    for _ in range(EPOCHS):
+        for batch in run.loader:
+            run.optimizer.zero_grad()
+            plain(run.model, batch).backward()
+            run.optimizer.step()
+            t = run.optimizer.t
+            prefix = strategy[:t, :t]
+            worst = max(np.linalg.norm(prefix[:, first::STEPS].sum(1)) for first in range(STEPS))
+            sigma = made.noise_std / worst
+            due = privacy_cost(SingleParticipation(), t, sigma, 1e-5).epsilon
+            spent.append(run.optimizer.epsilon_spent())
+            assert spent[-1] == pytest.approx(due, rel=1e-9)
+    assert spent == sorted(spent)
+    assert spent[2] < spent[3]

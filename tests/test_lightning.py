@@ -1,6 +1,8 @@
 """Lightning's Trainer with the callback makes the very run of `make_private`, or is refused."""
 
+import runpy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -371,3 +373,11 @@ def test_c_times_the_noise_that_reaches_the_optimizer_is_white():
     assert white(made, model.recorder.noise)
     assert not white(made, model.recorder.noise, scale=1.1)
     assert not white(made, model.recorder.noise, scale=1 / 1.1)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parents[1] / "examples" / "with_lightning.py"
+    runpy.run_path(str(path))["main"](["--tiny"])
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("test accuracy 0.")
+    assert "1e-05)-differential privacy for one record" in last

@@ -2,6 +2,8 @@
 
 import io
 import math
+import runpy
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -231,6 +233,24 @@ def test_a_saved_run_goes_on_bit_by_bit(as_file, tmp_path):
         engine.load_checkpoint(path=path, module=model, optimizer=optimizer)
 
 
+def test_one_checkpoint_does_not_noise_two_gradients(tmp_path):
+    engine = PrivacyEngine()
+    model, optimizer, _ = planned(engine)
+    engine.save_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+    del engine, model, optimizer
+    runs = []
+    for _ in range(2):  # models of their own weights would be loaded over: change one afterwards
+        engine = PrivacyEngine()
+        model, optimizer, batches = planned(engine)
+        engine.load_checkpoint(path=tmp_path / "run.pt", module=model, optimizer=optimizer)
+        runs.append((model, optimizer, batches))
+    with torch.no_grad():
+        runs[1][0].weight.mul_(2)
+    train(*runs[0])
+    with pytest.raises(RootnoiseError, match=r"^noise of step 0 must not protect two gradients"):
+        train(*runs[1])
+
+
 def test_another_checkpoint_is_refused(tmp_path):
     engine, other = PrivacyEngine(), PrivacyEngine()
     model, optimizer, _ = planned(engine)
@@ -346,3 +366,11 @@ def test_c_times_the_noise_that_reaches_the_optimizer_is_white(correlated):
     assert not white(made, recorder.noise, scale=1 / 1.1)
     assert (made.strategy.bands > 1) == correlated
     assert math.isclose(made.clip_norm, clip)
+
+
+def test_the_example_runs(capsys):
+    path = Path(__file__).parents[1] / "examples" / "with_opacus.py"
+    runpy.run_path(str(path))["main"](["--tiny"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["independent noise", "planned noise"]
+    assert all("at epsilon 2.00" in line or "at epsilon 1.99" in line for line in lines)

@@ -155,3 +155,18 @@ def test_roots_near_zero_and_parts_of_a_block():
     asked = []
     estimate._drawn(lambda n: (asked.append(n) or np.zeros(n), np.zeros(n)), 10, 4)
     assert asked == [4, 4, 2]
+
+
+@pytest.mark.parametrize(("sigma", "q", "width"), [(1.0, 0.01, 1e-2), (3.0, 0.1, 1e-3)])
+@pytest.mark.parametrize("add", [False, True])
+def test_masses_of_a_step_are_raised_by_what_rounding_may_have_taken(sigma, q, width, add):
+    one = losses(sigma, q, width, -100.0, add=add)
+    raised = math.fsum([*one.masses.tolist(), -1.0]) / composition.UNIT
+    reach = math.sqrt(200) + (0 if add else 1 / sigma)
+    assert 4 * reach**2 + 64 < raised + 8 < 4 * reach**2 + 500  # a sum is off by few units
+
+
+def test_two_groups_are_not_called_independent_noise():
+    for groups, words in ((1, "for independent noise"), (2, "for strategies of at most 2 bands")):
+        cost = accounting.privacy_cost(CyclicPoisson(groups, 0.1), 4, 1.0, 1e-5)
+        assert cost.method.endswith(words)

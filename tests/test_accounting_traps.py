@@ -12,7 +12,10 @@ from dp_accounting import get_epsilon_gaussian
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting import composition, estimate
 from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting.composition import Losses
+from rootnoise.accounting.subsampled import losses
 from rootnoise.batches.samplers import CyclicPoissonSampler, MinSepPoissonSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
@@ -114,3 +117,56 @@ def test_digits_of_shown_numbers_by_hand():
     assert accounting.round_down(0.12345678999) == "0.123456789"
     for part, shown in ((0.0, "0.3"), (0.98e-12, "0.3"), (1.02e-12, "0.299999999")):
         assert accounting.round_down(0.3 * (1 - part)) == shown
+
+
+def test_every_step_pays_for_what_its_losses_may_be_off_by():
+    masses = np.array([0.2689, 0, 0, 0, 0.7311])
+    plain, off = (Losses(0.5, -2, masses, 0.0, excess).epsilon(3, 1e-9) for excess in (0.0, 0.1))
+    assert off == pytest.approx(plain + 3 * 0.1, rel=1e-12)
+
+
+@pytest.mark.parametrize("error", [1.0, 0.0])
+def test_errors_of_the_transform_are_paid_for(monkeypatch, error):
+    """Where the transform says nothing, epsilon is that of its error, of tails and of rounding."""
+    rounds, delta = 5, 1e-16
+    one = losses(1.0, 0.1, 4e-4, -60.0, add=False)
+    used = one.masses > 0
+    grid = one.width * (one.first + np.flatnonzero(used))
+    tilted = composition._Tilted.at_delta(grid, one.masses[used], rounds, delta)
+    theta, goal = tilted.theta, math.log(delta)
+    x = one.width * np.arange(10**5)
+    square = float(np.sum((-np.expm1(-x) * np.exp(-theta * x)) ** 2))
+    monkeypatch.setattr(composition, "_power", lambda r, n: (np.zeros(r.size), error))
+    found = tilted.epsilon(one.width, delta)
+
+    def epsilon(total):
+        return (rounds * tilted.kappa + math.log(total) - goal) / theta
+
+    assert square > 2
+    least = error * math.sqrt(square) + 3 * composition.TAIL
+    most = error * math.sqrt(1.01 * square + 1) + 9 * composition.TAIL
+    assert 0 < epsilon(least) + 1e-4 * (error == 0) < found < epsilon(most) + 1e-5
+
+
+def test_roots_near_zero_and_parts_of_a_block():
+    falling = estimate._root(lambda e: math.exp(-10 * e), 0.5)
+    assert falling == pytest.approx(math.log(2) / 10, abs=1e-5)
+    assert math.exp(-10 * falling) <= 0.5
+    asked = []
+    estimate._drawn(lambda n: (asked.append(n) or np.zeros(n), np.zeros(n)), 10, 4)
+    assert asked == [4, 4, 2]
+
+
+@pytest.mark.parametrize(("sigma", "q", "width"), [(1.0, 0.01, 1e-2), (3.0, 0.1, 1e-3)])
+@pytest.mark.parametrize("add", [False, True])
+def test_masses_of_a_step_are_raised_by_what_rounding_may_have_taken(sigma, q, width, add):
+    one = losses(sigma, q, width, -100.0, add=add)
+    raised = math.fsum([*one.masses.tolist(), -1.0]) / composition.UNIT
+    reach = math.sqrt(200) + (0 if add else 1 / sigma)
+    assert 4 * reach**2 + 64 < raised + 8 < 4 * reach**2 + 500  # a sum is off by few units
+
+
+def test_two_groups_are_not_called_independent_noise():
+    for groups, words in ((1, "for independent noise"), (2, "for strategies of at most 2 bands")):
+        cost = accounting.privacy_cost(CyclicPoisson(groups, 0.1), 4, 1.0, 1e-5)
+        assert cost.method.endswith(words)

@@ -15,6 +15,7 @@ from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
+from rootnoise.training.guards import ForwardGuard, _Seen, tensors_of
 from rootnoise.workload import SGD
 
 N, BATCH = 16, 4
@@ -439,3 +440,59 @@ def test_no_warning_asks_nothing_of_the_user():
         warnings.simplefilter("ignore", UnplannedOptimizerWarning)  # it does ask
         o = make(independence="probed")
         plain_step(o)
+
+
+class Keeps(nn.Module):
+    """Keeps what its first layer made."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.kept = []
+
+    def forward(self, x):
+        self.kept.append(self.first(x))
+        return {"logits": [self.last(self.kept[-1])]}
+
+
+def test_backward_through_a_layer_of_a_dropped_forward():
+    model = Keeps()
+    guard = ForwardGuard(model, lambda: None)
+    model(X[:4])
+    guard.clear()
+    model(X[4:8])
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward, got one"):
+        model.kept[0].sum().backward()
+
+
+def test_layers_that_may_run_again_are_watched_where_forward_ends():
+    model = Keeps()
+    guard = ForwardGuard(model, lambda: None, checkpointing=True)
+    loss = model(X[:4])["logits"][0].sum()
+    with pytest.raises(RootnoiseError, match=r"got none$"):
+        guard.check(4)
+    loss.backward()
+    guard.check(4)
+
+
+def test_outputs_are_found_in_containers_and_not_without_end():
+    a, b = torch.zeros(1), torch.ones(1)
+    assert [t.item() for t in tensors_of({"a": a, "b": [b, 2, None, "c"]})] == [0, 1]
+    assert [t.item() for t in tensors_of(Thing(a))] == [0]
+    assert len(tensors_of([[[[a]]]])) == 1
+    assert tensors_of([[[[[a]]]]]) == []
+
+
+class Thing:
+    def __init__(self, value):
+        self.value = value
+
+
+def test_values_that_become_nan_have_changed_and_those_that_stay_have_not():
+    t = torch.tensor([1.0, float("nan")])
+    seen = _Seen.of(t, deep=True)
+    assert seen.same(t, identical=True)
+    t.data[0] = float("nan")
+    assert not seen.same(t, identical=True)
+    t.data[:] = torch.tensor([1.0, 2.0])
+    assert not seen.same(t, identical=True)

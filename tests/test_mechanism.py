@@ -331,3 +331,37 @@ def test_a_consistent_edit_of_the_gap_is_found_on_demand(field, factor):
 def test_a_malformed_optimality_is_refused(held, line):
     with pytest.raises(RootnoiseError, match=line):
         Mechanism.from_dict({**FILE, "optimality": held})
+
+
+@pytest.mark.parametrize("norm", [1e-11, 1e11])
+def test_clip_norms_that_float32_cannot_clip_to_are_refused_when_it_is_made(norm):
+    with pytest.raises(RootnoiseError, match=r"^clip_norm must be a finite number >= 1e-10 and"):
+        make(clip_norm=norm)
+
+
+def test_a_claim_shows_a_sensitivity_of_one_as_one():
+    split = factorize(prefix_sum(12), SingleParticipation(), "identity")
+    made = Mechanism.calibrate(split, SingleParticipation(), epsilon=3, delta=1e-6)
+    assert "and sensitivity 1 (exact" in made.claim()
+
+
+def test_what_machines_round_differently_is_no_edit():
+    for off, same in ((1e-10, True), (-1e-10, True), (2e-9, False), (-2e-9, False)):
+        expected, found = {"a": {"b": 0.3}}, {"a": {"b": 0.3 * (1 + off)}}
+        if same:
+            mechanism._refuse_edits(expected, found, "")
+        else:
+            with pytest.raises(RootnoiseError, match=r"^a.b must match what its definition gives"):
+                mechanism._refuse_edits(expected, found, "")
+    mechanism._refuse_edits({"optimality": {"gap": 0.3}}, {"optimality": {"gap": 0.3}}, "")
+    with pytest.raises(RootnoiseError, match=r"^optimality.gap must match"):
+        mechanism._refuse_edits(
+            {"optimality": {"gap": 0.3}}, {"optimality": {"gap": 0.3 * (1 + 1e-12)}}, ""
+        )
+
+
+def test_errors_below_one_may_be_held():
+    assert mechanism._held({"rmse": 0.5, "lower_bound": 0.4}).gap == pytest.approx(0.25)
+    for rmse, bound in ((0.5, 0.0), (-0.5, 0.4)):
+        with pytest.raises(RootnoiseError, match=r"^optimality must hold rmse and lower_bound > 0"):
+            mechanism._held({"rmse": rmse, "lower_bound": bound})

@@ -117,3 +117,18 @@ def test_steps_before_the_first_are_unknown():
     with pytest.raises(RootnoiseError, match=RULE.replace("1", "5")):
         other.check(5, torch.zeros(3, dtype=torch.float64))
     assert len(one._family) == 2
+
+
+def test_a_step_in_the_middle_may_be_repeated():
+    one, other = Releases("k", "middle"), Releases("k", "middle")
+    parts = [torch.full((3,), float(t), dtype=torch.float64) for t in range(3)]
+    for t in range(3):
+        one.check(t, parts[t])
+    other.check(1, parts[1])
+    with pytest.raises(RootnoiseError, match=RULE.replace("1", "2")):
+        other.check(2, parts[1])
+
+
+def test_both_zeros_are_one():
+    zeros = torch.zeros(LANES + 1, dtype=torch.float64)
+    assert _digest(zeros) == _digest(-zeros)

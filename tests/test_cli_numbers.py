@@ -8,11 +8,12 @@ import os
 
 import pytest
 
-from rootnoise import _limits
+from rootnoise import _limits, planner
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
 from rootnoise.cli import main
 from rootnoise.runs.config import RunConfig, make_sampler
+from rootnoise.workload import SGD
 
 TRAIN = "train --dataset digits --model logistic --batch-size 721 --epochs 1 --epsilon 4"
 PLAN = "plan --dataset-size 100 --batch-size 25 --epochs 1 --epsilon 1 --delta 1e-5"
@@ -22,11 +23,15 @@ WHOLE = ["100000000000", "99999999999999999999999", "-1", "0", "1e3"]
 REAL = ("--epsilon", "--delta", "--lr", "--momentum", "--decay", "--clip", "--weight-decay")
 COUNTS = ("--epochs", "--batch-size", "--seed", "--insecure-noise-seed", "--bands")
 SIZES = ("--dataset-size", "--batch-size", "--epochs", "--memory-rows")
+DIAGNOSE = "diagnose run/mechanism.json --batch-size 10"
+AUDIT = "audit run --empirical --canaries 20"
+DEMO = "demo --out demo"
+OF_BATCHES = ("--dataset-size", "--parameters")
 CASES = [
     *((TRAIN, option, value) for value in HUGE for option in REAL),
     *((TRAIN, option, value) for value in WHOLE for option in COUNTS),
     *((PLAN, "--epsilon", value) for value in HUGE),
-    *((PLAN, "--delta", value) for value in HUGE if value != "1e-300"),  # the accountant's own
+    *((PLAN, "--delta", value) for value in HUGE),
     *((PLAN, option, value) for value in WHOLE for option in SIZES),
     *((FACTORIZE, option, value) for value in HUGE for option in ("--momentum", "--decay")),
     *((FACTORIZE, option, value) for value in WHOLE for option in ("--steps", "--min-sep")),
@@ -38,6 +43,12 @@ CASES = [
     (FACTORIZE, "--epsilon 1e300 --save", "/dev/null/x"),
     (PLAN, "--html", "/dev/full"),
     (PLAN, "--plot", "/dev/full"),
+    *((DIAGNOSE, option, value) for value in WHOLE for option in ("--batch-size", *OF_BATCHES)),
+    *((DIAGNOSE, "--parameters 9 --gradient-norm", value) for value in HUGE),
+    *((AUDIT, option, value) for value in WHOLE for option in ("--canaries", "--attack-seed")),
+    (AUDIT, "--canaries", "9" * 400),
+    (AUDIT, "--canaries", "900000"),
+    *((DEMO, "--seed", value) for value in ("9223372036854775807", "9" * 400, "-1", "1e3")),
     ("demo --out", "", "/dev/full"),
     ("diagnose", "", "/dev/full"),
     ("account --epsilon 1 --delta 1e-5 --mechanism-file", "", "/dev/full"),
@@ -46,10 +57,20 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("command", "option", "value"), CASES, ids=str)
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert main([*TRAIN.split(), "--out", str(folder / "run"), "--json"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(("command", "option", "value"), CASES, ids=lambda x: x[:60])
 def test_any_number_is_answered_or_refused_in_one_line(
-    capsys, tmp_path, monkeypatch, command, option, value
+    capsys, tmp_path, monkeypatch, finished, command, option, value
 ):
+    capsys.readouterr()  # what `finished` has printed
+    monkeypatch.chdir(finished if "run" in command else tmp_path)
     monkeypatch.setattr("rootnoise.runs.curves.learning_curves", lambda *_: None)
     line = [*command.split(), *option.split(), value, "--json"]
     line += ["--out", str(tmp_path / "run")] if command == TRAIN else []
@@ -154,3 +175,38 @@ def test_a_picture_on_a_full_disk_is_refused(capsys):
     assert main([*FACTORIZE.split(), "--plot", "/dev/full"]) == 2
     line = "error: plot must be a picture that can be written, got /dev/full: [Errno 28] No space"
     assert capsys.readouterr().err.startswith(line)
+
+
+JOB = planner.Job(100, 25, 1, 1.0, 1e-5)
+TRIED = sum(len(planner.candidates(JOB, who)) for who in planner.samplings(JOB))
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        (PLAN + " --momentum 0.9", ["plan", f"{TRIED - 1}/{TRIED}"]),
+        (AUDIT, ["attacks", "steps of the attacks", "8/8"]),
+        (FACTORIZE, ["bsr", "error and lower bounds"]),
+        ("account --noise-multiplier 1 --delta 1e-5", ["epsilon"]),
+    ],
+)
+def test_work_is_seen_at_a_terminal_and_nowhere_else(capsys, monkeypatch, finished, line, shown):
+    monkeypatch.chdir(finished)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("rich.console.Console.is_terminal", True)
+        patch.setenv("COLUMNS", "200")
+        assert main(line.split()) == 0
+        err = capsys.readouterr().err
+        assert all(word in err for word in shown)
+        assert main([*line.split(), "--json"]) == 0
+        assert capsys.readouterr().err == ""
+    assert main(line.split()) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_plan_warns_of_nothing():
+    """Newton's method of lambda-cgd meets Hessians whose norm overflows here."""
+    job = planner.Job(60_000, 600, 20, 4.0, 1e-5)
+    work, who = SGD(job.n_steps, momentum=0.9), planner.samplings(job)[0]
+    assert planner._split(work, job, who, "lambda-cgd", {}).mechanism == "lambda-cgd"

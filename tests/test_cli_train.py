@@ -2,11 +2,13 @@
 
 import dataclasses
 import errno
+import gzip
 import inspect
 import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from rootnoise.cli import main
@@ -147,6 +149,41 @@ def test_resume_refuses_an_edited_mechanism_and_other_settings(call, tmp_path, m
     same = ("--epsilon", "4", "--sampling", "auto")
     status, out, _ = call("train", "--resume", "--out", tmp_path, *same, "--json")
     assert (status, json.loads(out)["n_steps"]) == (0, 16)
+
+
+def test_resume_knows_where_the_data_were(call, tmp_path, monkeypatch):
+    """A relative folder is found from elsewhere too; moved data, by --data-dir; others, never."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (50, 784))
+    lines = "\n".join(",".join(map(str, [*row, i % 10])) for i, row in enumerate(pixels.tolist()))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/mnist_5k.csv.gz").write_bytes(gzip.compress(lines.encode()))
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "run"
+    line = "train --dataset mnist-5k --data-dir mine --model logistic --epsilon 4 --batch-size 20"
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rootnoise.runs.trainer.Trainer.epoch", interrupt)
+        assert call(*line.split(), "--out", out)[0] == 130
+    assert json.loads((out / "config.json").read_text())["data_dir"] == str(tmp_path / "mine")
+    resume = ["train", "--resume", "--out", out, "--json"]
+    monkeypatch.chdir(out)
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    assert "mnist_5k.csv.gz not found in" in refused(call, *resume)
+    (tmp_path / "other").mkdir()
+    other = gzip.compress(lines.replace(",0", ",1", 1).encode())
+    (tmp_path / "other/mnist_5k.csv.gz").write_bytes(other)
+    line = refused(call, *resume, "--data-dir", tmp_path / "other")
+    assert "training set must be the one the run began with" in line
+    with monkeypatch.context() as patch:
+        patch.setattr("rootnoise.runs.trainer.Trainer.epoch", interrupt)
+        assert call(*resume, "--data-dir", tmp_path / "moved")[0] == 130
+    (tmp_path / "moved").rename(tmp_path / "mine")
+    assert call(*resume)[0] == 0
+    assert call("audit", out, "--json")[0] == 0
 
 
 def test_an_interrupt_before_the_first_step_says_so(call, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, StepLR
 
 import oracle
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.cli._options import Split
@@ -435,3 +437,37 @@ def test_refusals(files, options, line):
 def test_refusals_of_schedules(arguments, line):
     with pytest.raises(RootnoiseError, match=line):
         learning_rates(*arguments)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.csv", "a.json"])
+def test_a_file_that_does_not_fit_is_refused_before_it_is_read(call, monkeypatch, name):
+    write = {"a.npy": np.save, "a.npz": np.savez}.get(name)
+    if write is not None:
+        write(name, np.ones((100, 100), np.int8))
+    else:
+        Path(name).write_text("[" + "0," * 9999 + "0]")
+    monkeypatch.setattr(_limits, "_free", lambda: 80_000.0)
+    monkeypatch.setattr("rootnoise.cli._workload._READERS", {})  # nothing is read
+    monkeypatch.setattr("json.loads", None)
+    line = refused(call, f"factorize --workload {name}")
+    assert line.startswith(f"memory must hold the numbers of {name}, ")
+    assert line.endswith("GB (a smaller file needs less), got 8e-05 GB free\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--offline"]])
+def test_a_matrix_that_takes_too_long_is_refused(call, monkeypatch, more):
+    monkeypatch.setattr(_limits, "MOST_DENSE", 4)
+    root = np.tril(np.arange(1.0, 26.0).reshape(5, 5))
+    np.save("a.npy", root @ root.T if more else root)
+    status, out, err = call("factorize", "--workload", "a.npy", *more)
+    assert (status, out) == (2, "")
+    line = r"n_steps must be in \[1, 4\] for a matrix that is not Toeplitz \(minutes; .*, got 5\n$"
+    assert re.match("error: " + line, err)
+    np.save("a.npy", np.tril(np.ones((5, 5))))  # Toeplitz: quick at any size
+    assert call("factorize", "--workload", "a.npy", "--json")[0] == 0
+
+
+def test_a_described_workload_of_too_many_steps_is_refused(call):
+    Path("a.json").write_text(json.dumps(SGD(10**8).to_dict()))
+    status, _, err = call("factorize", "--workload", "a.json")
+    assert (status, err) == (2, "error: n_steps must be in [1, 10000000], got 100000000\n")

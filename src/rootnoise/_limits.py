@@ -9,6 +9,9 @@ from rootnoise._check import RootnoiseError, integer, real
 
 # Beyond, an answer takes minutes: 0.8 us and 200 bytes a step for a Toeplitz workload.
 MOST_STEPS = 10_000_000
+# A matrix without structure takes O(n^3): at so many steps a minute for its root, and three for the
+# lower bound (64 times the 1 s and 3 s of 2048 steps).
+MOST_DENSE = 8192
 # A smaller epsilon is noise alone, a larger one no privacy.
 LEAST_EPSILON, MOST_EPSILON = 1e-6, 1e5
 
@@ -27,6 +30,22 @@ def steps(value: int) -> int:
     rootnoise._check.RootnoiseError: n_steps must be in [1, 10000000], got 100000000
     """
     return integer("n_steps", value, 1, MOST_STEPS)
+
+
+def dense(value: int) -> int:
+    """Return a number of steps that a matrix without structure may have, or refuse it.
+
+    >>> dense(10**5)
+    Traceback (most recent call last):
+    rootnoise._check.RootnoiseError: n_steps must be in [1, 8192] for a matrix that ..., got 100000
+    """
+    if value > MOST_DENSE:
+        raise RootnoiseError(
+            f"n_steps must be in [1, {MOST_DENSE}] for a matrix that is not Toeplitz (minutes; a "
+            f"file of coefficients, or --schedule, may have more), got {value}"
+        )
+    memory(f"a matrix of {value} steps", 56.0 * value**2, "a shorter run")  # measured
+    return value
 
 
 def memory(what: str, needed: float, cure: str) -> None:

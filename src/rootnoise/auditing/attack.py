@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from scipy import special
 from torch import nn
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
 from rootnoise._values import Array
 from rootnoise.auditing.recompute import DENSE, strategy_of
@@ -38,6 +39,8 @@ from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, priv
 LEARN = 20
 # Part of the largest variance below which a direction counts as free of noise.
 FREE = 1e-6
+# More would take hours, and 24 TB.
+MOST_CANARIES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Attack:
         seed: fixes coins, samplers and keys; of the attack, nothing that is released.
         run: the mechanism that really runs, `claimed` unless a test breaks it.
         stream: makes the noise that is really added, likewise.
+        on_step: called after every step of every run.
 
     Raises:
         RootnoiseError: fewer than 20 canaries, too many steps, or a sampling probability that
@@ -135,14 +139,18 @@ class Attack:
         *,
         run: Mechanism | None = None,
         stream: Stream | None = None,
+        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.claimed, self.run, self.stream = claimed, run or claimed, stream
-        self.canaries = integer("canaries", canaries, 20)
+        self._on_step = on_step
+        self.canaries = integer("canaries", integer("canaries", canaries, 20), high=MOST_CANARIES)
         self.seed = integer("seed", seed, 0)
         n = integer("n_steps", claimed.n_steps, 1, DENSE)
+        # Measured: inputs and gradients of all canaries at once, and all releases.
+        _limits.memory(f"{canaries} canaries", 24.0 * canaries**2 + 64.0 * n * canaries, "a few")
         sampler = sampler_of(self.run, canaries, seed)
         key = Key.from_seed(seed).derive("nobody")
-        self.noise = _release(self.run, sampler, np.zeros(canaries, bool), key, stream)
+        self.noise = self._release(sampler, np.zeros(canaries, bool), key)
         c = strategy_of(claimed) / claimed.noise_std
         learned = canaries >= LEARN * n
         self._precision = _learned_precision(self.noise) if learned else c.T @ c
@@ -153,8 +161,11 @@ class Attack:
         key = Key.from_seed(self.seed).derive(f"run {number}")
         member = key.derive("coins").generator().random(self.canaries) < 0.5
         sampler = sampler_of(self.run, self.canaries, self.seed + 1 + number)
-        release = _release(self.run, sampler, member, key, self.stream)
+        release = self._release(sampler, member, key)
         return Trials(_scores(self.claimed, sampler, self._precision, release), member)
+
+    def _release(self, sampler: Sampler, member: NDArray[np.bool_], key: Key) -> Array:
+        return _release(self.run, sampler, member, key, self.stream, self._on_step)
 
     def variance(self) -> tuple[float, float]:
         """Return the variance of C X over the claimed one, and its deviations from 1.
@@ -179,6 +190,7 @@ def _release(
     member: NDArray[np.bool_],
     key: Key,
     stream: Stream | None,
+    on_step: Callable[[], None],
 ) -> Array:
     """Return the noised gradient sums, (n_steps, canaries), as the optimizer made them."""
     m = len(member)
@@ -205,6 +217,7 @@ def _release(
                 )
                 module(x).sum().backward()
             optimizer.step(batch)
+            on_step()
             assert weight.grad is not None  # noqa: S101 - the optimizer has just set it
             rows.append(weight.grad.flatten().double().numpy() * sampler.batch_size)
     return np.array(rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError
 from rootnoise.cli._options import Split, Who
 from rootnoise.cli._workload import Options, read
@@ -27,6 +28,7 @@ def values(
     if bands == "auto":
         raise RootnoiseError("bands must be an integer with --offline, got auto")
     a = read(work.workload)
+    _limits.dense(len(a))
     made = symmetric.offline_factorization(a, bands)
     n = len(a)
     largest = float(a.diagonal().max())  # A_ii = <row i of B, column i of C> <= their norms

@@ -35,21 +35,43 @@ def search(title: str, quiet: bool) -> Iterator[Callable[[int, float | str], Non
 
 
 @contextmanager
-def steps(title: str, quiet: bool) -> Iterator[Callable[[int, int, float | None], None]]:
-    """Show a bar and yield its update(step, n_steps, accuracy); silent unless at a terminal."""
+def busy(title: str, quiet: bool) -> Iterator[None]:
+    """Show a line with the time so far, of work that cannot say how far it is; silent likewise."""
+    with search(title, quiet):
+        yield
+
+
+@contextmanager
+def pieces(
+    title: str, quiet: bool, keep: bool = False
+) -> Iterator[Callable[[int, int, str], None]]:
+    """Show a bar with the time left, and yield its update(done, of, what); silent likewise.
+
+    The bar goes when all is done, unless it is to `keep`.
+    """
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
+        TextColumn("{task.fields[what]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None, accuracy="")
+    with Progress(
+        *columns, console=console, transient=not keep, disable=quiet or not console.is_terminal
+    ) as bar:
+        task = bar.add_task(title, total=None, what="")
 
-        def update(step: int, n_steps: int, accuracy: float | None) -> None:
-            shown = "" if accuracy is None else f"test accuracy {accuracy:.3f}"
-            bar.update(task, completed=step, total=n_steps, accuracy=shown)
+        def update(done: int, of: int, what: str = "") -> None:
+            bar.update(task, completed=done, total=of, what=what)
 
         yield update
+
+
+@contextmanager
+def steps(title: str, quiet: bool) -> Iterator[Callable[[int, int, float | None], None]]:
+    """Show a bar that stays and yield its update(step, n_steps, accuracy); silent likewise."""
+    with pieces(title, quiet, keep=True) as bar:
+        yield lambda step, n_steps, accuracy: bar(
+            step, n_steps, "" if accuracy is None else f"test accuracy {accuracy:.3f}"
+        )

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, real
 
 if TYPE_CHECKING:  # imported where they are used: `rootnoise --help` needs no SciPy
@@ -185,6 +187,7 @@ def is_file(schedule: str) -> bool:
 
 def read(path: Path) -> Array:
     """Return the numbers that a file holds, or refuse it."""
+    _refuse_size(path)
     try:
         found: Any = _READERS[path.suffix](path)
     except KeyError:
@@ -200,6 +203,36 @@ def read(path: Path) -> Array:
     if array.dtype.kind not in "iuf":
         raise RootnoiseError(f"file must hold real numbers, got {array.dtype} in {path}")
     return array.astype(np.float64)
+
+
+def _refuse_size(path: Path) -> None:
+    """Refuse a file whose numbers do not fit into memory, before they are read."""
+    try:
+        size = _size(path)
+    except (OSError, ValueError, IndexError, zipfile.BadZipFile):
+        return  # `read` says what is wrong
+    _limits.memory(f"the numbers of {path}", size, "a smaller file")
+
+
+def _size(path: Path) -> float:
+    """Return the bytes that reading a file takes at most."""
+    if path.suffix == ".npy":
+        with path.open("rb") as file:
+            return _array_size(file)
+    if path.suffix == ".npz":
+        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
+            return _array_size(file)
+    # A number is two characters at least, and 8 bytes, or as a list's item up to 40.
+    return path.stat().st_size * (24.0 if path.suffix == ".json" else 8.0)
+
+
+def _array_size(file: IO[bytes]) -> float:
+    """Return the bytes of an array, as stored and as float64."""
+    form = np.lib.format
+    first = form.read_magic(file) == (1, 0)
+    read_header = form.read_array_header_1_0 if first else form.read_array_header_2_0
+    shape, _, kind = read_header(file)
+    return math.prod(map(float, shape)) * (kind.itemsize + 8)
 
 
 def _npz(path: Path) -> Any:
@@ -224,24 +257,28 @@ def _from_file(path: Path) -> Workload:
     if path.suffix == ".json":
         found = _described(path)
         if found is not None:
+            _limits.steps(found.n_steps)
             return found
     array = read(path)
     if array.ndim == 1:
+        _limits.steps(array.size)
         return ToeplitzWorkload(array)
     if array.ndim == 2 and array.shape[0] == array.shape[1] and _symmetric(array):
         raise RootnoiseError(
             f"workload must be lower-triangular, got a symmetric one in {path}: add --offline"
         )
+    toeplitz = array.ndim == 2 and np.array_equal(array[1:, 1:], array[:-1, :-1])
+    if array.ndim == 2 and not toeplitz:
+        _limits.dense(len(array))
     work = MatrixWorkload(array)
-    if np.array_equal(array[1:, 1:], array[:-1, :-1]):
-        return ToeplitzWorkload(array[:, 0])
-    return work
+    return ToeplitzWorkload(array[:, 0]) if toeplitz else work
 
 
 def _described(path: Path) -> Workload | None:
     """Return the workload of a JSON object; None where the file holds something else."""
     from rootnoise.workload import from_dict
 
+    _refuse_size(path)
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -168,7 +168,10 @@ def account(
             )
     elif sigma is None:
         sigma = accounting.noise_multiplier_for(who, mu=goal.mu, rho=goal.rho)
-    cost = accounting.privacy_cost(who, n, sigma, delta, strategy=strategy, monte_carlo=settings)
+    with _progress.busy("epsilon", quiet=json):
+        cost = accounting.privacy_cost(
+            who, n, sigma, delta, strategy=strategy, monte_carlo=settings
+        )
     bound = "exact" if cost.exact else "an upper bound"
     relation = (
         "added or removed (its slot of the public number of records stays, empty or filled)"

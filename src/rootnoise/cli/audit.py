@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from rootnoise.cli import _options
+from rootnoise.cli import _options, _progress
 
 
 def audit(
@@ -40,7 +40,8 @@ def audit(
 
     checks = auditor.audit(run_dir, seal)
     if empirical:
-        checks += auditor.empirical(run_dir, canaries, attack_seed)
+        with _progress.pieces("attacks", quiet=json) as update:
+            checks += auditor.empirical(run_dir, canaries, attack_seed, update)
     held = all(check.held for check in checks)
     if json:
         rows = [dataclasses.asdict(check) for check in checks]

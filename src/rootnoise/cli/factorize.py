@@ -72,7 +72,8 @@ def factorize(
         raise RootnoiseError(f"effort must be none, fast or tight, got {effort!r}")
     if offline:
         others = {"steps": steps, "mechanism": mechanism, "save": save, "plot": plot}
-        values = _offline.values(work, who, split, others, ablation=ablation)
+        with _progress.busy("square root", quiet=json):
+            values = _offline.values(work, who, split, others, ablation=ablation)
         show("symmetric workload", values | {"seconds": time.perf_counter() - start}, json)
         return
     if ablation:
@@ -90,9 +91,11 @@ def factorize(
     participation = who.value(workload.n_steps)
     with _progress.search(name, quiet=json) as progress:
         result = splitter(workload, participation, name, progress=progress, **split.given())
-    values = _values(result, participation, effort)
+    with _progress.busy("error and lower bounds", quiet=json):
+        values = _values(result, participation, effort)
     if save is not None:
-        values |= _saved(result, participation, save, epsilon, delta)
+        with _progress.busy("calibration", quiet=json):
+            values |= _saved(result, participation, save, epsilon, delta)
     if plot is not None:
         _plots.save(plot, partial(_plots.factorization, result, participation))
         values["plot"] = str(plot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,8 +54,14 @@ def plan(
     integer("top", top, 1)
     job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows)
     workload = work.value(job.n_steps)
-    with _progress.search("plan", quiet=json) as update:
-        made = planner.plan(workload, job, update, bins=balls_in_bins)
+    tried = count()
+    total = sum(len(planner.candidates(job, who)) for who in planner.samplings(job))
+    total += 2 * balls_in_bins
+    with _progress.pieces("plan", quiet=json) as update:
+        update(0, total, "lower bounds")
+        made = planner.plan(
+            workload, job, lambda _, name: update(next(tried), total, name), bins=balls_in_bins
+        )
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:

@@ -91,7 +91,9 @@ def train(
         ),
     ] = None,
     device: _options.Device = "cpu",
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set's files.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the data set's files; --resume remembers it.")
+    ] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
     ] = None,

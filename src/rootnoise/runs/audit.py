@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +35,13 @@ if TYPE_CHECKING:
 ROUNDING = 1e-7
 # A lower bound is recomputed up to these steps, its witness is checked: a few seconds.
 MOST_STEPS = 512
+# Runs of the optimizer that the attacks take: for the noise alone, and for what they score.
+ATTACKS = 4
 # Deviations of the engine's noise that are no chance: 7 are, for 1000 steps, once in a million.
 NOISE = 7.0
+
+# Called with how much is done, of how much, and of what.
+Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -69,10 +75,18 @@ def audit(out: Path, seal: str | None = None) -> list[Check]:
     return list(checks(out, seal))
 
 
-def empirical(out: Path, canaries: int = 4000, seed: int = 0) -> list[Check]:
+def empirical(
+    out: Path, canaries: int = 4000, seed: int = 0, progress: Progress | None = None
+) -> list[Check]:
     """Return what attacks on the run's mechanism find: see `auditing.empirical`.
 
     The real optimizer runs anew with people made up for it; nothing of the run itself is released.
+
+    Args:
+        out: the folder of the run.
+        canaries: people made up for the attacks.
+        seed: fixes them.
+        progress: called after every step of the attacks.
 
     Raises:
         RootnoiseError: no folder of a private run, or a mechanism that cannot be attacked.
@@ -81,7 +95,10 @@ def empirical(out: Path, canaries: int = 4000, seed: int = 0) -> list[Check]:
     from rootnoise.auditing.empirical import distinguish, one_run
 
     mechanism = RunFolder(Path(out)).mechanism()
-    attack = Attack(mechanism, canaries, seed)
+    made, total = count(1), ATTACKS * mechanism.n_steps
+    report: Progress = progress or (lambda step, steps, what: None)
+    on_step = lambda: report(next(made), total, "steps of the attacks")  # noqa: E731
+    attack = Attack(mechanism, canaries, seed, on_step=on_step)
     (variance, off), (correlation, far) = attack.variance(), attack.correlation()
     found = [
         Check("noise variance", abs(off) < NOISE, "1", f"{variance:.4f} ({off:+.1f} deviations)"),

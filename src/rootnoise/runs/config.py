@@ -76,6 +76,7 @@ class RunConfig:
     seed: int = 0
     insecure_noise_seed: int | None = None
     device: str = "cpu"
+    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         known = ("none", "dpsgd", *mechanisms())

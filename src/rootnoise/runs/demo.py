@@ -76,7 +76,7 @@ def demo(
     Raises:
         RootnoiseError: the seed is negative, scikit-learn is missing, or `out` cannot be written.
     """
-    seed = integer("seed", seed, 0)
+    seed = integer("seed", integer("seed", seed, 0), high=2**63 - REPETITIONS)
     if out.exists() and not out.is_dir():
         raise RootnoiseError(f"out must be a folder, got the file {out}")
     curves.check()

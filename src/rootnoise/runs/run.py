@@ -73,8 +73,14 @@ def run(
             samples by Poisson and everything else runs in fixed cycles. `seed` fixes the order of
             the data and the first weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
+    <<<<<<< HEAD
         out: a new or empty folder; `runs.folder` lists its files.
         data_dir: where the data set's files are.
+    =======
+        out: a new or empty folder; `lab.checkpoint` lists its files.
+        data_dir: where the data set's files are [default: as `config` says, or the run in `out`].
+            A resumed run takes any folder that holds the same training set.
+    >>>>>>> w-numbers
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
         on_step: called after every step.
@@ -146,8 +152,15 @@ def _begin(
 ) -> tuple[Trainer, Statement]:
     """Return the new or resumed run, its checkpoint on disk, and what it states."""
     settings = asdict(config)
-    folder.reopen(settings) if resume else folder.refuse_used()
-    data = load(config.dataset, data_dir)
+    known = settings.pop("data_dir")
+    where = data_dir or known
+    if resume:
+        folder.reopen(settings)
+        where = where or folder.config().get("data_dir")
+    else:
+        folder.refuse_used()
+        settings["data_dir"] = where and str(Path(where).resolve())
+    data = load(config.dataset, where and Path(where))
     sampler = make_sampler(config, data.n_train)
     private = config.mechanism != "none"
     mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)

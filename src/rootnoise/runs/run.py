@@ -73,14 +73,9 @@ def run(
             samples by Poisson and everything else runs in fixed cycles. `seed` fixes the order of
             the data and the first weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
-    <<<<<<< HEAD
         out: a new or empty folder; `runs.folder` lists its files.
-        data_dir: where the data set's files are.
-    =======
-        out: a new or empty folder; `lab.checkpoint` lists its files.
         data_dir: where the data set's files are [default: as `config` says, or the run in `out`].
             A resumed run takes any folder that holds the same training set.
-    >>>>>>> w-numbers
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
         on_step: called after every step.

@@ -20,12 +20,18 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
-from rootnoise.batches.loader import data_loader
+from rootnoise.batches.loader import data_loader, refuse_mixing, refuse_repeats
 from rootnoise.batches.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
@@ -55,6 +61,14 @@ Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 # What `mechanism="auto"` may keep of noise vectors of the model's size, unless told.
 MEMORY_ROWS = 64
 VERSION = 1  # of the file of `LoopOptimizer.save`
+
+
+_KINDS = {
+    "model": "a torch module",
+    "optimizer": "a torch optimizer",
+    "options": "a mapping",
+    "resume": "a path",
+}
 
 
 class Private(NamedTuple):
@@ -139,7 +153,16 @@ def make_private(
     """
     if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
         raise RootnoiseError("make_private must be called once a run, got its own result again")
+    for name, value, kinds in (
+        ("model", model, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("options", options or {}, Mapping),
+        ("resume", resume or "", str | os.PathLike),
+    ):
+        if not isinstance(value, kinds):
+            raise RootnoiseError(f"{name} must be {_KINDS[name]}, got {type(value).__name__}")
     dataset, batch, loading = _data(data, batch_size)
+    refuse_repeats(dataset)
     job = Job(len(dataset), batch, epochs, epsilon, delta, memory_rows)
     workload = _workload(optimizer, job, scheduler, scheduler_interval)
     made, sampler = _calibrated(workload, job, mechanism, sampling, options or {}, clip_norm, seed)
@@ -148,13 +171,20 @@ def make_private(
         if key is not None:
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = saved.key
+    collate = loading.get("collate_fn", default_collate)
+    if independence == "probed" and collate is not default_collate:
+        refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
     loop = LoopOptimizer(
         PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence)
     )
     if saved is not None:
         loop.load_state_dict(saved.optimizer)
-        module.load_state_dict(saved.weights)
+        try:
+            module.load_state_dict(saved.weights)
+        except (RuntimeError, TypeError) as reason:
+            line = " ".join(str(reason).split())
+            raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None
     return Private(module, loop, PrivateLoader(dataset, loop, job.period, loading))
 
 
@@ -186,6 +216,9 @@ def _workload(
     optimizer: torch.optim.Optimizer, job: Job, scheduler: Scheduler | None, interval: str
 ) -> Workload:
     """Return what optimizer and scheduler make of the gradients of the whole run."""
+    if scheduler is not None and not (isinstance(scheduler, LRScheduler) or callable(scheduler)):
+        rule = "scheduler must be one of torch, or a function that makes one"
+        raise RootnoiseError(f"{rule}, got {type(scheduler).__name__}")
     if interval not in ("step", "epoch"):
         raise RootnoiseError(f"scheduler_interval must be step or epoch, got {interval!r}")
     if scheduler is None:
@@ -294,7 +327,10 @@ def _read(path: Path, made: Mechanism) -> _Saved:
             f"resume must be of the mechanism that these arguments make, {made.fingerprint[:16]}, "
             f"got {saved.get('fingerprint')!s:.16}"
         )
-    return _Saved(Key(bytes.fromhex(saved["key"])), saved["weights"], saved["optimizer"])
+    try:
+        return _Saved(Key(bytes.fromhex(saved["key"])), saved["weights"], saved["optimizer"])
+    except (KeyError, TypeError, ValueError):  # the text may be a secret
+        raise RootnoiseError(f"resume must be a file of save, got a damaged one {path}") from None
 
 
 class LoopOptimizer(torch.optim.Optimizer):

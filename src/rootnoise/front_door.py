@@ -407,7 +407,7 @@ class LoopOptimizer(torch.optim.Optimizer):
 
         The file holds the weights, the key of the noise and the seed of the batches, readable by
         its owner alone: keep it as secret as the data. Release what depends on a step only after
-        the save that contains it.
+        the save that contains it, and go on from a file once: two runs that do share noise.
 
         Raises:
             RootnoiseError: a step was broken off, or the file cannot be written.
@@ -442,6 +442,8 @@ class LoopOptimizer(torch.optim.Optimizer):
 
         It is that of the steps made, where the strategy is Toeplitz and batches are not random
         (C restricted to them is a strategy of its own); else that of the whole run.
+        It is for a number of steps that was fixed beforehand: a run that stops because of what it
+        has shown costs what the whole run costs.
         """
         made, t = self.private.mechanism, self.t
         if t == 0:

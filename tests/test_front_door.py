@@ -1,6 +1,7 @@
 """`make_private`: the unchanged loop makes the very run that the five objects make by hand."""
 
 import copy
+import random  # noqa: TID251 - data sets use it
 import warnings
 
 import numpy as np
@@ -8,7 +9,15 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    default_collate,
+)
 
 from rootnoise import (
     CyclicPoissonSampler,
@@ -271,6 +280,13 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
         again(resume=file, key=Key.fresh(), **settings)
     with pytest.raises(RootnoiseError, match=r"^resume must be readable, got .*: No such file"):
         again(resume=tmp_path / "none", **settings)
+    for damaged in (saved | {"key": "no key"}, {n: saved[n] for n in saved if n != "optimizer"}):
+        torch.save(damaged, file)
+        with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got a damaged"):
+            again(resume=file, **settings)
+    torch.save(saved | {"weights": saved["weights"] | {"more": torch.ones(1)}}, file)
+    with pytest.raises(RootnoiseError, match=r"^resume must be of this model, got .*more"):
+        again(resume=file, **settings)
     torch.save(saved | {"version": 0}, file)
     with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, version 1"):
         again(resume=file, **settings)
@@ -295,6 +311,57 @@ def weighted():
     return DataLoader(data(), BATCH, sampler=WeightedRandomSampler([1.0] * 24, 24))
 
 
+def mixed_up(examples):
+    x, y = default_collate(examples)
+    order = torch.randperm(len(x))
+    return {"x": 0.75 * x + 0.25 * x[order], "y": [y, y[order]]}
+
+
+def centred(examples):
+    x, y = default_collate(examples)
+    return (x - x.mean(0)).numpy(), y
+
+
+class Jittered:
+    def __init__(self):
+        self.rng = torch.Generator().manual_seed(0)
+
+    def __call__(self, examples):
+        x, y = default_collate(examples)
+        return x + torch.randn(x.shape, generator=self.rng), y
+
+
+def padded(examples):
+    """Each example is longer than the last; counts are of the whole batch."""
+    rows = [x[:1].repeat(1 + int(10 * abs(x[1]))) for x, _ in examples]
+    rows = [row + torch.rand(1) + random.random() for row in rows]  # noqa: S311
+    x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
+    lengths = [len(row) for row in rows]
+    return {"x": x, "lengths": lengths, "n": sum(lengths), "text": ["a"] * len(rows), "rows": rows}
+
+
+def generators():
+    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    return random.getstate(), torch.get_rng_state().tolist(), numpy["key"].tolist(), numpy["pos"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 24])
+def test_collate_functions_may_pad_augment_and_count(n):
+    """They are tried, and move no generator."""
+    model, sgd = parts()
+    loader = DataLoader(data(n), 1, collate_fn=padded)
+    before = generators()
+    run = make_private(model, sgd, loader, mechanism="identity", **GOAL)
+    assert generators() == before
+    assert next(iter(run.loader))["text"] == ["a"]
+
+
+def test_collate_functions_may_be_trusted():
+    model, sgd = parts()
+    loader = DataLoader(data(), BATCH, collate_fn=centred)
+    make_private(model, sgd, loader, mechanism="bsr", independence="assumed", **GOAL)
+
+
 WRONG = {
     "a second call": (lambda: (*twice(), {}), "make_private must be called once a run"),
     "another sampler": (lambda: (*parts(), weighted(), {}), "loader must draw single examples at"),
@@ -316,6 +383,37 @@ WRONG = {
     "a foreign scheduler": (
         lambda: (*parts(), data(), {"scheduler": StepLR(parts()[1], 1)}),
         "scheduler must be the optimizer's own",
+    ),
+    "no module": (lambda: (None, parts()[1], data(), {}), "model must be a torch module, got None"),
+    "no optimizer": (lambda: (parts()[0], None, data(), {}), "optimizer must be a torch optimizer"),
+    "no options": (lambda: (*parts(), data(), {"options": 5}), "options must be a mapping, got"),
+    "no path": (lambda: (*parts(), data(), {"resume": 5}), "resume must be a path, got int"),
+    "no scheduler": (
+        lambda: (*parts(), data(), {"scheduler": 3}),
+        "scheduler must be one of torch, or a function that makes one, got int",
+    ),
+    "an index twice": (
+        lambda: (*parts(), Subset(Subset(data(), [*range(12), 0]), range(9)), {}),
+        "data must hold each record once, for epsilon is one index's, got a Subset with index 0 2 ",
+    ),
+    "a set twice": (
+        lambda: (*parts(), ConcatDataset([data(), ConcatDataset([d := data(), d])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset of one",
+    ),
+    "mix-up": (
+        lambda: (*parts(), DataLoader(data(), collate_fn=mixed_up), {}),
+        "collate_fn must make each example's row of that example alone, got another row of one "
+        "example beside others",
+    ),
+    "a mean": (
+        lambda: (*parts(), DataLoader(data(), collate_fn=centred), {}),
+        "collate_fn must make each example's row of that example alone, got another row of one "
+        "example beside others",
+    ),
+    "a generator of its own": (
+        lambda: (*parts(), DataLoader(data(), collate_fn=Jittered()), {}),
+        "collate_fn must make each example's row of that example alone, got another row of one "
+        r"example \(or",
     ),
     "batch norm": (
         lambda: (m := nn.BatchNorm1d(5), torch.optim.SGD(m.parameters()), data(), {}),

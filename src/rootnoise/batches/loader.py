@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random  # noqa: TID251 - its state is put back
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.batches.samplers import Sampler
+
+# Examples on which a collate function is tried: no batch is a tuple of so many parts.
+TRIED = 11
 
 
 def data_loader(
@@ -66,6 +71,95 @@ def data_loader(
         collate_fn=_Collate(collate_fn or default_collate),
         **options,
     )
+
+
+def refuse_mixing(dataset: Any, collate_fn: Callable[[list[Any]], Any]) -> None:
+    """Refuse a collate function that mixes examples, tried on a few of the data set.
+
+    What it makes of an example must not change when others are replaced, but for padding. Numbers
+    that belong to no example, such as a count, are not looked at. No global generator is moved.
+
+    Raises:
+        RootnoiseError: it mixes them (as mix-up does), or does not give the same again.
+    """
+    n = min(TRIED, len(dataset))
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    try:
+        examples = list(_Numbered(dataset).__getitems__(range(n))[1])
+        after = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+
+        def rows(sources: Sequence[int]) -> list[Any]:
+            _set_generators(after)
+            batch = collate_fn([examples[i] for i in sources])
+            return [_row(batch, i, n) for i in range(n)]
+
+        first = rows(range(n))
+        for kept in (range(n), range(0, n, 2), range(1, n, 2)):
+            found = rows([i if i in kept else kept[0] for i in range(n)]) if kept else first
+            if not all(_alike(first[i], found[i]) for i in kept):
+                got = "another row of one example" + ("" if len(kept) == n else " beside others")
+                raise RootnoiseError(
+                    f"collate_fn must make each example's row of that example alone, got {got} "
+                    "(or take the duty upon you by independence='assumed')"
+                )
+    finally:
+        _set_generators(states)
+
+
+def _set_generators(states: tuple[Any, Any, torch.Tensor]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    torch.set_rng_state(states[2])
+
+
+def _row(batch: Any, i: int, n: int) -> Any:
+    """Return what a batch of n examples holds of example i."""
+    if isinstance(batch, torch.Tensor | np.ndarray):
+        return batch[i] if batch.ndim and len(batch) == n else None
+    if isinstance(batch, Mapping):
+        return {name: _row(value, i, n) for name, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return batch[i] if len(batch) == n else [_row(value, i, n) for value in batch]
+    return None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two rows are equal where both of them are; one may be padded further."""
+    if isinstance(a, torch.Tensor | np.ndarray) and isinstance(b, torch.Tensor | np.ndarray):
+        one, other = np.asarray(a), np.asarray(b)
+        if one.ndim != other.ndim:
+            return False
+        both = tuple(slice(min(sizes)) for sizes in zip(one.shape, other.shape, strict=True))
+        equal = one[both] == other[both]
+        return bool(np.all(equal | ((one[both] != one[both]) & (other[both] != other[both]))))
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_alike(a[name], b[name]) for name in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_alike, a, b))
+    return type(a) is type(b)
+
+
+def refuse_repeats(data: Any) -> None:
+    """Refuse a data set of torch's that holds a record twice: epsilon is that of one index.
+
+    Seen are `Subset` and `ConcatDataset`, the ways in which torch repeats one.
+
+    Raises:
+        RootnoiseError: an index of a subset, or a part of a concatenation, comes twice.
+    """
+    rule = "data must hold each record once, for epsilon is one index's"
+    match data:
+        case Subset():
+            refuse_repeats(data.dataset)
+            indices, counts = np.unique(np.asarray(data.indices), return_counts=True)
+            if counts.size and counts.max() > 1:
+                i, n = indices[counts.argmax()], counts.max()
+                raise RootnoiseError(f"{rule}, got a Subset with index {i} {n} times")
+        case ConcatDataset():
+            for part in data.datasets:
+                refuse_repeats(part)
+            if len({id(part) for part in data.datasets}) < len(data.datasets):
+                raise RootnoiseError(f"{rule}, got a ConcatDataset of one data set several times")
 
 
 class _Steps:

@@ -126,7 +126,7 @@ class LoopOptimizer(torch.optim.Optimizer):
 
         The file holds the weights, the key of the noise and the seed of the batches, readable by
         its owner alone: keep it as secret as the data. Release what depends on a step only after
-        the save that contains it.
+        the save that contains it, and go on from a file once: two runs that do share noise.
 
         Raises:
             RootnoiseError: a step was broken off, or the file cannot be written.
@@ -167,7 +167,8 @@ class LoopOptimizer(torch.optim.Optimizer):
 
         It is that of the steps made, where the strategy is Toeplitz and the sampling one of fixed
         cycles or (cyclic) Poisson: C restricted to them is a strategy of its own. Else it is that
-        of the whole run.
+        of the whole run. It is for a number of steps that was fixed beforehand: a run that stops
+        because of what it has shown costs what the whole run costs.
 
         Args:
             delta: its failure probability; the mechanism's when None.

@@ -13,9 +13,16 @@ from weakref import WeakSet
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
 
 from rootnoise._check import RootnoiseError, real
+from rootnoise.batches.loader import refuse_mixing, refuse_repeats
 from rootnoise.batches.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
@@ -48,6 +55,12 @@ SCHEDULED = ("lr", "momentum", "betas")  # what schedulers change of an optimize
 MEMORY_ROWS = 64
 
 _MADE: WeakSet[nn.Module] = WeakSet()  # models that are private already
+_KINDS = {
+    "model": "a torch module",
+    "optimizer": "a torch optimizer",
+    "options": "a mapping",
+    "resume": "a path",
+}
 
 
 class Private(NamedTuple):
@@ -142,12 +155,21 @@ def make_private(
     """
     if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
         raise RootnoiseError("make_private must be called once a run, got its own result again")
+    for name, value, kinds in (
+        ("model", model, nn.Module),
+        ("optimizer", optimizer, torch.optim.Optimizer),
+        ("options", options or {}, Mapping),
+        ("resume", resume or "", str | os.PathLike),
+    ):
+        if not isinstance(value, kinds):
+            raise RootnoiseError(f"{name} must be {_KINDS[name]}, got {type(value).__name__}")
     if any(module in _MADE for module in model.modules()):
         raise RootnoiseError(
             "make_private must be called once a model, got one that it has made private: load its "
             "weights into a fresh one"
         )
     dataset, batch, loading = _data(data, batch_size)
+    refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
     if sum(value is not None for value in goal.values()) != 1:
         raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
@@ -169,6 +191,9 @@ def make_private(
         if key is not None:
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = before.key
+    collate = loading.get("collate_fn", default_collate)
+    if independence == "probed" and collate is not default_collate:
+        refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
     sampler = _sampler(job, who, seed)
     with warnings.catch_warnings():
@@ -181,7 +206,11 @@ def make_private(
     )
     if before is not None:
         loop.load_state_dict(before.optimizer)
-        module.load_state_dict(before.weights)
+        try:
+            module.load_state_dict(before.weights)
+        except (RuntimeError, TypeError) as reason:
+            line = " ".join(str(reason).split())
+            raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None
     _MADE.add(model)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
 
@@ -221,6 +250,9 @@ def _workload(
     optimizer: torch.optim.Optimizer, job: Job, scheduler: Scheduler | None, interval: str
 ) -> tuple[Workload, list[float]]:
     """Return what optimizer and scheduler make of the gradients of the whole run, and the rates."""
+    if scheduler is not None and not (isinstance(scheduler, LRScheduler) or callable(scheduler)):
+        rule = "scheduler must be one of torch, or a function that makes one"
+        raise RootnoiseError(f"{rule}, got {type(scheduler).__name__}")
     if interval not in ("step", "epoch"):
         raise RootnoiseError(f"scheduler_interval must be step or epoch, got {interval!r}")
     if scheduler is None:

@@ -42,7 +42,10 @@ def read(path: Path, made: Mechanism) -> Saved:
             f"resume must be of the mechanism that these arguments make, {made.fingerprint[:16]}, "
             f"got {saved.get('fingerprint')!s:.16}"
         )
-    return Saved(Key(bytes.fromhex(saved["key"])), saved["weights"], saved["optimizer"])
+    try:
+        return Saved(Key(bytes.fromhex(saved["key"])), saved["weights"], saved["optimizer"])
+    except (KeyError, TypeError, ValueError):  # the text may be a secret
+        raise RootnoiseError(f"resume must be a file of save, got a damaged one {path}") from None
 
 
 def write(path: Path, private: PrivateOptimizer) -> None:

@@ -98,6 +98,10 @@ class CausalMatrix(ABC):
             return np.asarray(np.sqrt(sum(np.square(x).sum(axis=1) for x in self._columns())))
         return self.column_norms()[::-1]
 
+    def decoder_row_norms(self, workload: CausalMatrix) -> Array | None:
+        """Return the row norms of workload @ self^-1 where a closed form is known, else None."""
+        return None
+
     def dense(self) -> Array:
         """Return the n x n array: for oracles and small n."""
         return self.apply(np.eye(self.n_steps))

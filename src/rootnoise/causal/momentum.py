@@ -69,6 +69,14 @@ class Descent(CausalMatrix):
         )
 
     @property
+    def sgd(self) -> tuple[float, float] | None:
+        """Momentum and decay, where learning rates are 1 and nothing else is set."""
+        plain = np.all(self._chi == 1) and not (self.weight_decay or self.nesterov)
+        if not plain or np.ndim(self.momentum) or np.ndim(self.decay):
+            return None
+        return float(self._beta[0]), float(self._alpha[0])
+
+    @property
     def bands(self) -> int:
         return self.n_steps
 

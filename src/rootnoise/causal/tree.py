@@ -32,7 +32,7 @@ from rootnoise._check import RootnoiseError, integer
 from rootnoise._values import Array
 from rootnoise.causal import series
 from rootnoise.causal.base import MAPS, CausalMatrix
-from rootnoise.causal.product import Product
+from rootnoise.causal.momentum import Descent
 
 Steps = NDArray[np.int64]
 
@@ -102,6 +102,11 @@ class Tree(CausalMatrix):
             squares[left] += (feedback[g, h] / scales[g]) ** 2
         return np.asarray(np.sqrt(squares))
 
+    def decoder_row_norms(self, workload: CausalMatrix) -> Array | None:
+        """Return the errors of SGD under the noise of this tree: see `error_variances`."""
+        sgd = workload.sgd if isinstance(workload, Descent) else None
+        return None if sgd is None else np.sqrt(error_variances(self.n_steps, self.estimator, *sgd))
+
     def _whole(self, x: Array, *, forward: bool) -> Array:
         columns = x.reshape(self.n_steps, -1)
         state = np.zeros((self.state_size, columns.shape[1]))
@@ -148,18 +153,6 @@ class Tree(CausalMatrix):
             fresh[h + 1] = weight**2 * fresh[h] + (1 - weight) ** 2
             feedback[h + 1, : h + 1] = 1 - np.cumprod(children[h::-1])[::-1]
         return np.sqrt(fresh), feedback
-
-
-@dataclass(frozen=True, eq=False)
-class TreeErrors(Product):
-    """The errors of SGD under a tree's noise, of known variances: see `error_variances`."""
-
-    estimator: str = "full"
-    momentum: float = 0.0
-    decay: float = 1.0
-
-    def row_norms(self) -> Array:
-        return np.sqrt(error_variances(self.n_steps, self.estimator, self.momentum, self.decay))
 
 
 def error_variances(

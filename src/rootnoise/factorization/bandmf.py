@@ -29,10 +29,10 @@ from rootnoise.factorization.base import (
     Progress,
     Search,
     default_bands,
-    factorize,
     register,
 )
 from rootnoise.factorization.lbfgs import lbfgs
+from rootnoise.factorization.scaled import epoch_scaled
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
 
@@ -87,7 +87,7 @@ def bandmf(
         return Factorization("bandmf", workload, strategy)
 
     search = Search(build, participation, progress)
-    start = factorize(workload, participation, "epoch-scaled", bands=p).strategy
+    start = epoch_scaled(workload, participation, bands=p).strategy
     search(start)
     windows, repeats = _windows(n, participation)
 

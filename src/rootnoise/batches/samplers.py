@@ -440,13 +440,13 @@ the one of step 0
         )
 
 
-# Who draws as an amplified epsilon supposes. A subclass may draw otherwise, so only these very
+# Samplers that draw as an amplified epsilon assumes. A subclass may draw otherwise: only these very
 # types count.
 DRAWN = (CyclicPoissonSampler, BallsInBinsSampler, MinSepPoissonSampler)
 
 
 def check_sampler(sampler: Sampler, participation: Participation, n_steps: int) -> None:
-    """Refuse a sampler that does not draw as a mechanism's epsilon supposes.
+    """Refuse a sampler that does not draw as a mechanism's epsilon assumes.
 
     Raises:
         RootnoiseError: another participation or number of steps, or an amplified participation

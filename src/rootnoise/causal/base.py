@@ -40,7 +40,7 @@ class CausalMatrix(ABC):
     @property
     @abstractmethod
     def is_toeplitz(self) -> bool:
-        """Whether every diagonal is constant, so that the first column says all."""
+        """Whether every diagonal is constant, so that the first column determines the map."""
 
     @property
     @abstractmethod

@@ -115,7 +115,7 @@ def _kind(factor: CausalMatrix) -> str:
 
 
 def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
-    """Return the row norms of a product of such parts, or None where only its columns can tell."""
+    """Return the row norms of a product of such parts, or None where no formula is known."""
     match parts:
         case [("diagonal", g)]:
             return np.abs(g)

@@ -144,7 +144,7 @@ class Tree(CausalMatrix):
 
     @cached_property
     def _table(self) -> tuple[Array, Array]:
-        """The settings by the number of trailing ones, where these are all that matters."""
+        """Sigma and f by the number of trailing ones of t, where they depend on nothing else."""
         s = self.state_size
         online = self.estimator == "online"
         children = np.array([online / (1 + 2 * _variance(h)) for h in range(s)])
@@ -274,7 +274,7 @@ def cycle_squares(n_steps: int, period: int) -> Array:
 
 
 def most_squares(n_steps: int, min_sep: int, k: int) -> float:
-    """Return a bound on that for any k steps at least `min_sep` apart.
+    """Return an upper bound on this squared norm for any k steps at least `min_sep` apart.
 
     A block of 2^h steps has at most ceil(2^h / b) of them, and all blocks of this size at most k.
 

@@ -55,7 +55,7 @@ def bandmf(
     tolerance: float = 1e-6,
     progress: Progress | None = None,
 ) -> Factorization:
-    """C = any p bands of least error (BandMF, Choquette-Choo et al. 2023), one norm an epoch.
+    """C = any p bands of least error (BandMF, Choquette-Choo et al. 2023), one norm for each epoch.
 
     It is `banded` without the demand that the strategy be Toeplitz, and `epoch-scaled` with all
     its entries optimised, from which it starts. A stream is as cheap as that of any p bands.

@@ -207,7 +207,7 @@ class MinSepPoisson:
         )
 
 
-# Independent draws at every step: privacy is stated per participation, not per run of them.
+# Independent draws: the sensitivity is that of one participation, and the accountant composes.
 PoissonSampling = CyclicPoisson | MinSepPoisson
 Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | PoissonSampling
 

@@ -86,7 +86,7 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
 
 
 def refuse_misfit(strategy: CausalMatrix, participation: Participation) -> None:
-    """Refuse a strategy whose columns overlap where the accountant counts on it that they do not.
+    """Refuse a strategy whose columns overlap where the accountant relies on their being disjoint.
 
     Raises:
         RootnoiseError: the participation does not fit n_steps, or the bands exceed the groups.

@@ -33,7 +33,7 @@ class Workload(ABC):
 
     @property
     def root_is_exact(self) -> bool:
-        """Whether C C = A, and not only nearly: see `neighbour`."""
+        """Whether C C = A exactly: the root of a `neighbour` is only close to it."""
         return True
 
     @property

@@ -54,7 +54,7 @@ class MatrixWorkload(Workload):
 
     @property
     def neighbour(self) -> Workload:
-        """Refuse: there is none.
+        """Refuse: a matrix has no Toeplitz neighbour.
 
         Raises:
             RootnoiseError: always.

@@ -15,7 +15,7 @@ from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import WORKLOADS, Workload
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
 
-# Where a schedule ends unless told, relative to its peak.
+# The learning rate at the end of a schedule by default, relative to its peak.
 FINAL = {"cosine": 0.0, "linear": 0.0, "exponential": 0.01, "step": 0.01}
 
 

@@ -12,7 +12,7 @@ from dp_accounting import get_epsilon_gaussian
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting.balls_in_bins import Bins, bin_gram
 from rootnoise.batches.samplers import CyclicPoissonSampler, MinSepPoissonSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.monte_carlo import LARGEST, POWERS, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix

@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import erfcx, ndtr
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.accounting import subsampled
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.cost import Progress

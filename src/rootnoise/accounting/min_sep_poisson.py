@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting import min_sep_patterns
 from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.monte_carlo import LARGEST, POWERS, Mixture, Samples, Tilt

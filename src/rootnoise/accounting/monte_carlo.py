@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 

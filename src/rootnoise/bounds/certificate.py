@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.bounds import coarse_to_fine, dual, long_runs, nuclear_norm
 from rootnoise.participation import FixedCycle, Participation, PoissonSampling, SingleParticipation
 from rootnoise.workload import Workload

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.bounds import dual
 from rootnoise.bounds.dual import Factors, Patterns
 from rootnoise.participation import FixedCycle, MinSeparation, Participation

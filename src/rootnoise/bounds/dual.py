@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.participation import (
     MinSeparation,
     Participation,

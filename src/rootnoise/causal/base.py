@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from rootnoise._values import Array, Kinds, set_fields
+from rootnoise._check import Array, set_fields
+from rootnoise._tagged import Kinds
 from rootnoise.causal import series, streamed_norms
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
-from rootnoise._check import RootnoiseError, real, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, real, set_fields, vector
 from rootnoise.causal.base import MAPS, CausalMatrix
 
 

@@ -8,8 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, set_fields
 from rootnoise.causal import product_norms, streamed_norms
 from rootnoise.causal.base import MAPS, CausalMatrix, Inverse
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal.streamed_norms import Streamable
 
 # Coefficients of M below this part of the largest are rounding errors, and left out.

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 
 # With fewer steps at a time Python dominates: 5 us a step for s = 2, where 16 steps take 10 us.
 LEAST_STEPS = 32

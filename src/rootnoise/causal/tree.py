@@ -28,8 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.causal import series
 from rootnoise.causal.base import MAPS, CausalMatrix
 from rootnoise.causal.momentum import Descent

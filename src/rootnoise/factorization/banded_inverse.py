@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg import toeplitz
 from scipy.optimize import minimize
 
-from rootnoise._check import real
-from rootnoise._values import Array
+from rootnoise._check import Array, real
 from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
     correlate,

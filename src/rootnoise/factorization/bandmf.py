@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from rootnoise._check import integer, real
-from rootnoise._values import Array
+from rootnoise._check import Array, integer, real
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.banded import Banded
 from rootnoise.factorization.base import (

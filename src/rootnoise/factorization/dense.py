@@ -15,8 +15,7 @@ from itertools import islice
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from rootnoise._check import integer, real
-from rootnoise._values import Array
+from rootnoise._check import Array, integer, real
 from rootnoise.bounds import dual
 from rootnoise.causal import Dense
 from rootnoise.factorization.bandmf import bandmf

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal import CausalMatrix
 
 Ages = tuple[int, ...]

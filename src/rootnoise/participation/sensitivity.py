@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import correlate
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.tree import Tree, cycle_squares, most_squares
 from rootnoise.participation.kinds import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from rootnoise._values import Array, Kinds
+from rootnoise._check import Array
+from rootnoise._tagged import Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
 
 

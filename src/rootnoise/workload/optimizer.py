@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.causal import Toeplitz, series
 from rootnoise.workload.base import Workload
 from rootnoise.workload.matrix import MatrixWorkload

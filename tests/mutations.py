@@ -478,7 +478,7 @@ MUTATIONS = [
     ),
     Mutation(
         "the add direction is dropped, Monte Carlo",
-        "accounting/estimate.py",
+        "accounting/monte_carlo.py",
         "return found if added.bound(found) <= delta else _root(added.bound, delta)",
         "return found",
         "accounting_composition",
@@ -506,21 +506,21 @@ MUTATIONS = [
     ),
     Mutation(
         "C for |C|",
-        "accounting/separated.py",
+        "accounting/min_sep_poisson.py",
         "magnitudes(strategy).by_diagonals()",
         "strategy.by_diagonals()",
         "accounting_composition",
     ),
     Mutation(
         "the bound is from the pilot's stream",
-        "accounting/estimate.py",
+        "accounting/monte_carlo.py",
         "_stream(settings, 1, evaluation)",
         "_stream(settings, 0)",
         "accounting_composition",
     ),
     Mutation(
         "failure is not halved",
-        "accounting/estimate.py",
+        "accounting/monte_carlo.py",
         "settings.failure / 2, settings.samples\n",
         "settings.failure, settings.samples\n",
         "accounting_composition",

@@ -13,19 +13,13 @@ from hypothesis import strategies as st
 from scipy.optimize import brentq
 
 from rootnoise import RootnoiseError, accounting
-from rootnoise.accounting import (
-    composition,
-    confidence,
-    dominating,
-    estimate,
-    gaussian,
-    subsampled,
-)
-from rootnoise.accounting.bins import Bins
+from rootnoise.accounting import composition, confidence, dominating, gaussian, subsampled
+from rootnoise.accounting import monte_carlo as estimate
+from rootnoise.accounting.balls_in_bins import Bins
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 from rootnoise.accounting.dominating import magnitudes
-from rootnoise.accounting.separated import band_rows
+from rootnoise.accounting.min_sep_poisson import band_rows
 from rootnoise.batches.samplers import MinSepPoissonSampler
 from rootnoise.causal import Dense, Toeplitz
 from rootnoise.cli import main

@@ -12,8 +12,9 @@ from dp_accounting import get_epsilon_gaussian
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.accounting import composition, estimate
-from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting import composition
+from rootnoise.accounting import monte_carlo as estimate
+from rootnoise.accounting.balls_in_bins import Bins, bin_gram
 from rootnoise.accounting.composition import Losses
 from rootnoise.accounting.subsampled import losses
 from rootnoise.batches.samplers import CyclicPoissonSampler, MinSepPoissonSampler

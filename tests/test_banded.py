@@ -23,7 +23,7 @@ def rmse(work, who, mechanism, **options):
     return factorize(work, who, mechanism, **options).rmse(who)
 
 
-# E_banded_toeplitz_optimised_p_eq_b, and the digits of another optimiser (THEORY, section 3).
+# Digits of an independent optimiser.
 @pytest.mark.parametrize(
     ("work", "who", "expected", "digits"),
     [
@@ -72,7 +72,7 @@ def test_more_bands_than_the_separation_pay_only_for_a_fixed_cycle():
     assert cycle.sensitivity(FixedCycle(20, 30)).exact
 
 
-# BandInvMF, p = 4, of another optimiser that had to use the envelope of C (THEORY, section 3).
+# BandInvMF, p = 4, of an independent optimiser that had to use the envelope of C.
 @pytest.mark.parametrize(
     ("work", "who", "enveloped"),
     [

@@ -341,7 +341,7 @@ def padded(examples):
 
 
 def generators():
-    numpy = np.random.get_state(legacy=False)["state"]  # noqa: NPY002
+    numpy = np.random.get_state(legacy=False)["state"]
     return random.getstate(), torch.get_rng_state().tolist(), numpy["key"].tolist(), numpy["pos"]
 
 

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from oracle import lower_toeplitz
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.accounting import MonteCarlo, estimate, renewal
-from rootnoise.accounting.bins import Bins, bin_gram
-from rootnoise.accounting.separated import Separated, band_rows
+from rootnoise.accounting import MonteCarlo, min_sep_patterns
+from rootnoise.accounting import monte_carlo as estimate
+from rootnoise.accounting.balls_in_bins import Bins, bin_gram
+from rootnoise.accounting.min_sep_poisson import Separated, band_rows
 from rootnoise.auditing.recompute import _renewal_losses, epsilon_ranges
 from rootnoise.bounds.certificate import lower_bound
 from rootnoise.causal import Dense, Toeplitz
@@ -221,7 +222,7 @@ def test_many_steps_do_not_overflow():
     assert np.isfinite(mixture._log_ratio(log_x)).all()
     with pytest.raises(FloatingPointError, match=r"^likelihood ratios overflow$"):
         mixture._log_ratio(log_x + 1000)
-    tilted = renewal.pairs(mixture.squares, mixture._overlaps, 1, 0.5, 24.0)
+    tilted = min_sep_patterns.pairs(mixture.squares, mixture._overlaps, 1, 0.5, 24.0)
     assert not math.isfinite(tilted.log_scale)
 
 

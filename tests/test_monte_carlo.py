@@ -16,9 +16,10 @@ from scipy.stats import norm
 from oracle import lower_toeplitz
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.accounting import MonteCarlo, confidence, estimate
-from rootnoise.accounting.bins import Bins, bin_gram
-from rootnoise.accounting.estimate import Tilt
+from rootnoise.accounting import MonteCarlo, confidence
+from rootnoise.accounting import monte_carlo as estimate
+from rootnoise.accounting.balls_in_bins import Bins, bin_gram
+from rootnoise.accounting.monte_carlo import Tilt
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism

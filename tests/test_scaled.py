@@ -50,7 +50,7 @@ def test_epoch_scaled_bsr(decay, momentum, n, k, rmse):
         assert made.memory_rows == n // k - 1
 
 
-# Found by another search, with the gamma of least error after scaling (THEORY, section 3).
+# Digits of an independent search, with the gamma of least error after scaling.
 @pytest.mark.parametrize(
     ("work", "base", "rmse"),
     [

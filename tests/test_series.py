@@ -33,7 +33,7 @@ def test_negative_powers_have_small_absolute_error(decay, momentum, exponent):
 
 
 def test_ten_million_coefficients_against_random_access():
-    """c_j as an arcsine moment, exact to rounding without any recurrence (THEORY section 6)."""
+    """c_j as an arcsine moment, exact to rounding without any recurrence."""
     n, alpha, beta = 10**7, 1.0, 0.9
     ours = series.sgd_power(alpha, beta, 0.5, n)
     for j in (10, 1000, 10**5, n - 1):

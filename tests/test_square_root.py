@@ -134,7 +134,7 @@ def test_gamma_half_is_bsr_and_one_is_the_workload(work):
     np.testing.assert_allclose(none.strategy.dense(), np.eye(60), atol=1e-15)
 
 
-# The best gamma and its error to the digits that were found by another search (THEORY, section 3).
+# The best gamma and its error, to the digits of an independent search.
 @pytest.mark.parametrize(
     ("work", "who", "rmse", "gamma"),
     [

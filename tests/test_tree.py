@@ -18,7 +18,7 @@ from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.participation.sensitivity import sensitivity
-from rootnoise.workload import SGD, prefix_sum
+from rootnoise.workload import SGD, ScheduledSGD, prefix_sum
 
 VALUES = json.loads((Path(__file__).parent / "reference" / "values.json").read_text())
 SIZES = [1, 2, 3, 4, 7, 8, 13, 16, 21]
@@ -165,6 +165,26 @@ def test_other_workloads_and_participations(estimator):
     assert sens.exact
     bound = split.sensitivity(MinSeparation(10, 4))
     assert bound.value >= sens.value * (1 - 1e-12)
+
+
+SETTINGS = {
+    "plain": {"momentum": 0.5, "decay": 0.9},
+    "rates": {"learning_rates": np.linspace(1, 0.5, 30), "momentum": 0.5},
+    "momentum": {"momentum": np.linspace(0, 0.9, 30)},
+    "decay": {"decay": np.linspace(1, 0.9, 30)},
+    "weight decay": {"momentum": 0.5, "weight_decay": 0.1},
+    "nesterov": {"momentum": 0.5, "nesterov": True},
+}
+
+
+@each
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+def test_errors_of_any_settings_are_those_of_the_dense_decoder(estimator, settings):
+    """The closed form is that of plain SGD, and taken for nothing else."""
+    work = ScheduledSGD(**{"learning_rates": np.ones(30)} | settings)
+    split = factorize(work, mechanism="tree", estimator=estimator)
+    b = oracle.decoder(work.matrix.dense(), split.strategy.dense())
+    np.testing.assert_allclose(split.decoder.row_norms(), np.linalg.norm(b, axis=1), rtol=1e-11)
 
 
 @each

@@ -11,6 +11,8 @@ from typing import Any, SupportsFloat, SupportsIndex
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+Array = NDArray[np.float64]
+
 
 class RootnoiseError(ValueError):
     """The one exception of this package: one line that names the value, the rule and what came.
@@ -111,17 +113,23 @@ def clip_range(clip_norm: float) -> float:
     return real("clip_norm", clip_norm, at_least=1e-10, at_most=1e10)
 
 
-def vector(name: str, value: ArrayLike) -> NDArray[np.float64]:
+def vector(name: str, value: ArrayLike) -> Array:
     """Return a private, read-only, finite, non-empty 1-D float64 copy of `value`, or refuse it."""
     return _array(name, value, 1)
 
 
-def matrix(name: str, value: ArrayLike, *, square: bool = True) -> NDArray[np.float64]:
+def matrix(name: str, value: ArrayLike, *, square: bool = True) -> Array:
     """Return a private, read-only, finite, non-empty 2-D float64 copy, or refuse it."""
     result = _array(name, value, 2)
     if square and result.shape[0] != result.shape[1]:
         raise RootnoiseError(f"{name} must be square, got shape {result.shape}")
     return result
+
+
+def set_fields(value: object, **checked: Any) -> None:
+    """Set fields of a frozen dataclass, from within its own `__post_init__`."""
+    for name, field in checked.items():
+        object.__setattr__(value, name, field)
 
 
 def same(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
@@ -133,7 +141,7 @@ def same(name: str, ours: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
             )
 
 
-def _array(name: str, value: ArrayLike, ndim: int) -> NDArray[np.float64]:
+def _array(name: str, value: ArrayLike, ndim: int) -> Array:
     try:
         result = np.array(value, dtype=np.float64)
     except (TypeError, ValueError):

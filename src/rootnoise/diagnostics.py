@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rootnoise import accounting
-from rootnoise._check import RootnoiseError, integer, real
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer, real
 from rootnoise.bounds.certificate import Effort
 from rootnoise.factorization import default_bands, error, factorize
 from rootnoise.mechanism import Mechanism

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from rootnoise import accounting, causal, participation, workload
-from rootnoise._check import RootnoiseError, clip_range, real
+from rootnoise._check import RootnoiseError, clip_range, real, set_fields
 from rootnoise._files import write_whole
-from rootnoise._values import set_fields
 from rootnoise.accounting import PrivacyCost
 from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
 from rootnoise.causal import CausalMatrix

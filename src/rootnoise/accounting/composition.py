@@ -36,7 +36,7 @@ import numpy as np
 from scipy.fft import irfft, rfft
 from scipy.optimize import minimize_scalar
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 
 UNIT = 2.0**-53
 # eta in units of u: 1 + 4 sqrt 2 = 6.7 for twiddle factors right to u.

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rootnoise._check import integer, real
-from rootnoise._values import set_fields
+from rootnoise._check import integer, real, set_fields
 
 # Called with what is being tried: a noise multiplier, and the epsilon found for it.
 Progress = Callable[[float, float], None]

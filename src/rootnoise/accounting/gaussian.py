@@ -11,8 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import erfcx, ndtr
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.accounting import subsampled
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.cost import Progress
@@ -145,9 +144,9 @@ def poisson_epsilon(sigma: float, q: float, rounds: int, delta: float) -> float:
 
 
 def poisson_cost(sigma: float, q: float, rounds: int, delta: float) -> tuple[float, bool]:
-    """Return the bound, and whether it owes anything to the sampling.
+    """Return the bound, and whether the sampling makes it smaller.
 
-    It does not for q = 1, nor where `_refined` puts no losses on a grid or finds none fine enough:
+    It does not for q = 1, nor where `_refined` puts no losses on a grid or no grid is fine enough:
     below an epsilon of about `FINEST_GRID`.
     """
     epsilon = poisson_epsilon(sigma, q, rounds, delta)
@@ -170,9 +169,9 @@ def poisson_multiplier(
     and goes on to finer ones, each about 4 times slower, as `_refined` does.
 
     Raises:
-        RootnoiseError: nobody need be hidden, as being drawn at all is less likely than delta.
+        RootnoiseError: being drawn at all is less likely than delta: no noise is needed.
     """
-    if q * rounds <= delta:  # no noise would do: whoever is drawn at all falls under delta
+    if q * rounds <= delta:  # delta covers every person who is drawn at all
         raise RootnoiseError(
             f"delta must be below the chance to be drawn, at most {q * rounds:g}, got {delta:g}"
         )

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.accounting import estimate, gaussian
-from rootnoise.accounting.bins import Bins, bin_gram
+from rootnoise.accounting import gaussian
+from rootnoise.accounting import monte_carlo as estimate
+from rootnoise.accounting.balls_in_bins import Bins, bin_gram
 from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
-from rootnoise.accounting.estimate import Mixture
 from rootnoise.accounting.gaussian import GRID_TOLERANCE
-from rootnoise.accounting.separated import Separated, band_rows
+from rootnoise.accounting.min_sep_poisson import Separated, band_rows
+from rootnoise.accounting.monte_carlo import Mixture
 from rootnoise.causal import CausalMatrix
 from rootnoise.participation import (
     BallsInBins,

@@ -23,7 +23,7 @@ import math
 import numpy as np
 from scipy.special import log_ndtr
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting.composition import UNIT, Losses
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(6)

@@ -19,8 +19,7 @@ from scipy import special
 from torch import nn
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.auditing.recompute import DENSE, strategy_of
 from rootnoise.batches.samplers import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.keys import Key

@@ -16,7 +16,7 @@ import numpy as np
 from scipy import fft, integrate, optimize, special, stats
 from scipy.linalg import solve_triangular
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal import CausalMatrix
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (

@@ -70,7 +70,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         self.digest = self._first_digest()
 
     def keep(self, path: str | os.PathLike[str]) -> None:
-        """Write each batch to the file `path` (see `journal`) as it is admitted, from step 0 on.
+        """Write each batch to `path` (format: `ledger_file`) as it is admitted, from step 0 on.
 
         Under secret sampling the file is as secret as the seed. A resumed ledger goes on with its
         file. Steps that the file holds beyond those of the saved state were made before a crash,
@@ -113,7 +113,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         last, count = self._last[batch], self._count[batch]
         gap = self.t - last
         broken = (gap < self._least) | (gap % self._modulus != 0) | (count >= self._most)
-        broken &= count > 0  # whoever was never drawn may join at any step
+        broken &= count > 0  # who has not taken part yet may join at any step
         if broken.any():
             i = int(np.argmax(broken))
             raise RootnoiseError(
@@ -132,7 +132,7 @@ each, at least 2 apart): steps so far 1, the last one 0
         self.t += 1
 
     def _write(self, record: bytes) -> None:
-        """Put the record into the journal, or find it there; then into the digest."""
+        """Append the record to the journal, or compare it with the one there; extend the digest."""
         before = next(self._ahead, None)
         if before is None and self._journal is not None:
             self._journal.append(record)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,7 +121,28 @@ def _sizes(n_examples: int, batch_size: int) -> tuple[int, int]:
     return size, integer("batch_size", batch_size, 1, size, high_name="n_examples")
 
 
-class FixedCycleSampler(Sampler):
+class _CycleSampler(Sampler):
+    """Every epoch has the same period = ceil(n_examples / batch_size) batches."""
+
+    participation: FixedCycle
+    _kind: ClassVar[type[FixedCycle]]
+
+    def __init__(
+        self,
+        n_examples: int,
+        batch_size: int,
+        epochs: int,
+        seed: int | None = None,
+        n_steps: int | None = None,
+    ) -> None:
+        size, batch = _sizes(n_examples, batch_size)
+        self.participation = self._kind(-(-size // batch), epochs)
+        if n_steps is None:
+            n_steps = self.participation.period * self.participation.epochs
+        super().__init__(size, batch, n_steps, seed)
+
+
+class FixedCycleSampler(_CycleSampler):
     """Shuffle once, then every epoch takes the same batches in the same order.
 
     The cycle has period = ceil(n_examples / batch_size) steps and uses every example; its last
@@ -144,21 +165,7 @@ class FixedCycleSampler(Sampler):
     [4, 4, 2, 4, 4, 2]
     """
 
-    participation: FixedCycle
-
-    def __init__(
-        self,
-        n_examples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int | None = None,
-        n_steps: int | None = None,
-    ) -> None:
-        size, batch = _sizes(n_examples, batch_size)
-        self.participation = FixedCycle(-(-size // batch), epochs)
-        if n_steps is None:
-            n_steps = self.participation.period * self.participation.epochs
-        super().__init__(size, batch, n_steps, seed)
+    _kind = FixedCycle
 
     def _assign(self) -> None:
         self._order = self._permutation()
@@ -285,7 +292,7 @@ class CyclicPoissonSampler(Sampler):
         return part[self._draws.generator(t).random(part.size) < self.participation.probability]
 
 
-class BallsInBinsSampler(Sampler):
+class BallsInBinsSampler(_CycleSampler):
     """Every example falls into one of the bins, and every epoch takes the bins in the same order.
 
     Bins are drawn independently and uniformly (Choquette-Choo et al., 2024), so that their sizes
@@ -309,21 +316,7 @@ class BallsInBinsSampler(Sampler):
     True
     """
 
-    participation: BallsInBins
-
-    def __init__(
-        self,
-        n_examples: int,
-        batch_size: int,
-        epochs: int,
-        seed: int | None = None,
-        n_steps: int | None = None,
-    ) -> None:
-        size, batch = _sizes(n_examples, batch_size)
-        self.participation = BallsInBins(-(-size // batch), epochs)
-        if n_steps is None:
-            n_steps = self.participation.period * self.participation.epochs
-        super().__init__(size, batch, n_steps, seed)
+    _kind = BallsInBins
 
     def _assign(self) -> None:
         period = self.participation.period
@@ -447,13 +440,13 @@ the one of step 0
         )
 
 
-# Who draws as an amplified epsilon supposes. A subclass may draw otherwise, so only these very
+# Samplers that draw as an amplified epsilon assumes. A subclass may draw otherwise: only these very
 # types count.
 DRAWN = (CyclicPoissonSampler, BallsInBinsSampler, MinSepPoissonSampler)
 
 
 def check_sampler(sampler: Sampler, participation: Participation, n_steps: int) -> None:
-    """Refuse a sampler that does not draw as a mechanism's epsilon supposes.
+    """Refuse a sampler that does not draw as a mechanism's epsilon assumes.
 
     Raises:
         RootnoiseError: another participation or number of steps, or an amplified participation

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from scipy import linalg
 from threadpoolctl import threadpool_limits
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.bounds import coarse_to_fine, dual, long_runs, nuclear_norm
 from rootnoise.participation import FixedCycle, Participation, PoissonSampling, SingleParticipation
 from rootnoise.workload import Workload
 
 EPS = float(np.finfo(np.float64).eps)
-# What float64 may have lost where nothing is checked: 40 times what was seen up to n = 1e8.
+# Relative rounding error allowed for bounds without a witness: 40 times what was seen (n <= 1e8).
 SAFETY = 1e-9
 
 
@@ -218,7 +217,7 @@ def _ascent(
 ) -> list[dual.Point]:
     """Return the points of the ascent up to where it has stopped gaining."""
     points: list[dual.Point] = []
-    # From a good start one step without a gain says enough.
+    # From a good start one step without a gain is enough to stop.
     idle = 3 if start is None or effort is Effort.TIGHT else 1
     for point in islice(dual.ascend(problem, start, weights), effort.iterations):
         points.append(point)
@@ -249,7 +248,7 @@ def _scaled(value: float, n: int) -> float:
 
 
 def _row_weights(weights: Array | None, n: int) -> Array:
-    """Return the weights of a witness as if of sum n, or a little less."""
+    """Return the weights of a witness, scaled to a sum of n or a little less."""
     if weights is None or weights.shape != (n,) or not np.all(weights >= 0) or not weights.any():
         raise RootnoiseError(
             f"witness must have a weight >= 0 of every one of {n} steps for the worst of them, "

@@ -13,7 +13,7 @@ from itertools import islice
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.bounds import dual
 from rootnoise.bounds.dual import Factors, Patterns
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
@@ -63,7 +63,7 @@ def heaviest(patterns: Patterns, factors: Factors) -> tuple[Patterns, Factors]:
 
 
 def _join(n: int, participation: Participation) -> tuple[Indices, Participation] | None:
-    """Return the first step of each pair and who takes part in pairs; None if none can be had."""
+    """Return the first step of each pair and who takes part in pairs; None if steps do not pair."""
     if isinstance(participation, FixedCycle):
         # In every period the same: one of odd length ends with a single step.
         b, k = participation.period, participation.epochs
@@ -83,7 +83,7 @@ def _split(
     by_length: dict[int, list[tuple[Indices, Array]]] = {}
     for pairs, factors in zip(*found, strict=True):
         for late in (0, 1):
-            # A pattern that ends in a single step has no second step there; only its last can.
+            # Only the last pair of a pattern can be a single step: it has no second one.
             whole = (sizes[pairs] > late).sum(axis=1)
             for length in np.unique(whole[whole > 0]):
                 own = whole == length

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.participation import (
     MinSeparation,
     Participation,
@@ -47,8 +47,8 @@ Factors = tuple[Array, ...]
 
 # Past iterates that Anderson acceleration combines: 5 to 20 take the same number of iterations.
 HISTORY = 8
-# Eigenvalues are off by up to 2e-15 of the largest (seen, n <= 1024): the bound takes them for
-# lower; X, which must stay invertible, for no lower than rounding.
+# Eigenvalues are off by up to 2e-15 of the largest (seen, n <= 1024). The bound takes DOUBT of it
+# off them; for X, which must stay invertible, they are at least FLOOR of it.
 DOUBT, FLOOR = 1e-14, 1e-16
 # A step that the workload ignores has a zero row; this gives it a direction.
 TINY = 1e-150

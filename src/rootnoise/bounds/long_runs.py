@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg, signal
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.bounds import nuclear_norm
 from rootnoise.bounds.dual import DOUBT, Patterns, Problem, cycles, patterns
 from rootnoise.causal import CausalMatrix

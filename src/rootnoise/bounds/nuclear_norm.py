@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy import fft
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal import Toeplitz
 from rootnoise.workload import SGD, Workload
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from scipy.linalg import lapack
 
-from rootnoise._check import RootnoiseError, matrix
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, matrix, set_fields
 from rootnoise.causal.base import MAPS, CausalMatrix
 
 

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from rootnoise._values import Array, Kinds, set_fields
+from rootnoise._check import Array, set_fields
+from rootnoise._tagged import Kinds
 from rootnoise.causal import series, streamed_norms
 
 
@@ -40,7 +41,7 @@ class CausalMatrix(ABC):
     @property
     @abstractmethod
     def is_toeplitz(self) -> bool:
-        """Whether every diagonal is constant, so that the first column says all."""
+        """Whether every diagonal is constant, so that the first column determines the map."""
 
     @property
     @abstractmethod
@@ -97,6 +98,10 @@ class CausalMatrix(ABC):
                 return streamed_norms.row_norms(self)
             return np.asarray(np.sqrt(sum(np.square(x).sum(axis=1) for x in self._columns())))
         return self.column_norms()[::-1]
+
+    def decoder_row_norms(self, workload: CausalMatrix) -> Array | None:
+        """Return the row norms of workload @ self^-1 where a closed form is known, else None."""
+        return None
 
     def dense(self) -> Array:
         """Return the n x n array: for oracles and small n."""

@@ -9,8 +9,7 @@ import numpy as np
 from scipy.linalg import eigvalsh, toeplitz
 from scipy.signal import lfilter
 
-from rootnoise._check import RootnoiseError, integer, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, integer, set_fields, vector
 from rootnoise.causal import series
 from rootnoise.causal.base import MAPS, CausalMatrix
 

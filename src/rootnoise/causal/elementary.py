@@ -10,8 +10,7 @@ import numpy as np
 from scipy import fft, signal
 from scipy.linalg import solve_triangular, toeplitz
 
-from rootnoise._check import RootnoiseError, integer, matrix, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, integer, matrix, set_fields, vector
 from rootnoise.causal import series
 from rootnoise.causal.base import MAPS, CausalMatrix
 

@@ -8,8 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import lapack
 
-from rootnoise._check import RootnoiseError, real, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, real, set_fields, vector
 from rootnoise.causal.base import MAPS, CausalMatrix
 
 
@@ -67,6 +66,14 @@ class Descent(CausalMatrix):
             decay=np.asarray(self.decay, dtype=np.float64),
             nesterov=bool(self.nesterov),
         )
+
+    @property
+    def sgd(self) -> tuple[float, float] | None:
+        """Momentum and decay, where learning rates are 1 and nothing else is set."""
+        plain = np.all(self._chi == 1) and not (self.weight_decay or self.nesterov)
+        if not plain or np.ndim(self.momentum) or np.ndim(self.decay):
+            return None
+        return float(self._beta[0]), float(self._alpha[0])
 
     @property
     def bands(self) -> int:

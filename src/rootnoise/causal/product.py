@@ -8,10 +8,9 @@ from itertools import groupby
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, set_fields
 from rootnoise.causal import product_norms, streamed_norms
-from rootnoise.causal.base import MAPS, CausalMatrix
+from rootnoise.causal.base import MAPS, CausalMatrix, Inverse
 
 
 @MAPS.add("product", left=dict, right=dict)
@@ -45,6 +44,10 @@ class Product(CausalMatrix):
         return Product(self.right.inverse(), self.left.inverse())
 
     def row_norms(self) -> Array:
+        if isinstance(self.right, Inverse):
+            known = self.right.base.decoder_row_norms(self.left)
+            if known is not None:
+                return known
         parts = chain(self)
         norms = _row_norms(parts)
         if norms is None and parts[-1][0] == "toeplitz" and self.state_size**2 > self.n_steps:
@@ -111,7 +114,7 @@ def _kind(factor: CausalMatrix) -> str:
 
 
 def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
-    """Return the row norms of a product of such parts, or None where only its columns can tell."""
+    """Return the row norms of a product of such parts, or None where no formula is known."""
     match parts:
         case [("diagonal", g)]:
             return np.abs(g)

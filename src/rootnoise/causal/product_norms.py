@@ -20,12 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import signal
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal.streamed_norms import Streamable
 
-# Coefficients of M below this part of the largest are rounding, of an FFT inverse too: left out.
+# Coefficients of M below this part of the largest are rounding errors, and left out.
 NEGLIGIBLE = 1e-15
-# The coefficients of A may miss the two-pole recurrence by their own rounding only.
+# The coefficients of A follow a two-pole recurrence if they do up to this part, their rounding.
 ROUNDING = 1e-13
 
 
@@ -41,7 +41,7 @@ def poles(a: Array) -> tuple[complex, complex] | None:
     if missed.max() > ROUNDING * np.abs(a).max():
         return None
     alpha, beta = (root.item() for root in np.roots([1.0, -total, product]))
-    # Close poles lose digits in np.roots; the last ratio is alpha once beta^n has died out.
+    # Close poles lose digits in np.roots; the last ratio is alpha once beta^n has decayed.
     ratio = (a[-1] / a[-2]).item() if a[-2] else alpha
     if abs(ratio * (ratio - total) + product) <= 8 * np.finfo(float).eps:
         alpha, beta = ratio, (total - ratio).item()
@@ -163,7 +163,7 @@ def streamed_gram(matrix: Streamable) -> Iterator[Array]:
 
 
 def _trimmed(m: Array) -> Array:
-    """Drop the last coefficients, as far as they are rounding errors."""
+    """Trim trailing coefficients that are rounding errors."""
     magnitudes = np.abs(m)
     return m[: np.flatnonzero(magnitudes > NEGLIGIBLE * magnitudes.max())[-1] + 1]
 

@@ -11,13 +11,11 @@ each coefficient.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy import fft, signal
 from scipy.linalg import blas
 
-from rootnoise._check import RootnoiseError, integer, real, vector
-
-Series = NDArray[np.float64]
+from rootnoise._check import Array, RootnoiseError, integer, real, vector
 
 # Recurrences up to here: 2048 coefficients of a square root take 6 ms, and are right to 1e-14
 # relative.
@@ -26,7 +24,7 @@ DIRECT = 2048
 FILTER_WORK = 2**28
 
 
-def multiply(left: Series, right: Series, size: int) -> Series:
+def multiply(left: Array, right: Array, size: int) -> Array:
     """Return the first `size` coefficients of the product of two series.
 
     >>> multiply(np.ones(3), np.array([1.0, -1.0]), 4)
@@ -41,7 +39,7 @@ def multiply(left: Series, right: Series, size: int) -> Series:
     return np.pad(product, (0, max(0, size - product.size)))
 
 
-def invert(series: Series, size: int) -> Series:
+def invert(series: Array, size: int) -> Array:
     """Return the first `size` coefficients of 1 / series (Newton's iteration, Kung 1974).
 
     Raises:
@@ -53,7 +51,7 @@ def invert(series: Series, size: int) -> Series:
     return divide(np.ones(1), series, size)
 
 
-def divide(numerator: Series, denominator: Series, size: int) -> Series:
+def divide(numerator: Array, denominator: Array, size: int) -> Array:
     """Return the first `size` coefficients of numerator / denominator.
 
     A short denominator runs as a recursive filter, a long one by Newton's iteration and one
@@ -79,7 +77,7 @@ def divide(numerator: Series, denominator: Series, size: int) -> Series:
     return multiply(numerator, inverse, size)
 
 
-def sqrt(series: Series, size: int) -> Series:
+def sqrt(series: Array, size: int) -> Array:
     """Return the first `size` coefficients of the square root with a positive first coefficient.
 
     Newton's iteration on the inverse root, h <- h (3 - a h^2) / 2, doubling the length each time.
@@ -112,7 +110,7 @@ def sqrt(series: Series, size: int) -> Series:
     return root + multiply(inverse, (a - multiply(root, root, size)) / 2, size)
 
 
-def power(series: Series, exponent: float, size: int) -> Series:
+def power(series: Array, exponent: float, size: int) -> Array:
     """Return the first `size` coefficients of series^exponent, in O(size^2) (J. C. P. Miller).
 
     Raises:
@@ -135,7 +133,7 @@ def power(series: Series, exponent: float, size: int) -> Series:
     return c
 
 
-def sgd_power(decay: float, momentum: float, exponent: float, size: int) -> Series:
+def sgd_power(decay: float, momentum: float, exponent: float, size: int) -> Array:
     """Return the coefficients of ((1 - alpha x)(1 - beta x))^(-exponent), in O(size).
 
     Exponent 1 is the workload of SGD with momentum beta and decay alpha, 1/2 its square root
@@ -175,8 +173,8 @@ def sgd_power(decay: float, momentum: float, exponent: float, size: int) -> Seri
     return np.ascontiguousarray(solved[1::2])
 
 
-def checked(coefficients: ArrayLike, name: str = "coefficients") -> Series:
+def checked(coefficients: ArrayLike) -> Array:
     """Return a read-only float64 copy of finite `coefficients`, trailing zeros dropped."""
-    series = vector(name, coefficients)
+    series = vector("coefficients", coefficients)
     last = np.flatnonzero(series)
     return series[: last[-1] + 1] if last.size else series[:1]

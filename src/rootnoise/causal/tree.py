@@ -28,11 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.causal import series
 from rootnoise.causal.base import MAPS, CausalMatrix
-from rootnoise.causal.product import Product
+from rootnoise.causal.momentum import Descent
 
 Steps = NDArray[np.int64]
 
@@ -102,6 +101,11 @@ class Tree(CausalMatrix):
             squares[left] += (feedback[g, h] / scales[g]) ** 2
         return np.asarray(np.sqrt(squares))
 
+    def decoder_row_norms(self, workload: CausalMatrix) -> Array | None:
+        """Return the errors of SGD under the noise of this tree: see `error_variances`."""
+        sgd = workload.sgd if isinstance(workload, Descent) else None
+        return None if sgd is None else np.sqrt(error_variances(self.n_steps, self.estimator, *sgd))
+
     def _whole(self, x: Array, *, forward: bool) -> Array:
         columns = x.reshape(self.n_steps, -1)
         state = np.zeros((self.state_size, columns.shape[1]))
@@ -139,7 +143,7 @@ class Tree(CausalMatrix):
 
     @cached_property
     def _table(self) -> tuple[Array, Array]:
-        """The settings by the number of trailing ones, where these are all that matters."""
+        """Sigma and f by the number of trailing ones of t, where they depend on nothing else."""
         s = self.state_size
         online = self.estimator == "online"
         children = np.array([online / (1 + 2 * _variance(h)) for h in range(s)])
@@ -148,18 +152,6 @@ class Tree(CausalMatrix):
             fresh[h + 1] = weight**2 * fresh[h] + (1 - weight) ** 2
             feedback[h + 1, : h + 1] = 1 - np.cumprod(children[h::-1])[::-1]
         return np.sqrt(fresh), feedback
-
-
-@dataclass(frozen=True, eq=False)
-class TreeErrors(Product):
-    """The errors of SGD under a tree's noise, of known variances: see `error_variances`."""
-
-    estimator: str = "full"
-    momentum: float = 0.0
-    decay: float = 1.0
-
-    def row_norms(self) -> Array:
-        return np.sqrt(error_variances(self.n_steps, self.estimator, self.momentum, self.decay))
 
 
 def error_variances(
@@ -281,7 +273,7 @@ def cycle_squares(n_steps: int, period: int) -> Array:
 
 
 def most_squares(n_steps: int, min_sep: int, k: int) -> float:
-    """Return a bound on that for any k steps at least `min_sep` apart.
+    """Return an upper bound on this squared norm for any k steps at least `min_sep` apart.
 
     A block of 2^h steps has at most ceil(2^h / b) of them, and all blocks of this size at most k.
 

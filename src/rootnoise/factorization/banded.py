@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal import Toeplitz, series
 from rootnoise.factorization.base import Factorization, Progress, Search, checked_bands, register
 from rootnoise.factorization.lbfgs import Bound, ValueAndGradient, lbfgs

@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 from scipy.linalg import toeplitz
 from scipy.optimize import minimize
 
-from rootnoise._check import real
-from rootnoise._values import Array
+from rootnoise._check import Array, real
 from rootnoise.causal import Inverse, Toeplitz, series
 from rootnoise.factorization.banded import (
     correlate,
@@ -51,7 +50,7 @@ WIDTHS, MOST_STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6), 60
 FEW = 32
 # The largest reflection coefficient of a start; unstable ones are moved inside.
 STABLE = 1 - 1e-9
-# A squared sensitivity above that of the first pattern by more calls for the envelope.
+# Where the squared sensitivity exceeds that of the first pattern by more, the envelope is searched.
 MISSED = 1e-3
 
 
@@ -188,7 +187,7 @@ def _newton(a: Array, who: Participation, d: Array, search: Search) -> Array:
 
 
 def _finite(derivative: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Return it with 0 where C overflows: SciPy asks for both at points that it then refuses."""
+    """Return the derivative, 0 where C overflows: SciPy evaluates points that it then rejects."""
 
     def guarded(x: Array) -> Array:
         with np.errstate(all="ignore"):

@@ -20,8 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 
-from rootnoise._check import integer, real
-from rootnoise._values import Array
+from rootnoise._check import Array, integer, real
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.banded import Banded
 from rootnoise.factorization.base import (
@@ -29,10 +28,10 @@ from rootnoise.factorization.base import (
     Progress,
     Search,
     default_bands,
-    factorize,
     register,
 )
 from rootnoise.factorization.lbfgs import lbfgs
+from rootnoise.factorization.scaled import epoch_scaled
 from rootnoise.participation import FixedCycle, MinSeparation, Participation
 from rootnoise.workload import Workload
 
@@ -55,7 +54,7 @@ def bandmf(
     tolerance: float = 1e-6,
     progress: Progress | None = None,
 ) -> Factorization:
-    """C = any p bands of least error (BandMF, Choquette-Choo et al. 2023), one norm an epoch.
+    """C = any p bands of least error (BandMF, Choquette-Choo et al. 2023), one norm for each epoch.
 
     It is `banded` without the demand that the strategy be Toeplitz, and `epoch-scaled` with all
     its entries optimised, from which it starts. A stream is as cheap as that of any p bands.
@@ -87,7 +86,7 @@ def bandmf(
         return Factorization("bandmf", workload, strategy)
 
     search = Search(build, participation, progress)
-    start = factorize(workload, participation, "epoch-scaled", bands=p).strategy
+    start = epoch_scaled(workload, participation, bands=p).strategy
     search(start)
     windows, repeats = _windows(n, participation)
 

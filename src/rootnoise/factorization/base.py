@@ -12,11 +12,10 @@ import numpy as np
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.causal import CausalMatrix, Product, chain
-from rootnoise.causal.tree import Tree, TreeErrors
 from rootnoise.factorization import error
 from rootnoise.participation import Participation, SingleParticipation
 from rootnoise.participation.sensitivity import Sensitivity, sensitivity
-from rootnoise.workload import SGD, Workload
+from rootnoise.workload import Workload
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,9 +50,6 @@ class Factorization:
         if self.known_decoder is not None:
             return self.known_decoder
         a, c = self.workload.matrix, self.strategy
-        if isinstance(c, Tree) and isinstance(self.workload, SGD):
-            beta, alpha = self.workload.momentum, self.workload.decay
-            return TreeErrors(self.workload.recurrence, self.noising, c.estimator, beta, alpha)
         # Toeplitz maps commute, and a filter over the column of A costs less than a dense product.
         if a.is_toeplitz and c.is_toeplitz:
             return Product(self.noising, a)

@@ -20,8 +20,7 @@ from scipy.linalg import eigvalsh
 from scipy.signal import lfilter
 from scipy.special import logit
 
-from rootnoise._check import integer
-from rootnoise._values import Array
+from rootnoise._check import Array, integer
 from rootnoise.causal.buffered import BufferedToeplitz
 from rootnoise.factorization.base import Factorization, Progress, Search, register
 from rootnoise.factorization.lbfgs import lbfgs

@@ -15,11 +15,12 @@ from itertools import islice
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from rootnoise._check import integer, real
-from rootnoise._values import Array
+from rootnoise._check import Array, integer, real
 from rootnoise.bounds import dual
 from rootnoise.causal import Dense
-from rootnoise.factorization.base import Factorization, Progress, Search, factorize, register
+from rootnoise.factorization.bandmf import bandmf
+from rootnoise.factorization.base import Factorization, Progress, Search, register
+from rootnoise.factorization.square_root import bsr
 from rootnoise.participation import CyclicPoisson, MinSeparation, MinSepPoisson, Participation
 from rootnoise.workload import Workload
 
@@ -55,9 +56,9 @@ def dense(
     tolerance = real("tolerance", tolerance, above=0, below=1)
     bands = _bands(n, participation)
     if bands < n:
-        options = {"bands": bands, "tolerance": tolerance, "progress": progress}
-        return replace(factorize(workload, participation, "bandmf", **options), mechanism="dense")
-    start = factorize(workload, participation, "bsr").strategy
+        banded = bandmf(workload, participation, bands, tolerance, progress)
+        return replace(banded, mechanism="dense")
+    start = bsr(workload, participation).strategy
     search = Search(lambda c: Factorization("dense", workload, c), participation)
     search(start)
     a = workload.matrix.dense()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import OptimizeResult, minimize
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 
 ValueAndGradient = tuple[float, Array]
 Bound = tuple[float | None, float | None]

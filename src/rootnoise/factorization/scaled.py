@@ -17,8 +17,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.causal import Diagonal, Product, chain, product_norms
 from rootnoise.factorization.base import (
     Factorization,

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.linalg import eigh, lstsq
 
-from rootnoise._check import RootnoiseError, integer, matrix
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer, matrix
 
 # A decoder whose B C differs from A by more, relative to A, is none; those found are below 1e-13.
 RESIDUAL = 1e-9

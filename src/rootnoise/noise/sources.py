@@ -32,7 +32,7 @@ class NoiseSource(Protocol):
 
     @property
     def chunk(self) -> int:
-        """Positions in a chunk: part of the definition, another value is another Z."""
+        """Positions in a chunk: part of the definition of Z."""
 
     @property
     def name(self) -> str:

@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from rootnoise._check import RootnoiseError, integer, real
-from rootnoise._values import Kinds, set_fields
+from rootnoise._check import RootnoiseError, integer, real, set_fields
+from rootnoise._tagged import Kinds
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ class MinSeparation:
     amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            min_sep=integer("min_sep", self.min_sep, 1),
-            max_participations=integer("max_participations", self.max_participations, 1),
-        )
+        _set_counts(self, "min_sep", "max_participations")
 
     def validate(self, n_steps: int) -> None:
         """Refuse more participations than `n_steps` can hold: (k - 1) b < n."""
@@ -75,11 +71,7 @@ class FixedCycle:
     amplified: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            period=integer("period", self.period, 1),
-            epochs=integer("epochs", self.epochs, 1),
-        )
+        _set_counts(self, "period", "epochs")
 
     @property
     def min_sep(self) -> int:
@@ -140,11 +132,8 @@ class CyclicPoisson:
     amplified: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            groups=integer("groups", self.groups, 1),
-            probability=real("probability", self.probability, above=0, at_most=1),
-        )
+        _set_counts(self, "groups")
+        set_fields(self, probability=real("probability", self.probability, above=0, at_most=1))
 
     def validate(self, n_steps: int) -> None:
         """Refuse more groups than steps: some people would never take part."""
@@ -185,11 +174,8 @@ class MinSepPoisson:
     amplified: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        set_fields(
-            self,
-            min_sep=integer("min_sep", self.min_sep, 1),
-            probability=real("probability", self.probability, above=0, at_most=1),
-        )
+        _set_counts(self, "min_sep")
+        set_fields(self, probability=real("probability", self.probability, above=0, at_most=1))
 
     @property
     def rate(self) -> float:
@@ -207,14 +193,14 @@ class MinSepPoisson:
         )
 
 
-# Independent draws at every step: privacy is stated per participation, not per run of them.
+# Independent draws: the sensitivity is that of one participation, and the accountant composes.
 PoissonSampling = CyclicPoisson | MinSepPoisson
 Participation = SingleParticipation | MinSeparation | FixedCycle | BallsInBins | PoissonSampling
 
 
 KINDS: Kinds[Participation] = Kinds("participation must be of a known type")
-for _kind in Participation.__args__:
-    KINDS.add(_kind.type)(_kind)
+for kind in Participation.__args__:
+    KINDS.add(kind.type)(kind)
 
 from_dict = KINDS.from_dict
 
@@ -226,3 +212,8 @@ def to_dict(participation: Participation) -> dict[str, Any]:
     {'type': 'fixed-cycle', 'period': 100, 'epochs': 10}
     """
     return KINDS.to_dict(participation)
+
+
+def _set_counts(participation: Any, *names: str) -> None:
+    counts = {name: integer(name, getattr(participation, name), 1) for name in names}
+    set_fields(participation, **counts)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.causal import CausalMatrix
 
 Ages = tuple[int, ...]
@@ -113,7 +113,7 @@ def worst_pattern(strategy: CausalMatrix, min_sep: int, most: int) -> tuple[floa
         after = {ages: np.full(n, -np.inf) for ages in states}
         if far < n:  # out of reach of all before
             after[()][far:] = np.maximum.accumulate(at_best)[:-far]
-        for gap in range(max(b, oldest + 1), p):  # within reach, but of the last step alone
+        for gap in range(max(b, oldest + 1), p):  # within reach of the last step alone
             _raise(after[()], at_best, gap, links[gap])
         for ages, values in best.items():
             for gap in range(b, oldest + 1):

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.signal import correlate
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError
 from rootnoise.causal import CausalMatrix
 from rootnoise.causal.tree import Tree, cycle_squares, most_squares
 from rootnoise.participation.kinds import (
@@ -86,7 +85,7 @@ def sensitivity(strategy: CausalMatrix, participation: Participation) -> Sensiti
 
 
 def refuse_misfit(strategy: CausalMatrix, participation: Participation) -> None:
-    """Refuse a strategy whose columns overlap where the accountant counts on it that they do not.
+    """Refuse a strategy whose columns overlap where the accountant relies on their being disjoint.
 
     Raises:
         RootnoiseError: the participation does not fit n_steps, or the bands exceed the groups.

@@ -5,7 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from rootnoise._values import Array, Kinds
+from rootnoise._check import Array
+from rootnoise._tagged import Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
 
 
@@ -33,7 +34,7 @@ class Workload(ABC):
 
     @property
     def root_is_exact(self) -> bool:
-        """Whether C C = A, and not only nearly: see `neighbour`."""
+        """Whether C C = A exactly: the root of a `neighbour` is only close to it."""
         return True
 
     @property

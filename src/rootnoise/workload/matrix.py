@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import RootnoiseError
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, set_fields
 from rootnoise.causal import CausalMatrix, Dense
 from rootnoise.workload.base import WORKLOADS, Workload
 from rootnoise.workload.triangular import square_root
@@ -54,7 +53,7 @@ class MatrixWorkload(Workload):
 
     @property
     def neighbour(self) -> Workload:
-        """Refuse: there is none.
+        """Refuse: a matrix has no Toeplitz neighbour.
 
         Raises:
             RootnoiseError: always.

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._values import Array
+from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.causal import Toeplitz, series
 from rootnoise.workload.base import Workload
 from rootnoise.workload.matrix import MatrixWorkload
@@ -92,7 +91,7 @@ def from_optimizer(
 
 
 def _sgd(build: Build, n: int, steps: int) -> Workload:
-    """Settings may change the learning rate and the momentum (as OneCycleLR does)."""
+    """Read SGD off its settings; a schedule may change learning rate and momentum (OneCycleLR)."""
     gradients = _gradients(steps)
     moved, settings = _run(build, gradients)
     rates, momentum = (_each_step(settings[name], n) for name in ("lr", "momentum"))
@@ -112,7 +111,7 @@ def _sgd(build: Build, n: int, steps: int) -> Workload:
 
 
 def _adam(build: Build, n: int, steps: int) -> Workload:
-    """Of m_t / (1 - beta^t), m_t = beta m_{t-1} + (1 - beta) g_t, the factors go to the rates."""
+    """Take m_t / (1 - beta^t), m_t = beta m_{t-1} + (1 - beta) g_t, as SGD with other rates."""
     import torch
 
     optimizer = build(1)[0]
@@ -136,7 +135,7 @@ def _adam(build: Build, n: int, steps: int) -> Workload:
 
 
 def _unknown(build: Build, n: int, name: str) -> Workload:
-    """Run an impulse, two random sequences, their sum, and nothing."""
+    """Run an impulse, two random sequences, their sum, and zeros: what is not linear shows."""
     g, h = _gradients(n), _gradients(n)[::-1]
     moved = _run(build, np.hstack([np.eye(n, 1), g, h, g + h, 0 * g]))[0]
     rounding = ROUNDING * np.abs(moved).max()

@@ -8,14 +8,13 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import RootnoiseError, integer, real, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, integer, real, set_fields, vector
 from rootnoise.causal import CausalMatrix, Diagonal, Product
 from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import WORKLOADS, Workload
 from rootnoise.workload.toeplitz import SGD, ToeplitzWorkload
 
-# Where a schedule ends unless told, relative to its peak.
+# The learning rate at the end of a schedule by default, relative to its peak.
 FINAL = {"cosine": 0.0, "linear": 0.0, "exponential": 0.01, "step": 0.01}
 
 

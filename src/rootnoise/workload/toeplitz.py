@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import RootnoiseError, integer, real, vector
-from rootnoise._values import Array, set_fields
+from rootnoise._check import Array, RootnoiseError, integer, real, set_fields, vector
 from rootnoise.causal import CausalMatrix, Toeplitz, series
 from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import WORKLOADS, Workload

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.linalg import lapack
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 
 # LAPACK's dtrsyl is only good for small blocks. With 32 the root of n = 2048 takes 0.6 s, with
 # dtrsyl alone 12 s, and by scipy.linalg.sqrtm 21 s.

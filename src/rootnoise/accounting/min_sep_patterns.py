@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import brentq
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 
@@ -93,7 +93,7 @@ class Mixture(ABC):
 
     @abstractmethod
     def tilts(self) -> list[Tilt]:
-        """Return the sampling distributions that there are; (1, 1.0, 0.0), which is P, always."""
+        """Return the sampling distributions to choose from; P itself, (1, 1.0, 0.0), is one."""
 
     @abstractmethod
     def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:

@@ -1,4 +1,4 @@
-"""What frozen values share: arrays, fields set once they are checked, and their JSON."""
+"""The JSON of tagged values: written, and read back by the checks of their constructors."""
 
 from __future__ import annotations
 
@@ -7,20 +7,11 @@ from dataclasses import fields as fields_of
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError
 
-Array = NDArray[np.float64]
-
 T = TypeVar("T")
 K = TypeVar("K")
-
-
-def set_fields(value: object, **checked: Any) -> None:
-    """Set fields of a frozen dataclass, from within its own `__post_init__`."""
-    for name, field in checked.items():
-        object.__setattr__(value, name, field)
 
 
 class Kinds(Generic[T]):
@@ -36,7 +27,7 @@ class Kinds(Generic[T]):
     >>> @shapes.add("square")
     ... @dataclass(frozen=True)
     ... class Square:
-    ...     sides: Array
+    ...     sides: Any
     >>> shapes.to_dict(Square(np.ones(2)))
     {'type': 'square', 'sides': [1.0, 1.0]}
     >>> shapes.from_dict({"type": "square", "sides": [1.0, 1.0]})

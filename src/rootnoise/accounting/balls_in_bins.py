@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from rootnoise._values import Array
+from rootnoise._check import Array
 from rootnoise.accounting.dominating import magnitudes
-from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
+from rootnoise.accounting.monte_carlo import LARGEST, POWERS, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix
 
 # Entries of the largest array of a block, 32 MB.

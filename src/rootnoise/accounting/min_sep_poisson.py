@@ -21,10 +21,10 @@ from functools import cached_property
 
 import numpy as np
 
-from rootnoise._values import Array
-from rootnoise.accounting import renewal
+from rootnoise._check import Array
+from rootnoise.accounting import min_sep_patterns
 from rootnoise.accounting.dominating import magnitudes
-from rootnoise.accounting.estimate import LARGEST, POWERS, Mixture, Samples, Tilt
+from rootnoise.accounting.monte_carlo import LARGEST, POWERS, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix
 
 # Entries of the largest array of a block, 16 MB.
@@ -57,7 +57,7 @@ class Separated(Mixture):
         self.mean_square = self.rate * float(self.squares.sum())
         self.mean_norm2 = float(np.square(self.rate * self._apply(np.ones((self.n, 1)))).sum())
         self.block = max(1, BLOCK // self.n)
-        self._last: tuple[Tilt, renewal.Chain] | None = None
+        self._last: tuple[Tilt, min_sep_patterns.Chain] | None = None
 
     def tilts(self) -> list[Tilt]:
         """Return those of one pattern and, where that takes seconds, of two at a time."""
@@ -111,10 +111,10 @@ class Separated(Mixture):
             raise FloatingPointError("likelihood ratios overflow")
         return result
 
-    def _chain(self, order: int, power: float) -> renewal.Chain:
+    def _chain(self, order: int, power: float) -> min_sep_patterns.Chain:
         if order == 1:
-            return renewal.single(self.squares, self.b, self.p, power)
-        return renewal.pairs(self.squares, self._overlaps, self.b, self.p, power)
+            return min_sep_patterns.single(self.squares, self.b, self.p, power)
+        return min_sep_patterns.pairs(self.squares, self._overlaps, self.b, self.p, power)
 
     @cached_property
     def _overlaps(self) -> Array:

@@ -90,7 +90,7 @@ def test_the_loop_makes_the_bits_of_the_five_objects():
     mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=4.0, delta=1e-5)
     module = privatize(other)
     optimizer = PrivateOptimizer(sgd, module, mechanism, sampler, key.derive("again"))
-    optimizer.stream = optimizer._new_stream(key)  # two live optimizers of one key are refused
+    optimizer._stream = optimizer._new_stream(key)  # two live optimizers of one key are refused
     x, y = data().tensors
     for batch in sampler:
         optimizer.zero_grad()

@@ -201,7 +201,7 @@ def _release(
         sgd = torch.optim.SGD(module.parameters(), lr=1.0)
         optimizer = PrivateOptimizer(sgd, module, mechanism, sampler, key)
         if stream is not None:
-            optimizer.stream = stream(mechanism, m, key)
+            optimizer._stream = stream(mechanism, m, key)
         (weight,) = module.parameters()
         rows = []
         for batch in sampler:

@@ -148,7 +148,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         private = self.private
         if private.t:
             raise RootnoiseError(f"key must be set before the first step, got step {private.t}")
-        private.stream = private._new_stream(key)
+        private._stream = private._new_stream(key)
         private._releases = Releases(key.id, private.mechanism.fingerprint)
 
     # torch's GradScaler then tells `step`, which refuses it, instead of dividing gradients that are

@@ -95,8 +95,10 @@ class ForwardGuard:
         self._made: list[tuple[Any, int]] = []
         # First: what it drops must not be what another hook has begun to keep.
         model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        self._layers: list[tuple[str, nn.Module]] = []
         for name, layer in model.named_modules():
             if any(p.requires_grad for p in layer.parameters(recurse=False)):
+                self._layers.append((name or "model", layer))
                 layer.register_forward_pre_hook(partial(self._call, name or "model"))
                 layer.register_forward_hook(self._watch_layer)
         model.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
@@ -168,7 +170,7 @@ class ForwardGuard:
         self._depth += 1
         if self._depth > 1:
             return
-        counted = module.training and torch.is_grad_enabled()
+        counted = torch.is_grad_enabled() and self._in_training()
         if counted:
             if self._passes and self._passes[-1].replaceable:
                 self.reset()
@@ -180,6 +182,18 @@ class ForwardGuard:
             self._before = {n: _Seen.of(t, deep) for n, t in self._tensors()}
         if counted and self._observer is not None:
             self._observer.enter(args, kwargs)
+
+    def _in_training(self) -> bool:
+        """Whether the layers with parameters, whose gradients count, are in training mode."""
+        modes = {layer.training for _, layer in self._layers}
+        if modes == {True, False}:
+            name, layer = next((n, m) for n, m in self._layers if not m.training)
+            self._depth = 0
+            raise RootnoiseError(
+                f"layer {name} ({type(layer).__name__}) must be in training mode, as the others "
+                "whose parameters are trained, got evaluation mode: freeze it, or run under no_grad"
+            )
+        return modes == {True}
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self.off or self._again() or not self._depth:

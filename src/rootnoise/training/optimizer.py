@@ -183,7 +183,7 @@ class PrivateOptimizer:
         self._ranks = self._place.ranks
         self._watch(independence, integer("probe_every", probe_every, 0))
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
-        self.stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
+        self._stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
         self._advise()
         self.t = 0
@@ -202,6 +202,11 @@ class PrivateOptimizer:
     def mechanism(self) -> Mechanism:
         """What noise and clip norm follow; another one cannot be put in its place."""
         return self._mechanism
+
+    @property
+    def stream(self) -> NoiseStream:
+        """The noise, of this mechanism; another one cannot be put in its place."""
+        return self._stream
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse copies: two optimizers would give one noise to two gradients."""
@@ -510,7 +515,7 @@ class PrivateOptimizer:
         except (KeyError, TypeError, ValueError) as reason:
             raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
         self.sampler.load_state_dict(state["sampler"])
-        self.stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
+        self._stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
 
     def _new_stream(self, key: Key) -> NoiseStream:
         size = sum(p.numel() for p in self._parameters)

@@ -65,6 +65,7 @@ class Probe:
         self._t = 0
         self._passed = self._shown = False
         self._step: _Step | None = None
+        self._refusal = ""  # of the step that waits, which stays refused
 
     @property
     def due(self) -> bool:
@@ -101,7 +102,7 @@ class Probe:
         """The forward is not used any more."""
         if self._step is not None:
             self._step.tape.stop()
-        self._step = None
+        self._step, self._refusal = None, ""
 
     def run(self, rows: int) -> None:
         """Probe the step whose forward and backward have just run, if it is due.
@@ -110,15 +111,23 @@ class Probe:
             RootnoiseError: a layer, or the loss, mixes the examples of the batch, or the step
                 cannot be replayed.
         """
+        if self._refusal:  # the same step again: only `drop` forgets it
+            raise RootnoiseError(self._refusal)
         step, self._step = self._step, None
         if step is None:
             return
         step.tape.stop()
         if rows < 2 and not self._sharded:
             return
-        with self._unmoved(step.tape):
-            step.tape.finish()
-            self._passed = self._compare(step, rows)
+        self._refusal = "step must begin anew by zero_grad, got one whose probe was broken off"
+        try:
+            with self._unmoved(step.tape):
+                step.tape.finish()
+                self._passed = self._compare(step, rows)
+        except RootnoiseError as refusal:
+            self._refusal = str(refusal)
+            raise
+        self._refusal = ""
 
     def _compare(self, step: _Step, rows: int) -> bool:
         """Replay the step as it was and with either half replaced, and refuse what differs."""
@@ -181,9 +190,15 @@ class _Step:
         outputs = tensors_of(output)
         self.outputs = [t.detach().clone() for t in outputs]
         for i, t in enumerate(outputs):
-            if t.requires_grad:
-                t.register_hook(partial(self.gradients.__setitem__, i))  # type: ignore[no-untyped-call]
+            if t.grad_fn is not None:
+                t.grad_fn.register_prehook(partial(self._keep, i, t.output_nr))
         self.tape.start(outputs)
+
+    def _keep(self, i: int, place: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        """Keep the gradient of an output as it enters the model: after all hooks of the tensor."""
+        g = gradients[place]
+        if g is not None:
+            self.gradients[i] = g
 
     def play(self, trace: _Trace, source: torch.Tensor | None, known: set[int]) -> bool:
         """Run forward and loss, with examples replaced by others; return whether that changed any.

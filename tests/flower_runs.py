@@ -43,7 +43,7 @@ def honest(grid: Phones, name: str, message: Message) -> Iterable[Message]:
     return [Message(content, reply_to=message)]
 
 
-class Phones(Grid):  # type: ignore[misc] # of type Any where Flower is not installed
+class Phones(Grid):
     """As many nodes as there are names; node ids are dealt anew in each grid, as in simulations."""
 
     def __init__(self, names: Iterable[str], answer: Answer = honest, deal: int = 0) -> None:

@@ -154,7 +154,12 @@ def test_roots_near_zero_and_parts_of_a_block():
     assert falling == pytest.approx(math.log(2) / 10, abs=1e-5)
     assert math.exp(-10 * falling) <= 0.5
     asked = []
-    estimate._drawn(lambda n: (asked.append(n) or np.zeros(n), np.zeros(n)), 10, 4)
+
+    def draw(n):
+        asked.append(n)
+        return np.zeros(n), np.zeros(n)
+
+    estimate._drawn(draw, 10, 4)
     assert asked == [4, 4, 2]
 
 

@@ -28,7 +28,7 @@ def make(model=None, *, epsilon=2.0, key=None, lr=0.1, **options):
     mechanism = Mechanism.calibrate(split, who, epsilon=epsilon, delta=1e-5)
     if model is None:
         with torch.random.fork_rng():
-            torch.random.default_generator.manual_seed(3)
+            torch.default_generator.manual_seed(3)
             model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
     module = privatize(model)
     sgd = torch.optim.SGD(module.parameters(), lr=lr, momentum=0.9)
@@ -96,13 +96,14 @@ def test_hooks_on_the_output_do_not_mix_unseen(hook, model):
         out.register_hook(hook)
         return LOSS(out, y)
 
-    with pytest.raises(RootnoiseError, match="loss must be made by torch.s own functions"):
+    with pytest.raises(RootnoiseError, match=r"loss must be made by torch.s own functions"):
         step(optimizer, loss)
     assert optimizer.t == 0
 
 
 def test_hooks_that_only_look_are_allowed():
-    optimizer, seen = make(), []
+    optimizer = make()
+    seen: list[torch.Tensor] = []
 
     def loss(out, y):
         out.register_hook(seen.append)
@@ -137,7 +138,8 @@ def test_a_pass_is_counted_by_its_layers_mode(independence):
             return
         released.append(weights(optimizer))
         del optimizer, module, out
-    assert torch.allclose(*released, atol=1e-3)
+    alone, both = released
+    assert torch.allclose(alone, both, atol=1e-3)
 
 
 # Usability: part of the layers in evaluation mode gives a raw error of Opacus.

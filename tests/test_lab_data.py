@@ -47,7 +47,7 @@ def write_idx(folder: Path, gz: bool = False, dotted: bool = False) -> Path:
 Pickler: Any = pickle._Pickler  # the pure Python one: it can be extended
 
 
-class Python2Pickler(Pickler):  # type: ignore[misc]
+class Python2Pickler(Pickler):
     """Writes byte strings as Python 2 did, like the published CIFAR-10 batches."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(Pickler.dispatch)

@@ -153,21 +153,9 @@ def make_private(
     >>> optimizer.t, round(optimizer.epsilon_spent(), 2)
     (6, 8.0)
     """
-    if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
-        raise RootnoiseError("make_private must be called once a run, got its own result again")
-    for name, value, kinds in (
-        ("model", model, nn.Module),
-        ("optimizer", optimizer, torch.optim.Optimizer),
-        ("options", options or {}, Mapping),
-        ("resume", resume or "", str | os.PathLike),
-    ):
-        if not isinstance(value, kinds):
-            raise RootnoiseError(f"{name} must be {_KINDS[name]}, got {type(value).__name__}")
-    if any(module in _MADE for module in model.modules()):
-        raise RootnoiseError(
-            "make_private must be called once a model, got one that it has made private: load its "
-            "weights into a fresh one"
-        )
+    _check_parts(model, optimizer, data)
+    _check_kind("options", options or {}, Mapping)
+    _check_kind("resume", resume or "", str | os.PathLike)
     dataset, batch, loading = _data(data, batch_size)
     refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
@@ -206,13 +194,35 @@ def make_private(
     )
     if before is not None:
         loop.load_state_dict(before.optimizer)
-        try:
-            module.load_state_dict(before.weights)
-        except (RuntimeError, TypeError) as reason:
-            line = " ".join(str(reason).split())
-            raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None
+        _load(module, before.weights)
     _MADE.add(model)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
+
+
+def _check_kind(name: str, value: Any, kind: Any) -> None:
+    if not isinstance(value, kind):
+        raise RootnoiseError(f"{name} must be {_KINDS[name]}, got {type(value).__name__}")
+
+
+def _check_parts(model: Any, optimizer: Any, data: Any) -> None:
+    """Refuse what is no model or optimizer, or is private already."""
+    if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
+        raise RootnoiseError("make_private must be called once a run, got its own result again")
+    _check_kind("model", model, nn.Module)
+    _check_kind("optimizer", optimizer, torch.optim.Optimizer)
+    if any(module in _MADE for module in model.modules()):
+        raise RootnoiseError(
+            "make_private must be called once a model, got one that it has made private: load its "
+            "weights into a fresh one"
+        )
+
+
+def _load(module: nn.Module, weights: dict[str, Any]) -> None:
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, TypeError) as reason:
+        line = " ".join(str(reason).split())
+        raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None
 
 
 def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:

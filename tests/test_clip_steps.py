@@ -223,6 +223,16 @@ def test_a_penalty_leaves_nothing_behind_and_counts_nothing():
     assert torch.equal(*found)
 
 
+def test_a_layer_that_is_frozen_later_stays_frozen_and_is_refused():
+    o = make(nn.Sequential(nn.Linear(3, 2)))
+    batch = o.sampler.batch(0)
+    o.module._module[0].bias.requires_grad_(False)
+    o.module(torch.ones(4, 3)).sum().backward()
+    assert not o.module._module[0].bias.requires_grad
+    with pytest.raises(RootnoiseError, match=r"1 trainable parameters once and no other, got 2"):
+        o.step(batch)
+
+
 def test_rows_that_a_guard_does_not_see():
     """A keyword argument without a batch dimension."""
 

@@ -195,6 +195,7 @@ class Tapped:
     book: Book
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
     active: bool = False
+    held: Sequence[nn.Parameter] = ()  # that take no part in autograd during the call
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of the layer is not tapped."""
@@ -216,7 +217,8 @@ class Tapped:
             rule = "must be called by its model alone between forward and step"
             raise RootnoiseError(f"layer {self.name} {rule} (evaluate under no_grad)")
         self.active = True
-        for p in self.parameters.values():
+        self.held = [p for p in self.parameters.values() if p.requires_grad]
+        for p in self.held:
             p.requires_grad_(False)
 
     def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
@@ -224,7 +226,7 @@ class Tapped:
         if not self.active:
             return None
         self.active = False
-        for p in self.parameters.values():
+        for p in self.held:
             p.requires_grad_(True)
         if output is None:  # the call raised
             return None

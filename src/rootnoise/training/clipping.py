@@ -35,6 +35,7 @@ SLACK = 1e-5
 
 # Clipped values in work at once: what the cache of a CPU holds, and what fills a GPU.
 ROWS, WIDTH = 64, {"cpu": 2**12, "gpu": 2**20}
+PART = 2**16  # float64 numbers of a vector in work at once, on the CPU
 
 # How many standard deviations of the noise multiplier's scale the grid leaves room for.
 ROOM = 2**8
@@ -76,7 +77,11 @@ class Clip:
 
     def noised(self, units: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Return the sum in units plus the noise in whole units, float64."""
-        return units + (noise.to(units.device).double() / self.grid).round_()
+        total, size = torch.empty_like(units), PART if units.device.type == "cpu" else len(units)
+        for i in range(0, len(units), max(size, 1)):
+            part = noise[i : i + size].to(units.device).double().div_(self.grid).round_()
+            torch.add(units[i : i + size], part, out=total[i : i + size])
+        return total
 
 
 def clipped_sums(

@@ -102,7 +102,7 @@ class Copies:
                 stacklevel=4,
             )
         clip = self._clip
-        total = (total / clip.grid).round_()
+        total.div_(clip.grid).round_()
         own = slice(*self._span)
         total[own] = clip.noised(total[own], noise)
         self.ranks.add_(total)

@@ -19,6 +19,7 @@ from rootnoise._check import RootnoiseError
 
 WIDTH = 8  # bytes a step: another release passes for the same with probability 2^-64
 LANES = 64
+ROWS = 1024  # of so many numbers at a time
 
 _LIVE: dict[tuple[str, str], WeakSet[Releases]] = {}
 
@@ -65,9 +66,19 @@ class Releases:
 
 def _digest(release: torch.Tensor) -> bytes:
     """Return a checksum of every bit, in one pass where the tensor is."""
-    bits = (release + 0.0).view(torch.int64)  # -0 is 0
-    rows = len(bits) // LANES
-    weights = 2 * torch.arange(rows, device=bits.device)[:, None] + 1  # odd: no bit is lost
-    lanes = (bits[: rows * LANES].view(rows, LANES) * weights).sum(0)
-    whole = torch.cat([lanes, bits[rows * LANES :]]).cpu().numpy().tobytes()
+    lanes = torch.zeros(LANES, dtype=torch.int64, device=release.device)
+    rows = len(release) // LANES
+    for start in range(0, rows, ROWS):  # in the cache
+        stop = min(start + ROWS, rows)
+        bits = _bits(release[start * LANES : stop * LANES]).view(-1, LANES)
+        weights = (
+            torch.arange(start, stop, device=release.device).mul_(2).add_(1)
+        )  # odd: no bit lost
+        lanes += (bits * weights[:, None]).sum(0)
+    rest = _bits(release[rows * LANES :])
+    whole = torch.cat([lanes, rest]).cpu().numpy().tobytes()
     return hashlib.blake2b(whole, digest_size=WIDTH).digest()
+
+
+def _bits(release: torch.Tensor) -> torch.Tensor:
+    return (release + 0.0).view(torch.int64)  # -0 is 0

@@ -303,6 +303,14 @@ def test_workload_is_what_the_optimizer_does(build, scheduler, kind):
 
 
 @pytest.mark.parametrize("kind", [Adam, AdamW])
+def test_adam_that_exists_is_that_which_is_built(kind):
+    """AdamW keeps a setting of Adam among its defaults that it does not take."""
+    made = kind([torch.nn.Parameter(torch.zeros(2))], lr=0.1, weight_decay=0.01)
+    built = from_optimizer(partial(kind, lr=0.1, weight_decay=0.01), N)
+    assert from_optimizer(made, N).to_dict() == built.to_dict()
+
+
+@pytest.mark.parametrize("kind", [Adam, AdamW])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("scheduler", [None, cosine])
 def test_adam_is_its_first_moment(kind, decay, scheduler):

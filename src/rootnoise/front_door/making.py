@@ -94,7 +94,8 @@ def make_private(
     Args:
         model: in training mode; each output row a function of its own input row alone.
         optimizer: any torch optimizer of the model's parameters; the noise is planned for what it
-            makes of its gradients (momentum, weight decay, learning rates).
+            makes of its gradients (momentum, weight decay, learning rates). Frozen parameters are
+            taken out of it.
         data: a map-style data set, or a DataLoader of one, of which data set, batch size,
             collate function and workers are taken: the order of its batches is not.
         epsilon: privacy loss of the whole run, for one record.
@@ -170,6 +171,8 @@ def make_private(
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = before.key
     module = privatize(model, loss_reduction)
+    for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
+        group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
     loop = LoopOptimizer(
         PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence),

@@ -368,3 +368,20 @@ def test_epsilon_in_the_middle_of_an_epoch_counts_those_who_took_part_twice():
             assert spent[-1] == pytest.approx(due, rel=1e-9)
     assert spent == sorted(spent)
     assert spent[2] < spent[3]
+
+
+def test_frozen_parameters_may_be_in_the_optimizer():
+    """As in fine-tuning: `SGD(model.parameters())` of a model whose first layers are frozen."""
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    sgd = torch.optim.SGD(
+        [{"params": model[0].parameters()}, {"params": model[1].parameters()}],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=0.1,
+    )
+    run = make_private(model, sgd, data(), epsilon=8.0, **GOAL)
+    train(run)
+    assert torch.equal(model[0].weight, frozen)
+    assert run.optimizer.t == EPOCHS * STEPS

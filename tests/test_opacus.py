@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from hosts import Recorder, white
 from rootnoise import CyclicPoisson, FixedCycle, Key, RootnoiseError, privacy_cost
-from rootnoise.integrations.opacus import OPEN_EPOCHS, BatchMemoryManager, PrivacyEngine
+from rootnoise.integrations.opacus import OPEN_EPOCHS, OPEN_STEPS, BatchMemoryManager, PrivacyEngine
 
 DELTA = 1e-5
 
@@ -103,6 +103,7 @@ def test_a_script_of_opacus_runs():
         epsilons.append(engine.get_epsilon(DELTA))
     assert optimizer.t == 12
     assert not torch.equal(before, weights(model))
+    assert model._module.state_dict().keys() == model.state_dict().keys()
     assert set(model.state_dict()) == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert (optimizer.max_grad_norm, optimizer.expected_batch_size) == (1.0, 4)
     assert optimizer.original_optimizer is optimizer.private.optimizer
@@ -157,6 +158,9 @@ def test_epsilon_is_for_any_delta_and_the_whole_run_for_the_planned_one():
 def test_an_open_run_has_its_last_step():
     _, optimizer, batches = private(n=4, batch_size=2)
     assert optimizer.private.mechanism.n_steps == OPEN_EPOCHS * len(batches) == 400
+    _, optimizer, batches = private(n=938, batch_size=1)  # as many steps an epoch as MNIST has
+    assert len(batches) == 938
+    assert optimizer.private.mechanism.n_steps == 106 * 938 <= OPEN_STEPS
 
 
 @pytest.mark.parametrize("n", [93, 186])

@@ -107,7 +107,8 @@ def make_private(
     Args:
         model: in training mode; each output row a function of its own input row alone.
         optimizer: any torch optimizer of the model's parameters; the noise is planned for what it
-            makes of its gradients (momentum, weight decay, learning rates).
+            makes of its gradients (momentum, weight decay, learning rates). Frozen parameters are
+            taken out of it.
         data: a map-style data set, or a DataLoader of one, of which data set, batch size,
             collate function and workers are taken: the order of its batches is not.
         epsilon: privacy loss of the whole run, for one record.
@@ -183,6 +184,8 @@ def make_private(
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
+    for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
+        group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
     with warnings.catch_warnings():
         # Planned for it and its scheduler, or for what the caller has named.

@@ -25,9 +25,9 @@ from rootnoise._files import write_whole
 from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
 from rootnoise.keys import Key
 
-# Epochs for which independent noise is planned where a script does not say how many it makes.
-# Its noise does not depend on their number; that more are refused is all that it means.
-OPEN_EPOCHS = 200
+# Epochs for which independent noise is planned where a script does not say how many it makes, and
+# the steps that they may have. Such noise does not depend on their number, but more are refused.
+OPEN_EPOCHS, OPEN_STEPS = 200, 100_000
 VERSION = 1  # of a checkpoint
 
 # Ways to make per-sample gradients in Opacus. Here there is one, whatever the name.
@@ -130,7 +130,8 @@ class PrivacyEngine:
                 of C: Opacus's own, for independent noise.
             max_grad_norm: largest l2 norm of one record's gradient.
             mechanism: a name of `mechanisms()`; any but identity needs `epochs`.
-            epochs: passes over the data; without it independent noise has 200 of them at most.
+            epochs: passes over the data; without it independent noise has 200 of them at most, and
+                at most 100,000 steps.
             delta: at which the run's claim is stated; `get_epsilon` takes any.
             options: Opacus's other ones, and those of `rootnoise.make_private`. `poisson_sampling`
                 False draws fixed cycles, each record once an epoch, and accounts for them so.
@@ -147,7 +148,9 @@ class PrivacyEngine:
                 "whole run, got None"
             )
         goal = {"noise_multiplier": noise_multiplier, "delta": delta}
-        parts = (module, optimizer, data_loader, max_grad_norm, mechanism, epochs or OPEN_EPOCHS)
+        if epochs is None:
+            epochs = max(1, min(OPEN_EPOCHS, OPEN_STEPS // (len(data_loader) + 1)))
+        parts = (module, optimizer, data_loader, max_grad_norm, mechanism, epochs)
         return self._make(*parts, goal, options)
 
     def make_private_with_epsilon(
@@ -220,6 +223,7 @@ class PrivacyEngine:
         self._optimizer = EngineOptimizer(loop.private, loop.rates)
         batches = EngineLoader(loader.dataset, self._optimizer, loader.period, loader.loading)
         given = private if wrap else Hooks()
+        vars(private)["_module"] = private  # scripts ask Opacus's wrapper for it, to save weights
         if mode == "ghost":
             return given, self._optimizer, criterion or nn.CrossEntropyLoss(), batches
         return given, self._optimizer, batches

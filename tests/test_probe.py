@@ -14,6 +14,7 @@ from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.probe import _differ
 from rootnoise.workload import SGD
 
 N, BATCH, T, V = 24, 6, 6, 6  # classes, tokens and examples are as many: the hardest to tell apart
@@ -588,3 +589,29 @@ def test_all_ranks_refuse_together(tmp_path, sharded, what):
     for lines in (zero, one):
         assert lines[1] == "step 1"  # and they can go on
         assert lines[2].endswith("was probed at 1 of this process's steps, last at its step 0.")
+
+
+def test_rounding_is_told_from_mixing():
+    """A hundred times the type's epsilon of the row's largest number, and of 1e-3 at the least."""
+    kept, eps = torch.tensor([True, True, False]), torch.finfo(torch.float32).eps
+    old = torch.tensor([[1.0, 0.5], [1e-6, 0.0], [1.0, 1.0]])
+    for row, off, seen in (
+        (0, 50 * eps, False),
+        (0, 200 * eps, True),
+        (1, 5e-2 * eps, False),
+        (1, 2e-1 * eps, True),
+        (2, 1.0, False),  # replaced, so that it may change
+    ):
+        new = old.clone()
+        new[row] += off
+        assert _differ(old, new, 3, kept) == seen
+    assert _differ(old, None, 3, kept)
+    assert not _differ(torch.zeros(3, 2), None, 3, kept)
+
+
+def test_faint_mixing_is_seen():
+    o = make(mlp(Add(lambda h: h + 1e-3 * h.mean(0))))
+    batch = o.sampler.batch(0)
+    F.cross_entropy(o.module(X[batch]), Y[batch]).backward()
+    with pytest.raises(RootnoiseError, match=r"must not mix the examples of a batch"):
+        o.step(batch)

@@ -63,6 +63,8 @@ PRIVACY = [
 ]
 SAMPLE = 25  # mutants a file
 BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
+# What several processes run is not recorded: these files of tests are tried last, whole.
+PROCESSES = {"training/ranks.py": "parallel", "training/sharded.py": "sharded"}
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"
 
 
@@ -123,7 +125,7 @@ class Campaign:
             if first := following(Outcome(0, "" if stages else "no test runs it", 0.0)):
                 yield first
 
-    def _tests(self, bug: Mutant | Mutation) -> tuple[list[str], list[str]]:
+    def _tests(self, bug: Mutant | Mutation) -> list[list[str]]:
         """Return the tests that may see it, the fastest of all: of one file, then the others.
 
         The one is the file's own or, failing that, the one with the most of these tests: to import
@@ -135,7 +137,7 @@ class Campaign:
             text = (PACKAGE / bug.file).read_text()
             line = text[: text.index(bug.old)].count("\n") + 1
             seeing = self._coverage.tests(bug.file, range(line, line + bug.old.count("\n") + 1))
-            return sorted(named, key=lambda test: (test not in seeing, seconds[test])), []
+            return [sorted(named, key=lambda test: (test not in seeing, seconds[test]))]
         found = sorted(self._coverage.tests(bug.file, bug.lines), key=lambda test: seconds[test])
         files = Counter(test.split("::")[0] for test in found)
         own = f"tests/test_{Path(bug.file).stem}.py"
@@ -148,7 +150,8 @@ class Campaign:
                 left -= seconds[test]
         near = [test for test in within if test.startswith(f"{first}::")]
         far = [test for test in within if not test.startswith(f"{first}::")]
-        return near, far
+        others = self._coverage.of(PROCESSES.get(bug.file, "").split()) - set(within)
+        return [near, far, sorted(others, key=lambda test: seconds[test])]
 
     def _may_live(self, bug: Mutant | Mutation) -> bool:
         return isinstance(bug, Mutant) and bool(

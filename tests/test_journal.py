@@ -91,3 +91,12 @@ def test_one_bad_number_among_good_ones_is_not_resumed(name):
         numbers[2] = bad
         with pytest.raises(RootnoiseError, match=f"^saved ledger's {name} must be 6 int32 values"):
             Ledger(MinSeparation(1, 3), 6).load_state_dict(state | {name: numbers})
+
+
+def test_a_state_is_not_loaded_into_a_ledger_that_has_a_file(tmp_path):
+    ledger = Ledger(MinSeparation(1, 3), 6)
+    state = ledger.state_dict()
+    other = Ledger(MinSeparation(1, 3), 6)
+    other.keep(tmp_path / "ledger.bin")
+    with pytest.raises(RootnoiseError, match=r"^ledger must be kept in a file after a state is"):
+        other.load_state_dict(state)

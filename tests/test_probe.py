@@ -14,6 +14,7 @@ from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.probe import _differ, _sources, _Trace
 from rootnoise.workload import SGD
 
 N, BATCH, T, V = 24, 6, 6, 6  # classes, tokens and examples are as many: the hardest to tell apart
@@ -588,3 +589,90 @@ def test_all_ranks_refuse_together(tmp_path, sharded, what):
     for lines in (zero, one):
         assert lines[1] == "step 1"  # and they can go on
         assert lines[2].endswith("was probed at 1 of this process's steps, last at its step 0.")
+
+
+def test_rounding_is_told_from_mixing():
+    """A hundred times the type's epsilon of the row's largest number, and of 1e-3 at the least."""
+    kept, eps = torch.tensor([True, True, False]), torch.finfo(torch.float32).eps
+    old = torch.tensor([[1.0, 0.5], [1e-6, 0.0], [1.0, 1.0]])
+    for row, off, seen in (
+        (0, 50 * eps, False),
+        (0, 200 * eps, True),
+        (1, 5e-2 * eps, False),
+        (1, 2e-1 * eps, True),
+        (2, 1.0, False),  # replaced, so that it may change
+    ):
+        new = old.clone()
+        new[row] += off
+        assert _differ(old, new, 3, kept) == seen
+    assert _differ(old, None, 3, kept)
+    assert not _differ(torch.zeros(3, 2), None, 3, kept)
+
+
+def test_faint_mixing_is_seen():
+    o = make(mlp(Add(lambda h: h + 1e-3 * h.mean(0))))
+    batch = o.sampler.batch(0)
+    F.cross_entropy(o.module(X[batch]), Y[batch]).backward()
+    with pytest.raises(RootnoiseError, match=r"must not mix the examples of a batch"):
+        o.step(batch)
+
+
+class WithLoss(nn.Module):
+    """Makes its loss itself, over the sum of the batch's weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 7), nn.Tanh(), nn.Linear(7, 9))
+
+    def forward(self, x, y):
+        weights = 1.0 + y
+        return (weights * F.cross_entropy(self.net(x), y, reduction="none")).sum() / weights.sum()
+
+
+def test_a_loss_made_inside_is_seen_in_the_gradients_of_layers():
+    o = make(WithLoss())
+    batch = o.sampler.batch(0)
+    o.module(X[batch], Y[batch]).backward()
+    message = r"^loss, or what follows layer net.2 \(Linear\), must not mix the examples"
+    with pytest.raises(RootnoiseError, match=message):
+        o.step(batch)
+
+
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_every_example_stays_once_and_is_replaced_once(rows):
+    kept = [source == torch.arange(rows) for source in _sources(rows, t=3)]
+    assert (kept[0] ^ kept[1]).all()
+    assert [int(k.sum()) for k in kept] == [rows // 2, rows - rows // 2]
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, V), nn.Linear(8, 4)
+
+    def forward(self, x):
+        logits, other = self.first(x), self.last(x)
+        return {"logits": logits, "other": other, "scores": logits.softmax(1)}
+
+
+def test_each_output_counts_and_none_need_be_used():
+    def legal(module, batch):
+        found = module(X[batch])
+        return F.cross_entropy(found["logits"], Y[batch]) + found["other"].square().mean()
+
+    def mixing(module, batch):
+        found = module(X[batch])
+        spread = (found["other"] - found["other"].mean(0)).square().mean()
+        return F.cross_entropy(found["logits"], Y[batch]) + spread
+
+    o = make(TwoHeads())
+    train(o, legal)
+    assert o.t == 2
+    with pytest.raises(RootnoiseError, match=r"^loss \(\w+\) must not mix the examples"):
+        train(make(TwoHeads()), mixing)
+
+
+def test_a_sharded_model_returns_rows():
+    one = torch.ones((), requires_grad=True)
+    with pytest.raises(RootnoiseError, match=r"^loss of a sharded model must be made of rows that"):
+        _Trace(nn.Linear(2, 2), 4, deep=False).backward(2 * one, None, [one])

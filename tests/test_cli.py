@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 import oracle
+import rootnoise
 from rootnoise.cli import main
 from rootnoise.cli._report import text
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
 from rootnoise.workload import prefix_sum
+
+COMMANDS = ("plan", "factorize", "account", "diagnose", "train", "audit", "demo")
 
 
 def run(capsys, *arguments):
@@ -208,6 +214,47 @@ def test_help_is_help(capsys):
         status, out, _ = run(capsys, command, "--help")
         assert status == 0
         assert "--help" in out
+
+
+def test_flags_are_shown_without_a_type(capsys):
+    for command in COMMANDS:
+        _, out, _ = run(capsys, command, "--help")
+        assert "<bool>" not in out
+        assert "BOOLEAN" not in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"rootnoise {rootnoise.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "completing", "answer"),
+    [
+        (["--version"], {}, f"rootnoise {rootnoise.__version__}"),
+        ([], {"_ROOTNOISE_COMPLETE": "complete_bash", "COMP_WORDS": "rootnoise pl"}, "plan"),
+    ],
+)
+def test_it_is_a_module_and_completes_words(arguments, completing, answer):
+    command = [sys.executable, "-m", "rootnoise", *arguments]
+    environment = {**os.environ, **completing, "COMP_CWORD": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == answer
+
+
+def test_the_gap_is_a_per_cent_for_people_and_a_fraction_for_machines(capsys):
+    line = ["factorize", "--steps", "60", "--mechanism", "identity"]
+    gap = json.loads(run(capsys, *line, "--json")[1])["gap"]
+    rows = [row.split("│")[1:3] for row in run(capsys, *line)[1].splitlines() if row.count("│") > 2]
+    assert {name.strip(): value.strip() for name, value in rows}["gap"] == f"{100 * gap:.1f}%"
+
+
+def test_an_unforeseen_exception_is_not_hidden(capsys, monkeypatch):
+    def fail(*_, **__):
+        raise LookupError("a bug")
+
+    monkeypatch.setattr("rootnoise.accounting.privacy_cost", fail)
+    with pytest.raises(LookupError, match="a bug"):
+        main(["account", "--noise-multiplier", "1", "--delta", "1e-5"])
 
 
 def test_cells_of_tables():

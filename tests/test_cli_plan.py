@@ -75,6 +75,22 @@ def test_the_table_shows_the_best_and_says_what_they_count_on(call):
     assert max(len(line) for line in out.splitlines() if line[:1] in "│┃") <= 80
 
 
+def test_a_narrow_terminal_keeps_error_and_gap(call, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    status, out, err = call(JOB + " --top 4")
+    assert (status, err) == (0, "")
+    frame = [line for line in out.splitlines() if line[:1] in "┏│┃"]
+    assert max(map(len, frame)) <= 50
+    heading = next(line for line in frame if "mechanism" in line)
+    assert "error" in heading
+    assert "gap" in heading
+    assert "left out, as the terminal is narrow: bands, noise, memory" in out
+    best = json.loads(call(JOB + " --json")[1])["rows"][0]
+    row = next(line for line in frame if line.startswith("│"))
+    assert f"{best['rmse_per_example']:.4g}" in row
+    assert f"{best['gap']:.1%}" in row
+
+
 def test_a_schedule_is_planned_for(call):
     line = JOB + " --schedule linear --warmup 4 --momentum 0.5 --json"
     result = json.loads(call(line)[1])

@@ -252,3 +252,17 @@ def test_demo_prints_a_table_or_json(call, tmp_path, monkeypatch):
         call, "demo", "--out", tmp_path / "x", "--seed", "-1"
     )
     assert not (tmp_path / "x").exists()
+
+
+def test_an_audit_lists_what_fails_first(call, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert call("train", *PRIVATE, "--epochs", "1", "--out", tmp_path / "run", "--json")[0] == 0
+    (tmp_path / "run/model.pt").write_bytes(b"other")
+    status, out, _ = call("audit", tmp_path / "run")
+    rows = [
+        [cell.strip() for cell in row.split("│")[1:5]] for row in out.splitlines() if "│" in row
+    ]
+    assert status == 1
+    assert [row[:2] for row in rows if row[1] == "NO"] == [["model.pt", "NO"]] == [rows[0][:2]]
+    assert all(cell.endswith("%") for row in rows if row[0] == "gap" for cell in row[2:4])
+    assert any(row[0] == "gap" for row in rows)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
+import rootnoise
 from rootnoise._check import RootnoiseError
 from rootnoise.cli.account import account
 from rootnoise.cli.audit import audit
@@ -18,20 +21,52 @@ from rootnoise.cli.plan import plan
 from rootnoise.cli.report import compare, report
 from rootnoise.cli.train import train
 
-# The base of every usage error; typer names it differently from one release to the next.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+class _PlainFlags:
+    """Shows flags without a type: they take no value."""
+
+    def get_params(self, context: Any) -> list[Any]:
+        found: list[Any] = super().get_params(context)  # type: ignore[misc]
+        for option in found:
+            if getattr(option, "is_flag", False) and option.metavar is None:
+                option.metavar = ""
+        return found
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
+
 
 app = typer.Typer(
+    cls=_Group,
     name="rootnoise",
-    help="Differentially private training for PyTorch with correlated noise.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (plan, factorize, account, diagnose, train, report, compare, audit, demo):
-    app.command()(command)
+    app.command(cls=_Command)(command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"rootnoise {rootnoise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _rootnoise(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Differentially private training for PyTorch with correlated noise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +76,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2
     """
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, prog_name="rootnoise", standalone_mode=False)
         sys.stdout.flush()
     except RootnoiseError as refusal:
         return _refuse(str(refusal))
-    except _UsageError as usage:
-        return _refuse(usage.format_message())  # type: ignore[attr-defined]
     except (typer.Abort, KeyboardInterrupt):  # some releases of typer return 130 themselves
         return 130
     except MemoryError as reason:
@@ -54,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as reason:  # a full disk, a closed pipe
         _drop_output()
         return _refuse(f"output must be writable, got {reason.filename or ''} {reason.strerror}")
+    except Exception as usage:  # click's; typer has it in another place from release to release
+        if not hasattr(usage, "format_message"):
+            raise
+        return _refuse(usage.format_message())
     return int(status or 0)
 
 

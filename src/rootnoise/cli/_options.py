@@ -14,17 +14,11 @@ import typer
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.runs.settings import Options
 
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
 
-Momentum = Annotated[float, typer.Option(help="Momentum beta of SGD, in [0, 1).")]
-Decay = Annotated[
-    float, typer.Option(help="Factor alpha on the parameters at each step; 1 is no decay.")
-]
-Device = Annotated[
-    str, typer.Option(help="Where models train: cpu, cuda, or cuda:N. On a GPU so is the noise.")
-]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -40,7 +34,7 @@ def saved(path: Path) -> Mechanism:
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses of options: each becomes the options that are its fields.
 
-    The `panel` of such a class is their heading in the help.
+    The `panel` of such a class is their heading in the help; settings of a run bring their own.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {n: hint for n, hint in hints.items() if is_dataclass(hint)}
@@ -65,15 +59,19 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _parameters(group: Any) -> list[inspect.Parameter]:
-    kinds = get_type_hints(group, include_extras=True)
+    hints = get_type_hints(group, include_extras=True)
+    parameters = []
     for f in fields(group):
-        (info,) = kinds[f.name].__metadata__
-        info.rich_help_panel = group.panel
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return [
-        inspect.Parameter(f.name, kind, default=f.default, annotation=kinds[f.name])
-        for f in fields(group)
-    ]
+        hint, how = hints[f.name], dict(f.metadata)
+        if how:  # a setting
+            hint = how.pop("kind", hint)
+            hint = Annotated[hint, typer.Option(*how.pop("flags", ()), **how)]
+        else:
+            (info,) = hint.__metadata__
+            info.rich_help_panel = group.panel
+        kind = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(f.name, kind, default=f.default, annotation=hint))
+    return parameters
 
 
 class Kind(StrEnum):
@@ -125,46 +123,18 @@ class Who:
 
 
 @dataclass(frozen=True)
-class Split:
-    """The options of all mechanisms together; each takes some, and refuses the others."""
-
-    panel: ClassVar[str] = "Of some mechanisms"
-
-    bands: Annotated[
-        str | None,
-        typer.Option(
-            metavar="<int|auto>",
-            help="Diagonals p of a banded strategy (auto: the best, for bsr and bisr) "
-            "[default: the separation b, else n].",
-        ),
-    ] = None
-    buffers: Annotated[
-        int | None, typer.Option(help="Buffers of blt [default: while each gains 0.1 %].")
-    ] = None
-    gamma: Annotated[
-        float | None, typer.Option(help="Power of bsr-gamma, in [0, 1] [default: the best].")
-    ] = None
-    lam: Annotated[
-        float | None, typer.Option(help="Coefficient of lambda-cgd [default: the best].")
-    ] = None
-    base: Annotated[
-        str | None,
-        typer.Option(help="Strategy that epoch-scaled and column-normalised scale [default: bsr]."),
-    ] = None
-    estimator: Annotated[
-        str | None, typer.Option(help="Of tree: full, online or naive [default: full].")
-    ] = None
-    tolerance: Annotated[
-        float | None, typer.Option(help="Gap at which dense stops [default: 1e-6].")
-    ] = None
+class Split(Options):
+    """The options of all mechanisms, as they are typed."""
 
     def given(self) -> dict[str, Any]:
         """Return the options as `factorize` takes them, those that were left out apart."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
-        if values.get("bands", "auto") != "auto":
-            try:
-                values["bands"] = int(values["bands"])
-            except ValueError:
-                got = values["bands"]
-                raise RootnoiseError(f"bands must be an integer or auto, got {got!r}") from None
-        return values
+        return values | ({"bands": bands(values["bands"])} if "bands" in values else {})
+
+
+def bands(typed: str | int | None) -> str | int | None:
+    """Return the number of bands, or auto."""
+    try:
+        return typed if typed in (None, "auto") else int(typed)
+    except ValueError:
+        raise RootnoiseError(f"bands must be an integer or auto, got {typed!r}") from None

@@ -10,6 +10,9 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
+# Characters of a table's first column that are enough where there is no room for more.
+NARROW = 10
+
 
 def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     """Print one result: as a two-column table, or as one JSON object and nothing else."""
@@ -20,20 +23,47 @@ def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name.replace("_", " "), text(value))
+        part = name.endswith("gap") and value is not None
+        table.add_row(name.replace("_", " "), percent(value) if part else text(value))
     Console().print(table)
 
 
-def table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows under headings; columns after the second are numbers. Only the first may wrap."""
-    grid = Table(title=title, title_justify="left")
-    for i, heading in enumerate(headings):
-        width = max(len(row[i]) for row in [headings, *rows])
+def table(
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    spare: Sequence[str] = (),
+) -> None:
+    """Print rows under headings; columns after the second are numbers. Only the first may wrap.
+
+    Where the terminal is too narrow, columns are left out, the first of `spare` first.
+    """
+    console, grid = Console(), Table(title=title, title_justify="left")
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    least = [min(widths[0], NARROW), *widths[1:]]
+    shown, hidden = list(range(len(headings))), []
+    for name in spare:
+        if sum(least[i] + 3 for i in shown) + 1 > console.width:
+            shown.remove(headings.index(name))
+            hidden.append(name)
+    for i in shown:
         justify: Literal["left", "right"] = "left" if i < 2 else "right"
-        grid.add_column(heading, justify=justify, overflow="fold", min_width=width if i else None)
+        width = widths[i] if i else None
+        grid.add_column(headings[i], justify=justify, overflow="fold", min_width=width)
     for row in rows:
-        grid.add_row(*row)
-    Console().print(grid)
+        grid.add_row(*(row[i] for i in shown))
+    console.print(grid)
+    if hidden:
+        print(f"left out, as the terminal is narrow: {', '.join(hidden)}")
+
+
+def percent(value: float) -> str:
+    """Format a part of one.
+
+    >>> percent(0.0512), percent(13.05), percent(1.5e-7)
+    ('5.1%', '1305.0%', '1.5e-05%')
+    """
+    return f"{value:.1%}" if abs(value) >= 1e-3 or value == 0 else f"{100 * value:.2g}%"
 
 
 def text(value: Any) -> str:

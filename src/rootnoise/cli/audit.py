@@ -50,9 +50,12 @@ def audit(
         table = Table(title=f"audit of {run_dir}", title_justify="left")
         for name in ("check", "held", "stated", "found"):
             table.add_column(name, overflow="fold")
-        for check in checks:
+        for check in sorted(checks, key=lambda check: check.held):  # those that fail are first
             mark = "yes" if check.held else "[bold red]NO[/]"
-            table.add_row(check.name, mark, check.stated, check.found)
+            both = (check.stated, check.found)
+            if check.name == "gap":  # a per cent wherever it is read by people
+                both = (f"{100 * float(check.stated):.9g}%", f"{100 * float(check.found):.9g}%")
+            table.add_row(check.name, mark, *both)
         Console().print(table)
         failed = sum(not check.held for check in checks)
         print("all hold" if held else f"{failed} of {len(checks)} checks do not hold")

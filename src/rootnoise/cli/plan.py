@@ -69,13 +69,15 @@ def plan(
     if json:
         _report.show("", _values(job, made), as_json=True)
         return
-    _report.table(_title(job), HEADINGS, cells(made)[:top])
+    _report.table(_title(job), HEADINGS, cells(made)[:top], SPARE)
     hidden = len(made.rows) - top
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
     print("\n".join([*more, *notes(made)]))
 
 
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
+# What a narrow terminal can do without, the first first.
+SPARE = ("bands", "noise", "memory", "batches")
 
 
 def cells(made: Plan) -> list[tuple[str, ...]]:
@@ -88,7 +90,7 @@ def cells(made: Plan) -> list[tuple[str, ...]]:
             str(row.memory_rows),
             f"{row.noise_multiplier:.4g}",
             f"{row.rmse_per_example:.4g}",
-            f"{row.gap:.1%}",
+            _report.percent(row.gap),
         )
         for row in made.rows
     ]

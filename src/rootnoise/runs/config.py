@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,8 @@ from rootnoise.factorization import factorize, mechanisms
 from rootnoise.factorization.base import refuse_foreign
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.runs.settings import Options, Settings
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
-
-# Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
-# lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise wants less: 0.1
-# was best for bsr on the digits at epsilon 1.
-DEFAULT_LR = 0.5
 
 # Learning rates and clip norms, and 1 / clip norm: within it weights and noise fit into float32.
 LARGEST = 1e6
@@ -38,8 +34,8 @@ SAMPLINGS = ("fixed-cycle", "balls-in-bins", *POISSON)
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The settings of a run; `run` documents them.
+class RunConfig(Settings):
+    """The settings of a run, checked; `run` documents them.
 
     Raises:
         RootnoiseError: a value outside its range, whatever the data set.
@@ -47,36 +43,6 @@ class RunConfig:
     >>> RunConfig(mechanism="dpsgd", epsilon=8.0).sampling
     'poisson'
     """
-
-    dataset: str = "fashion-mnist"
-    model: str = "cnn"
-    mechanism: str = "bsr"
-    epsilon: float | None = None
-    delta: float = 1e-5
-    epochs: int = 4
-    batch_size: int = 500
-    micro_batch_size: int | None = None
-    lr: float = DEFAULT_LR
-    momentum: float = 0.9
-    decay: float = 1.0
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    schedule: str | None = None
-    warmup: int = 0
-    final: float | None = None
-    bands: int | str | None = None
-    buffers: int | None = None
-    gamma: float | None = None
-    lam: float | None = None
-    base: str | None = None
-    estimator: str | None = None
-    tolerance: float | None = None
-    sampling: str = "auto"
-    groups: int = 1
-    seed: int = 0
-    insecure_noise_seed: int | None = None
-    device: str = "cpu"
-    data_dir: str | None = None
 
     def __post_init__(self) -> None:
         known = ("none", "dpsgd", *mechanisms())
@@ -160,7 +126,7 @@ class RunConfig:
 
 
 # Options of mechanisms, each taken by some.
-OPTIONS = ("bands", "buffers", "gamma", "lam", "base", "estimator", "tolerance")
+OPTIONS = tuple(option.name for option in fields(Options))
 
 
 def rates(config: RunConfig, n_steps: int) -> NDArray[np.float64]:

@@ -26,7 +26,7 @@ NAMES = {
     "identity": "independent",
     "flower": "Flower's own",
 }
-RATES = (0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
+RATES = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0, 2.0)
 SPLITS = ("dirichlet", "shards")
 TUNED_ON = 100  # the seed of the tuning split
 

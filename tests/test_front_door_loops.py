@@ -238,6 +238,12 @@ def test_a_refused_call_leaves_the_model_as_it_was():
         private(model, sampling="magic")
     private(model)
 
+    model, others = nn.Linear(5, 2), nn.Linear(5, 2)  # refused when it has hooks already
+    with pytest.raises(RootnoiseError, match=r"^optimizer must hold each of the module's 2 train"):
+        make_private(model, torch.optim.SGD(others.parameters()), data(), epsilon=8.0, **GOAL)
+    with pytest.raises(RootnoiseError, match=r"^make_private must be called once a model, got"):
+        private(model)
+
 
 def test_a_gradient_scaler_is_refused_after_unscaling_too():
     run, _ = private()

@@ -145,8 +145,8 @@ def make_private(
         raise RootnoiseError("make_private must be called once a run, got its own result again")
     if any(module in _MADE for module in model.modules()):
         raise RootnoiseError(
-            "make_private must be called once a model, got one that it has made private: load its "
-            "weights into a fresh one"
+            "make_private must be called once a model, got one that it has been called with: load "
+            "its weights into a fresh one"
         )
     dataset, batch, loading = _data(data, batch_size)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
@@ -171,6 +171,7 @@ def make_private(
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
         key = before.key
     module = privatize(model, loss_reduction)
+    _MADE.add(model)  # now it has hooks, whatever is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
@@ -181,7 +182,6 @@ def make_private(
     if before is not None:
         loop.load_state_dict(before.optimizer)
         module.load_state_dict(before.weights)
-    _MADE.add(model)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
 
 

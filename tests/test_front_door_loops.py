@@ -238,6 +238,12 @@ def test_a_refused_call_leaves_the_model_as_it_was():
         private(model, sampling="magic")
     private(model)
 
+    model, others = nn.Linear(5, 2), nn.Linear(5, 2)  # refused when it has hooks already
+    with pytest.raises(RootnoiseError, match=r"^optimizer must hold each of the module's 2 train"):
+        make_private(model, torch.optim.SGD(others.parameters()), data(), epsilon=8.0, **GOAL)
+    with pytest.raises(RootnoiseError, match=r"^make_private must be called once a model, got"):
+        private(model)
+
 
 def test_a_gradient_scaler_is_refused_after_unscaling_too():
     run, _ = private()
@@ -374,7 +380,7 @@ def test_frozen_parameters_may_be_in_the_optimizer():
     """As in fine-tuning: `SGD(model.parameters())` of a model whose first layers are frozen."""
     model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
-    frozen = model[0].weight.clone()
+    frozen = model.state_dict()["0.weight"].clone()
     sgd = torch.optim.SGD(
         [{"params": model[0].parameters()}, {"params": model[1].parameters()}],
         lr=0.1,
@@ -383,5 +389,5 @@ def test_frozen_parameters_may_be_in_the_optimizer():
     )
     run = make_private(model, sgd, data(), epsilon=8.0, **GOAL)
     train(run)
-    assert torch.equal(model[0].weight, frozen)
+    assert torch.equal(model.state_dict()["0.weight"], frozen)
     assert run.optimizer.t == EPOCHS * STEPS

@@ -184,6 +184,7 @@ def make_private(
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
+    _MADE.add(model)  # now it has hooks, whatever is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
@@ -198,7 +199,6 @@ def make_private(
     if before is not None:
         loop.load_state_dict(before.optimizer)
         _load(module, before.weights)
-    _MADE.add(model)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
 
 
@@ -215,8 +215,8 @@ def _check_parts(model: Any, optimizer: Any, data: Any) -> None:
     _check_kind("optimizer", optimizer, torch.optim.Optimizer)
     if any(module in _MADE for module in model.modules()):
         raise RootnoiseError(
-            "make_private must be called once a model, got one that it has made private: load its "
-            "weights into a fresh one"
+            "make_private must be called once a model, got one that it has been called with: load "
+            "its weights into a fresh one"
         )
 
 

@@ -117,7 +117,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self._module: nn.Module | None = None
         self._resume: Path | None = None
         self._generators: str | None = None
-        self._shift = False
+        self._shift: bool | None = None
         super().__init__(*args, **kwargs)
         self._check_settings()
 
@@ -301,29 +301,38 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             for rows in (3, 5, 1):
                 inputs = collate([dataset[0] for _ in range(rows)])
                 seen[rows] = self._prepare_inputs(self._checked(inputs, rows))
-            if self._own_loss:
-                self._find_loss(model, seen[1])
+            run = self._own_mean if self._own_loss else self.compute_loss
+            run(model, dict(seen[1]))  # finds the loss, where it is ours
             for rows, inputs in seen.items():
                 with Shapes(model) as shapes:
-                    (self._own_mean if self._own_loss else self.compute_loss)(model, inputs)
+                    run(model, dict(inputs))
                 if rows > 1:
                     shapes.check(rows)
             model.train()
 
-    def _find_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Find whether logits predict the next label: as the model's own loss of one example."""
-        labels = inputs.get("labels")
-        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
-            inputs = {**inputs, "labels": labels.clamp(min=0)}  # with all of them predicted
-        outputs = model(**inputs)
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        for shift in (self._loss_shifts_labels, not self._loss_shifts_labels):
-            self._shift = shift
-            ours = float(self._own_mean(model, inputs, smoothing=0.0)[0])
-            if own is None or math.isclose(float(own), ours, rel_tol=1e-2, abs_tol=1e-3):
-                return
-            if labels is None or labels.dim() < 2 or labels.is_floating_point():
-                break
+    @torch.no_grad()
+    def _find_loss(self, inputs: Mapping[str, Any]) -> bool:
+        """Return whether logits predict the next label: as the model's own loss of one example.
+
+        Raises:
+            RootnoiseError: the model's own is neither.
+        """
+        one = {k: x[:1] if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
+        if one["labels"].is_floating_point():
+            orders = [False]
+        else:
+            one["labels"] = one["labels"].clamp(min=0)  # with all of them predicted
+            orders = [self._loss_shifts_labels, not self._loss_shifts_labels]
+        with torch.random.fork_rng():
+            training = self.model.training
+            self.model.eval()
+            outputs = self.model(**one)
+            own = outputs.get("loss") if isinstance(outputs, Mapping) else None
+            for shift in orders[: 1 if own is None or one["labels"].dim() < 2 else 2]:
+                ours = self._made(self.model, one, shift, 0.0)[0]
+                if own is None or math.isclose(float(own), float(ours), rel_tol=1e-2, abs_tol=1e-3):
+                    self.model.train(training)
+                    return shift
         raise RootnoiseError(  # without the two numbers, which are made of raw data
             "loss of one example must be the model's own (or give compute_loss_func), got another "
             f"from {type(self.model).__name__}"
@@ -390,17 +399,24 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         loss, outputs = self._own_mean(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _own_mean(
-        self, model: nn.Module, inputs: Mapping[str, Any], smoothing: float | None = None
-    ) -> tuple[torch.Tensor, Any]:
+    def _own_mean(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
         """Return the mean of the examples' own losses, and what the model returned."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
+        labels = inputs.get("labels")
         if not isinstance(labels, torch.Tensor):
             got = ", ".join(inputs)
             raise RootnoiseError(f"batch must hold labels (or give compute_loss_func), got {got}")
         if "shift_labels" in inputs:
             raise RootnoiseError("batch must hold labels and not shift_labels, got both")
+        if self._shift is None:
+            self._shift = self._find_loss(inputs)
+        return self._made(model, inputs, self._shift, self.args.label_smoothing_factor)
+
+    def _made(
+        self, model: nn.Module, inputs: Mapping[str, Any], shift: bool, smoothing: float
+    ) -> tuple[torch.Tensor, Any]:
+        """Return it without asking the model for its own."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
         if self._is_encoder_decoder and "decoder_input_ids" not in inputs:
             prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
             if prepare is None:
@@ -413,9 +429,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             got = f"{type(outputs).__name__} of {type(self.model).__name__}"
             raise RootnoiseError(f"model must return logits (or give compute_loss_func), got {got}")
         problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-        if smoothing is None:
-            smoothing = self.args.label_smoothing_factor
-        return example_losses(logits, labels, self._shift, problem, smoothing).mean(), outputs
+        return example_losses(logits, labels, shift, problem, smoothing).mean(), outputs
 
     @property
     def _is_encoder_decoder(self) -> bool:

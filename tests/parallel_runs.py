@@ -269,3 +269,21 @@ def assert_close(
     expected = flat(optimizer.module.state_dict())
     moved = np.abs(expected - first).max()
     np.testing.assert_allclose(flat(found["weights"]), expected, atol=1e-5 * moved, rtol=0)
+
+
+def two_runs(rank: int, size: int, out: Path) -> None:
+    """Two runs side by side in one world: ranks 0 and 2, and ranks 1 and 3."""
+    join(rank, size, out)
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    own = rank % 2
+    ranks = Ranks(groups[own])
+    assert (ranks.rank, ranks.size) == (rank // 2, 2)
+    assert ranks.first(rank) == own
+    total, first = torch.tensor([1.0, rank]), torch.tensor([float(rank)])
+    ranks.add_(total)
+    assert total.tolist() == [2, 2 * own + 2]
+    ranks.copy_first_([first])
+    assert first.tolist() == [own]
+    assert ranks.batch(5, np.array([rank])).tolist() == [own, own + 2]
+    part = torch.tensor([[own, own + 1.0, own + 2.0]])[:, slice(*ranks.span(3))]
+    assert ranks.columns(part, 3).tolist() == [[own, own + 1, own + 2]]

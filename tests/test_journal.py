@@ -100,3 +100,13 @@ def test_a_state_is_not_loaded_into_a_ledger_that_has_a_file(tmp_path):
     other.keep(tmp_path / "ledger.bin")
     with pytest.raises(RootnoiseError, match=r"^ledger must be kept in a file after a state is"):
         other.load_state_dict(state)
+
+
+def test_a_damaged_size_is_a_torn_record_and_takes_no_memory(tmp_path):
+    """Of 2^32 - 1 gaps of 255 bits: 137 GB."""
+    journal = written(tmp_path / "ledger.bin")
+    whole = journal.path.read_bytes()
+    journal.path.write_bytes(whole + b"\xff" * 5 + bytes(100))
+    assert [unpack(record).tolist() for record in journal.records()] == BATCHES
+    journal.cut()
+    assert journal.path.read_bytes() == whole

@@ -365,3 +365,15 @@ def test_errors_below_one_may_be_held():
     for rmse, bound in ((0.5, 0.0), (-0.5, 0.4)):
         with pytest.raises(RootnoiseError, match=r"^optimality must hold rmse and lower_bound > 0"):
             mechanism._held({"rmse": rmse, "lower_bound": bound})
+
+
+def test_calibration_tells_the_accountant_its_strategy(monkeypatch):
+    told, ask = [], accounting.noise_multiplier
+
+    def asked(*arguments, strategy=None):
+        told.append(strategy)
+        return ask(*arguments, strategy=strategy)
+
+    monkeypatch.setattr(accounting, "noise_multiplier", asked)
+    make()
+    assert told == [BSR.strategy]

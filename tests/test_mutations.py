@@ -89,3 +89,14 @@ def test_a_pattern_that_fits_no_file_is_refused(monkeypatch):
     monkeypatch.setattr(mutate, "PRIVACY", ["gone.py"])
     with pytest.raises(ValueError, match=r"^PRIVACY: no file fits gone.py$"):
         mutate.privacy_files()
+
+
+def test_a_sample_leaves_out_what_is_not_judged_but_by_name():
+    def files(*words):
+        options = mutate.parser().parse_args(words)
+        return {bug.file for bug in mutate.choose(options) if isinstance(bug, mutate.Mutant)}
+
+    assert set(mutate.privacy_files()) >= mutate.UNJUDGED
+    assert files() & mutate.UNJUDGED == set()
+    assert "accounting/rounding.py" in files()
+    assert files("--file", "keys.py") == {"keys.py"}

@@ -101,3 +101,7 @@ def test_the_examples_run(tmp_path, name):
     line = (tmp_path / "0.txt").read_text()
     assert re.match(r"accuracy [01]\.\d\d on 2 processes. \(8, 1e-05\)-differential", line)
     assert (tmp_path / "1.txt").read_text() == ""
+
+
+def test_two_runs_side_by_side_do_not_mix(tmp_path):
+    launch(4, parallel_runs.two_runs, tmp_path)

@@ -676,3 +676,13 @@ def test_a_sharded_model_returns_rows():
     one = torch.ones((), requires_grad=True)
     with pytest.raises(RootnoiseError, match=r"^loss of a sharded model must be made of rows that"):
         _Trace(nn.Linear(2, 2), 4, deep=False).backward(2 * one, None, [one])
+
+
+def test_labels_are_labels_beside_tensors_as_wide_as_the_batch():
+    def loss(module, batch):
+        y = Y[batch]
+        logits = module(X[batch]) * 2.0  # as many classes as examples
+        return F.cross_entropy(logits, y, reduction="sum") / (1 + y).sum()
+
+    with pytest.raises(RootnoiseError, match=r"^loss \(\w+\) must not mix the examples"):
+        train(make(mlp()), loss)

@@ -114,11 +114,12 @@ class Journal:
     def records(self) -> Iterator[bytes]:
         """Yield the whole records, in order."""
         with self.path.open("rb") as file:
+            whole = os.fstat(file.fileno()).st_size
             file.readline()
             while len(head := file.read(HEAD.size)) == HEAD.size:
                 size, width = HEAD.unpack(head)
                 length = -(-size * width // 8)
-                body = file.read(length)
+                body = file.read(min(length, whole))  # a damaged size must not take all memory
                 if len(body) < length:
                     return
                 yield head + body

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from rootnoise import accounting, participation
+from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.factorization import factorize
-from rootnoise.planner import Job
+from rootnoise.planner import Job, Plan
 from rootnoise.planner import plan as planned
+from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.workload import SGD, ScheduledSGD, learning_rates
 
 JOB = "plan --dataset-size 100 --batch-size 25 --epochs 3 --epsilon 6 --delta 1e-5 --memory-rows 3"
@@ -73,6 +76,39 @@ def test_the_table_shows_the_best_and_says_what_they_count_on(call):
     assert "left out: square-root: memory_rows must be >= 11, got 3" in out
     assert "more rows" not in call(JOB + " --top 99")[1]
     assert max(len(line) for line in out.splitlines() if line[:1] in "│┃") <= 80
+
+
+@pytest.mark.parametrize("more", ["", " --momentum 0.9 --schedule linear --warmup 2 --final 0.1"])
+def test_the_command_of_a_row_trains_with_that_row(call, monkeypatch, more):
+    """Participation, strategy and error: sigma of a run may be up to 1 % of epsilon better."""
+    line = "plan --dataset-size 1442 --batch-size 200 --epochs 2 --epsilon 4 --delta 1e-5" + more
+    rows = json.loads(call(line + " --json")[1])["rows"]
+    configs = []
+
+    def remember(config, *_, **__):
+        configs.append(config)
+        raise RootnoiseError("enough")
+
+    monkeypatch.setattr("rootnoise.runs.run.run", remember)
+    made_once: list[Plan] = []
+
+    def once(*arguments, **options):  # one plan for all rows
+        made_once[:] = made_once or [planned(*arguments, **options)]
+        return made_once[0]
+
+    monkeypatch.setattr("rootnoise.planner.plan", once)
+    for i, row in enumerate(rows, 1):
+        status, out, err = call(f"{line} --train-args {i}")
+        assert (status, err, out.count("\n")) == (0, "", 1)
+        words = shlex.split(out)
+        assert words[:6] == ["rootnoise", "train", "--dataset", "DATASET", "--out", "OUT"]
+        assert call(shlex.join(words[1:]).replace("DATASET", "digits"))[2] == "error: enough\n"
+        sampler = make_sampler(configs[-1], 1442)
+        assert sampler.participation == participation.from_dict(row["participation"])
+        made = make_mechanism(configs[-1], sampler)
+        assert made.strategy.bands == row["bands"]
+        error = made.noise_multiplier * made.rmse / 200
+        assert 0.98 * row["rmse_per_example"] < error < row["rmse_per_example"] * (1 + 1e-9)
 
 
 def test_a_narrow_terminal_keeps_error_and_gap(call, monkeypatch):
@@ -147,12 +183,19 @@ def test_the_page_holds_everything_itself(call):
         "--top 0": "top must be >= 1, got 0",
         "--momentum 1": "momentum must be a finite number >= 0 and < 1, got 1.0",
         "--workload a.npy": "steps must be 5, as many as a.npy has, got 12",
+        "--train-args 0": "train-args must be >= 1, got 0",
+        "--train-args 99": "train-args must be in [1, rows=",
+        "--train-args 1 --json": "json must be left out with --train-args, got --train-args 1",
+        "--train-args 1 --optimizer adam": "optimizer must be left out with --train-args (train h",
+        "--train-args 1 --workload b.npy": "workload must be left out with --train-args (train",
+        "--train-args 1 --schedule b.npy": "schedule must be one that train has with --train-ar",
         "--html no/plan.html": "html must be writable, got no/plan.html: No such file",
         "--plot no/plan.png": "plot must be a picture that can be written, got no/plan.png",
     }.items(),
 )
 def test_refusals(call, more, line):
     np.save("a.npy", np.ones(5))
+    np.save("b.npy", np.ones(12))
     status, out, err = call(f"{JOB} {more}")
     assert (status, out) == (2, "")
     assert err.startswith("error: " + line)

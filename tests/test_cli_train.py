@@ -15,6 +15,7 @@ from rootnoise.cli import main
 from rootnoise.cli.train import train
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs.config import RunConfig
+from rootnoise.runs.run import run, stored
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
@@ -182,6 +183,11 @@ def test_resume_knows_where_the_data_were(call, tmp_path, monkeypatch):
         patch.setattr("rootnoise.runs.trainer.Trainer.epoch", interrupt)
         assert call(*resume, "--data-dir", tmp_path / "moved")[0] == 130
     (tmp_path / "moved").rename(tmp_path / "mine")
+    plain = dataclasses.replace(stored(out, {}), data_dir=None)
+    with monkeypatch.context() as patch:
+        patch.setattr("rootnoise.runs.trainer.Trainer.epoch", interrupt)
+        with pytest.raises(KeyboardInterrupt):  # settings of a program, without a folder
+            run(plain, out, resume=True)
     assert call(*resume)[0] == 0
     assert call("audit", out, "--json")[0] == 0
 

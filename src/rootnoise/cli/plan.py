@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rootnoise._check import integer
+from rootnoise._check import RootnoiseError, integer
 from rootnoise.cli import _options, _page, _plots, _progress, _report, _workload
 
 if TYPE_CHECKING:
@@ -41,6 +42,13 @@ def plan(
     html: Annotated[
         Path | None, typer.Option(help="HTML file: one page with table, plot and the words.")
     ] = None,
+    train_args: Annotated[
+        int | None,
+        typer.Option(
+            metavar="<row>",
+            help="Print nothing but the command that trains with this row; the best is 1.",
+        ),
+    ] = None,
     json: _options.Json = False,
 ) -> None:
     """Rank every mechanism for a job by its expected error, within a memory limit.
@@ -54,6 +62,8 @@ def plan(
     integer("top", top, 1)
     job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows)
     workload = work.value(job.n_steps)
+    if train_args is not None:
+        _refuse_untrainable(work, train_args, json)
     tried = count()
     total = sum(len(planner.candidates(job, who)) for who in planner.samplings(job))
     total += 2 * balls_in_bins
@@ -66,6 +76,10 @@ def plan(
         _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:
         _page.write(html, _title(job), HEADINGS, cells(made), notes(made), made.rows)
+    if train_args is not None:
+        row = integer("train-args", train_args, 1, len(made.rows), high_name="rows") - 1
+        print(shlex.join(train_command(job, work, made.rows[row])))
+        return
     if json:
         _report.show("", _values(job, made), as_json=True)
         return
@@ -73,6 +87,51 @@ def plan(
     hidden = len(made.rows) - top
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
     print("\n".join([*more, *notes(made)]))
+
+
+def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
+    """Return the words of the command that trains with a row; DATASET and OUT are to fill in."""
+    given = {
+        name: getattr(work, name)
+        for name in ("momentum", "decay", "schedule", "warmup", "final", "lr")
+        if getattr(work, name) is not None
+    }
+    words: dict[str, Any] = {
+        "dataset": "DATASET",
+        "out": "OUT",
+        "epsilon": job.epsilon,
+        "delta": job.delta,
+        "batch_size": job.batch_size,
+        "epochs": job.epochs,
+        "momentum": 0.0,  # of a plan; runs have another default
+        **given,
+        "mechanism": row.mechanism,
+        **row.options,
+        "sampling": "poisson" if row.sampling == "cyclic-poisson" else row.sampling,
+    }
+    if row.sampling == "poisson":
+        words["mechanism"] = "dpsgd"
+    elif row.sampling == "cyclic-poisson":
+        words["groups"] = getattr(row.participation, "groups")  # noqa: B009 - of this sampling only
+    pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in words.items())
+    return ["rootnoise", "train", *chain(*pairs)]
+
+
+def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
+    """Refuse, before the work, a row or a workload for which there is no command."""
+    integer("train-args", row, 1)
+    if json:
+        raise RootnoiseError(f"json must be left out with --train-args, got --train-args {row}")
+    for name in ("optimizer", "workload"):
+        if getattr(work, name) is not None:
+            got = getattr(work, name)
+            raise RootnoiseError(
+                f"{name} must be left out with --train-args (train has SGD alone), got {got}"
+            )
+    if work.schedule is not None and _workload.is_file(work.schedule):
+        raise RootnoiseError(
+            f"schedule must be one that train has with --train-args, got {work.schedule}"
+        )
 
 
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")

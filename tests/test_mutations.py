@@ -6,7 +6,7 @@ import pytest
 
 import mutate
 import mutations
-from mutants import mutants
+from mutants import Mutant, mutants
 from mutations import MUTATIONS, PACKAGE, Mutation
 
 
@@ -94,7 +94,7 @@ def test_a_pattern_that_fits_no_file_is_refused(monkeypatch):
 def test_a_sample_leaves_out_what_is_not_judged_but_by_name():
     def files(*words):
         options = mutate.parser().parse_args(words)
-        return {bug.file for bug in mutate.choose(options) if isinstance(bug, mutate.Mutant)}
+        return {bug.file for bug in mutate.choose(options) if isinstance(bug, Mutant)}
 
     assert set(mutate.privacy_files()) >= mutate.UNJUDGED
     assert files() & mutate.UNJUDGED == set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +171,7 @@ def test_what_is_no_regular_file_is_written_to_and_not_replaced(tmp_path):
     os.close(reader)
 
 
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
 def test_a_picture_on_a_full_disk_is_refused(capsys):
     """Matplotlib itself passes over the failure."""
     assert main([*FACTORIZE.split(), "--plot", "/dev/full"]) == 2

@@ -787,7 +787,9 @@ def test_padding_is_on_the_right(tmp_path):
     rows, collate = long()
     assert trainer(tmp_path, rows=rows, data_collator=collate).train().global_step == 6
     rows, collate = long(left=True)
-    with pytest.raises(RootnoiseError, match=r"^(data_collator must pad on the right|collate_fn must make each)"):
+    with pytest.raises(
+        RootnoiseError, match=r"^(data_collator must pad on the right|collate_fn must make each)"
+    ):
         trainer(tmp_path, rows=rows, data_collator=collate).train()
 
 

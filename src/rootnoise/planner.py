@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from rootnoise import _limits, accounting
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.bounds.certificate import Certificate, lower_bound
@@ -267,9 +265,7 @@ def _split(
     """Make one candidate, or refuse it: it takes too long, does not fit, or needs more memory."""
     if job.n_steps > AFFORDABLE.get(name, job.n_steps):
         raise RootnoiseError(f"n_steps must be at most {AFFORDABLE[name]} for an answer in seconds")
-    # A search steps to coefficients whose inverse, or its Hessian, is beyond float64; they lose.
-    with np.errstate(over="ignore"):
-        split = factorize(workload, who, name, **options)
+    split = factorize(workload, who, name, **options)
     if job.memory_rows is not None:
         integer("memory_rows", job.memory_rows, split.memory_rows)
     return split

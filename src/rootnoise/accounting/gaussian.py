@@ -187,7 +187,9 @@ def poisson_multiplier(
         grid /= 4
 
     def ratio_at(sigma: float) -> float:
-        found = _on_grid(sigma, q, rounds, delta, grid)
+        # A secant may jump to a sigma whose losses would take all memory.
+        wide = _span(sigma, q) > WIDEST
+        found = math.inf if wide else _on_grid(sigma, q, rounds, delta, grid)
         if progress is not None:
             progress(sigma, found)
         return found / target

@@ -187,12 +187,13 @@ def _newton(a: Array, who: Participation, d: Array, search: Search) -> Array:
 
 
 def _finite(derivative: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Return the derivative, 0 where C overflows: SciPy evaluates points that it then rejects."""
+    """Return the derivative, 0 where C or a norm overflows, at points that SciPy then rejects."""
 
     def guarded(x: Array) -> Array:
         with np.errstate(all="ignore"):
             found = derivative(x)
-        return found if np.all(np.isfinite(found)) else np.zeros_like(found)
+            usable = np.isfinite(np.vdot(found, found))  # SciPy takes its norm
+        return found if usable else np.zeros_like(found)
 
     return guarded
 

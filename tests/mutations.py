@@ -175,8 +175,8 @@ MUTATIONS = [
     Mutation(
         "per-sample gradients put in by hand",
         "training/guards.py",
-        "if any(now is not then or _version(now) != v for",
-        "if any(False for",
+        "now is not then or _version(now) != v\n",
+        "False\n",
         "guards",
     ),
     Mutation(
@@ -208,10 +208,10 @@ MUTATIONS = [
         "guards",
     ),
     Mutation(
-        "leftovers of Opacus stay",
-        "training/optimizer.py",
-        '        vars(p).pop("_current_grad_sample", None)\n',
-        "",
+        "a backward that was dropped still counts",
+        "training/guards.py",
+        "        self._discard()\n        if self._observer",
+        "        if self._observer",
         "guards",
     ),
     Mutation(
@@ -365,8 +365,8 @@ MUTATIONS = [
     Mutation(
         "releases that differ in their order pass for the same",
         "training/reuse.py",
-        "weights = 2 * torch.arange(rows",
-        "weights = 1 + 0 * torch.arange(rows",
+        "lanes += (bits * weights[:, None]).sum(0)",
+        "lanes += bits.sum(0)",
         "reuse",
     ),
     Mutation(
@@ -684,8 +684,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer does not tell what was drawn",
         "training/optimizer.py",
-        "None if own else self.sampler.batch(self.t)",
-        "None",
+        "None if own else self.sampler.batch(self.t)\n",
+        "None\n",
         "batches",
     ),
     Mutation(

@@ -254,7 +254,7 @@ def print_peak(way: str, name: str, n: int, micro: int) -> None:
     """Print by how many MB this process grows while it makes three steps."""
     import opacus  # noqa: F401 - so that all start from the same size
 
-    import rootnoise.clip  # noqa: F401
+    import rootnoise.training.clip  # noqa: F401
 
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports (Linux)
     before = _status("VmRSS")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from rootnoise import RootnoiseError
-from rootnoise.clip import Flat, PrivateModule
-from rootnoise.clip.attention import divide, divides
+from rootnoise.training.clip import Flat, PrivateModule
+from rootnoise.training.clip.attention import divide, divides
 
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(5)
 PADDING = torch.tensor([[False] * 5, [False, False, False, True, True], [False] * 5])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from rootnoise import RootnoiseError
-from rootnoise.clip import Flat, PerLayer, PrivateModule
-from rootnoise.clip.bounds import (
+from rootnoise.training.clip import Flat, PerLayer, PrivateModule
+from rootnoise.training.clip.bounds import (
     EXAMPLES,
     FLOOR,
     GRAM,
@@ -23,7 +23,7 @@ from rootnoise.clip.bounds import (
     check_size,
     gram_squares,
 )
-from rootnoise.clip.layers import Products
+from rootnoise.training.clip.layers import Products
 
 
 def worst(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:

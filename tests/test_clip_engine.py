@@ -16,8 +16,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rootnoise import RootnoiseError
-from rootnoise.clip import Automatic, ClipRule, Flat, PerLayer, PrivateModule
-from rootnoise.clip.bounds import gram_squares
+from rootnoise.training.clip import Automatic, ClipRule, Flat, PerLayer, PrivateModule
+from rootnoise.training.clip.bounds import gram_squares
 
 CLIP = 0.5
 

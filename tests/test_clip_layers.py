@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 from rootnoise import RootnoiseError
-from rootnoise.clip import Flat, PrivateModule
+from rootnoise.training.clip import Flat, PrivateModule
 from test_clip_engine import First, check, private
 
 KINDS = ("embedding", "bag", "layer", "rms", "group", "instance", "prelu", "attention", "lstm")
@@ -174,7 +174,7 @@ class TestRefusals:
 MEMORY = """
 import resource, torch
 from torch import nn
-from rootnoise.clip import Flat, PrivateModule
+from rootnoise.training.clip import Flat, PrivateModule
 ours = PrivateModule(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10)))
 x = torch.randn(256, 1000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,12 +14,12 @@ from torch.nn import functional
 
 from rootnoise._check import RootnoiseError
 from rootnoise.batches.samplers import FixedCycleSampler
-from rootnoise.clip.bounds import EXAMPLES, SLACK
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training.clip.bounds import EXAMPLES, SLACK
 from rootnoise.training.clipping import Clip
 from rootnoise.training.ranks import Ranks
 from rootnoise.training.replicated import Copies

@@ -6,7 +6,7 @@ import torch
 
 from rootnoise import SGD, FixedCycle, Mechanism, ScheduledSGD, factorize, from_optimizer
 from rootnoise.batches.samplers import FixedCycleSampler
-from rootnoise.mismatch import mismatch
+from rootnoise.diagnostics import mismatch
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize

@@ -22,8 +22,8 @@ CONFIG = RunConfig(
 RUN = (
     "_files.py",
     "noise/blockplan.py",
-    "clip/module.py",
-    "clip/bounds.py",
+    "training/clip/module.py",
+    "training/clip/bounds.py",
     "training/clipping.py",
     "training/guards.py",
     "training/probe.py",

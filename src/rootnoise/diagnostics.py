@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from rootnoise import accounting
 from rootnoise._check import Array, RootnoiseError, integer, real
 from rootnoise.bounds.certificate import Effort
-from rootnoise.factorization import default_bands, error, factorize
+from rootnoise.factorization import Factorization, default_bands, error, factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation
-from rootnoise.workload import MatrixWorkload
+from rootnoise.participation.sensitivity import sensitivity
+from rootnoise.workload import SGD, MatrixWorkload, Workload, from_optimizer
 
 # Strategies of p bands whose error falls with p up to the separation b.
 BANDED = ("bsr", "bsr-gamma", "banded")
@@ -26,6 +28,10 @@ SLIGHT = 0.01
 FAR = 0.1
 # Up to here a workload is compared entry by entry, in 0.2 GB; beyond by its norms.
 ENTRIES = 2048
+# Sine of the angle between what two workloads make of one sequence, where they count as the same.
+ALIKE = 1e-6
+# Beyond so many steps the error of another optimizer is not computed: it takes over a second.
+MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -277,3 +283,75 @@ def _amplification_would_win(m: Mechanism, probability: float) -> Finding | None
         f"sampling with probability {probability:.3g} gains more than correlation",
         f"--mechanism dpsgd, with noise multiplier {sigma:.4g}",
     )
+
+
+def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str:
+    """Return what to warn of if the noise was planned for another optimizer; nothing if it suits.
+
+    The loss is how much smaller the rmse would be, at the same noise multiplier, with a banded
+    square root of as many bands of the optimizer's own workload; other mechanisms may gain more.
+    Independent noise suits every optimizer as well, and an optimizer that already has a scheduler
+    of its own is not judged: its rates are not known.
+
+    Args:
+        mechanism: whose workload was planned.
+        optimizer: a torch optimizer of the model's parameters; it stays as it is.
+        decay: alpha by which parameters are multiplied before each step, as `PrivateOptimizer` has.
+
+    >>> import torch
+    >>> from rootnoise.participation import FixedCycle
+    >>> cycle = FixedCycle(period=20, epochs=3)
+    >>> split = factorize(SGD(60, momentum=0.9), cycle, "bsr")
+    >>> made = Mechanism.calibrate(split, cycle, epsilon=2.0, delta=1e-5)
+    >>> weights = [torch.nn.Parameter(torch.zeros(2))]
+    >>> mismatch(made, torch.optim.SGD(weights, lr=0.1, momentum=0.9))
+    ''
+    >>> print(mismatch(made, torch.optim.SGD(weights, lr=0.1)))
+    optimizer should be the one that the noise was planned for, got SGD: epsilon holds, but the
+    error is ...% larger than with noise planned for it (from_optimizer, or make_private)
+    """
+    if mechanism.strategy.bands == 1 or any("initial_lr" in g for g in optimizer.param_groups):
+        return ""
+    kind = type(optimizer).__name__
+    rule = f"optimizer should be the one that the noise was planned for, got {kind}: epsilon holds"
+    cure = "(from_optimizer, or make_private)"
+    try:
+        actual = _of_optimizer(optimizer, mechanism.n_steps, decay)
+    except RootnoiseError as reason:
+        return f"{rule}, but how large the error is cannot be said ({reason})"
+    if actual is None or _alike(mechanism.workload, actual):
+        return ""
+    if mechanism.n_steps > MOST_STEPS:
+        return f"{rule}, but the error is larger than with noise planned for it {cure}"
+    loss = _rmse_for(mechanism, mechanism.strategy, actual) / _best_rmse(mechanism, actual) - 1
+    if loss < SLIGHT:
+        return ""
+    return f"{rule}, but the error is {loss:.0%} larger than with noise planned for it {cure}"
+
+
+def _of_optimizer(optimizer: Any, n: int, decay: float) -> Workload | None:
+    """Return what optimizer and decay make of gradients, or None if that is not known."""
+    if decay == 1:
+        return from_optimizer(optimizer, n)
+    group: dict[str, Any] = optimizer.param_groups[0]
+    if any(group.get(name) for name in ("weight_decay", "dampening", "nesterov")):
+        return None
+    return SGD(n, momentum=float(group.get("momentum", 0.0)), decay=decay)
+
+
+def _alike(planned: Workload, actual: Workload) -> bool:
+    """Whether the two maps are the same up to a factor, told by what they make of one sequence."""
+    g = np.random.default_rng(0).standard_normal((planned.n_steps, 1))
+    a, b = (w.matrix.apply(g) / np.linalg.norm(w.matrix.apply(g)) for w in (planned, actual))
+    return bool(min(np.linalg.norm(a - b), np.linalg.norm(a + b)) < ALIKE)
+
+
+def _rmse_for(mechanism: Mechanism, strategy: Any, actual: Workload) -> float:
+    split = Factorization(mechanism.name, actual, strategy)
+    return error.rmse(split.decoder, sensitivity(strategy, mechanism.participation).value)
+
+
+def _best_rmse(mechanism: Mechanism, actual: Workload) -> float:
+    """Return the rmse of the strategy to compare with."""
+    own = factorize(actual, mechanism.participation, "bsr", bands=mechanism.strategy.bands)
+    return error.rmse(own.decoder, sensitivity(own.strategy, mechanism.participation).value)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from rootnoise._check import Array, set_fields
-from rootnoise._tagged import Kinds
+from rootnoise._files import Kinds
 from rootnoise.causal import series, streamed_norms
 
 

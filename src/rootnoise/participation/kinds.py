@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from rootnoise._check import RootnoiseError, integer, real, set_fields
-from rootnoise._tagged import Kinds
+from rootnoise._files import Kinds
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Clipped, summed and noised gradients for a torch optimizer.
 
-Backward leaves what clipped sums are made of (`rootnoise.clip`; of sharded models per-sample
-gradients, by Opacus). Everything that epsilon depends on happens in `PrivateOptimizer.step`, in one
-order: check the batch, clip, sum, add the noise of the step, divide by the expected batch size.
+Backward leaves what clipped sums are made of (`rootnoise.training.clip`; of sharded models
+per-sample gradients, by Opacus). Everything that epsilon depends on happens in
+`PrivateOptimizer.step`, in one order: check the batch, clip, sum, add the noise of the step, divide
+by the expected batch size.
 What the inner optimizer makes of that gradient is post-processing.
 """
 
@@ -30,12 +31,12 @@ from torch.nn.parallel import DistributedDataParallel
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.batches.ledger import Ledger
 from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
-from rootnoise.clip import PrivateModule
-from rootnoise.clip.taps import is_tapped
+from rootnoise.diagnostics import mismatch
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.mismatch import mismatch
 from rootnoise.noise import NoiseStream
+from rootnoise.training.clip import PrivateModule
+from rootnoise.training.clip.taps import is_tapped
 from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
 from rootnoise.training.probe import Probe

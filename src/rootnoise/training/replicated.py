@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rootnoise._check import RootnoiseError
-from rootnoise.clip import Flat, PrivateModule
+from rootnoise.training.clip import Flat, PrivateModule
 from rootnoise.training.clipping import Clip, NonFiniteGradientWarning
 from rootnoise.training.ranks import Ranks
 
@@ -20,13 +20,13 @@ MOST_ROUNDING = 0.01
 
 
 class Copies:
-    """Clipped sums by `rootnoise.clip`; one sum over the ranks, to which each adds its noise.
+    """Clipped sums by `training.clip`; one sum over the ranks, to which each adds its noise.
 
     A rank makes the noise of its own part of the flattened parameters, so noise is added once,
     needs no traffic, and takes 1/size of the time and memory.
 
     A rank's sum S over its part of the batch is a float64 vector that one record moves by at most
-    the norm C' to which `Flat(C')` clips, rounding included (`rootnoise.clip.bounds`, theorem of
+    the norm C' to which `Flat(C')` clips, rounding included (`clip.bounds`, theorem of
     sums). Then it is rounded to whole units of the grid, d numbers by half a unit each, so that the
     ranks' sums and the noise add up exactly, in any order. One record is on one rank, and moves the
     total by at most C' + sqrt(d) units: C' is the clip norm less that.

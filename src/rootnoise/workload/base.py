@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from rootnoise._check import Array
-from rootnoise._tagged import Kinds
+from rootnoise._files import Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
 
 

@@ -12,12 +12,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.clip.attention import divide, divides
-from rootnoise.clip.bounds import Sum, add_rows_, check_size, row_squares
-from rootnoise.clip.fallback import WHOLE, Fallback, opacus_sampler
-from rootnoise.clip.layers import Kept, Row, Taps, row_of
-from rootnoise.clip.rules import ClipRule
-from rootnoise.clip.taps import Book, Call, Tapped, guard_parameter
+from rootnoise.training.clip.attention import divide, divides
+from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
+from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
+from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
+from rootnoise.training.clip.rules import ClipRule
+from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter
 
 
 class PrivateModule(nn.Module):
@@ -50,7 +50,7 @@ class PrivateModule(nn.Module):
     >>> model(x).mean().backward()
     >>> model.norms(rows=2)
     tensor([5.0000, 0.5000], dtype=torch.float64)
-    >>> from rootnoise.clip import Flat
+    >>> from rootnoise.training.clip import Flat
     >>> model.add(Flat(1.0))
     >>> model.finish()
     (tensor([0.6000, 1.3000], dtype=torch.float64), 0)

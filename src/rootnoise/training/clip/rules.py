@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from rootnoise._check import real
-from rootnoise.clip.bounds import SLACK
+from rootnoise.training.clip.bounds import SLACK
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rootnoise.clip.bounds import (
+from rootnoise.training.clip.bounds import (
     CACHED,
     GRAM,
     Sum,

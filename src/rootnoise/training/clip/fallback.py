@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
-from rootnoise.clip.taps import Call, Tapped
+from rootnoise.training.clip.taps import Call, Tapped
 
 # Layers whose examples do not lie in the first dimension, or not in that of all tensors.
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention)

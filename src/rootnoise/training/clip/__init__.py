@@ -6,7 +6,7 @@ it, `bounds` proves that no norm is too small, `rules` turn norms into factors, 
 is what a training loop holds.
 """
 
-from rootnoise.clip.module import PrivateModule
-from rootnoise.clip.rules import Automatic, ClipRule, Flat, PerLayer
+from rootnoise.training.clip.module import PrivateModule
+from rootnoise.training.clip.rules import Automatic, ClipRule, Flat, PerLayer
 
 __all__ = ["Automatic", "ClipRule", "Flat", "PerLayer", "PrivateModule"]

@@ -231,6 +231,15 @@ def test_a_schedule_from_a_file(call):
 # ------------------------------------------------------------------------------------- offline
 
 
+@pytest.mark.parametrize(("flag", "most"), [("--offline", 2048), ("--ablation", 512)])
+def test_symmetric_workloads_of_many_minutes_are_refused(call, tmp_path, flag, most):
+    np.save(tmp_path / "g.npy", np.eye(most + 1))
+    flags = dict.fromkeys(["--offline", flag])
+    status, _, error = call("factorize", "--workload", str(tmp_path / "g.npy"), *flags)
+    assert status == 2
+    assert f"n_steps of {flag} must be in [1, {most}], got {most + 1}" in error
+
+
 def test_symmetric_workloads_are_factorized_offline(call):
     np.save("g.npy", GRAM)
     result = answer(call, "factorize --workload g.npy --offline")

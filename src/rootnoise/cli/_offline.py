@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rootnoise import _limits
-from rootnoise._check import RootnoiseError
+from rootnoise._check import RootnoiseError, integer
 from rootnoise.cli._options import Split, Who
 from rootnoise.cli._workload import Options, read
+
+# A symmetric root takes n^3: 42 s at 2048 steps, and breaking its bands over ten times as long.
+MOST_OFFLINE, MOST_ABLATION = 2048, 512
 
 
 def values(
@@ -28,7 +30,8 @@ def values(
     if bands == "auto":
         raise RootnoiseError("bands must be an integer with --offline, got auto")
     a = read(work.workload)
-    _limits.dense(len(a))
+    most, what = (MOST_ABLATION, "ablation") if ablation else (MOST_OFFLINE, "offline")
+    integer(f"n_steps of --{what}", len(a), 1, most)
     made = symmetric.offline_factorization(a, bands)
     n = len(a)
     largest = float(a.diagonal().max())  # A_ii = <row i of B, column i of C> <= their norms

@@ -18,7 +18,7 @@ from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, ma
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
-from rootnoise.runs.trainer import SurroundingsWarning, Trainer
+from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
 
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)
@@ -171,11 +171,12 @@ def test_checkpoints_come_every_so_many_steps_and_each_epoch(tmp_path, every):
         assert torch.equal(weights(tmp_path / "out")[name], weight)
 
 
-def test_other_surroundings_are_warned_of(tmp_path, monkeypatch):
+def test_another_environment_is_warned_of(tmp_path, monkeypatch):
     config = with_(insecure_noise_seed=5)
     stopped(tmp_path / "out", config)
-    monkeypatch.setattr(trainer_module, "surroundings", lambda device: "torch 1.0, 99 threads")
-    with pytest.warns(SurroundingsWarning, match=r"goes on in torch 1\.0, .* written in torch 2"):
+    monkeypatch.setattr(trainer_module, "environment", lambda device: "torch 1.0, 99 threads")
+    message = r"goes on in torch 1\.0, .* written in torch 2"
+    with pytest.warns(EnvironmentChangedWarning, match=message):
         run(config, tmp_path / "out", resume=True)
 
 

@@ -30,8 +30,8 @@ OnStep = Callable[[int, int, float | None], None]
 EVALUATION_BATCH = 2000
 
 
-class SurroundingsWarning(RuntimeWarning):
-    """A run is resumed where arithmetic may round differently."""
+class EnvironmentChangedWarning(RuntimeWarning):
+    """A run is resumed in an environment where arithmetic may round differently."""
 
 
 class Trainer:
@@ -166,7 +166,7 @@ class Trainer:
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": surroundings(self._device),
+            "surroundings": environment(self._device),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "history": self.history,
@@ -176,20 +176,21 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a saved run.
 
-        The bits are those of the uninterrupted run in the same surroundings; others are warned of.
-        They do not touch privacy: steps past the checkpoint have released nothing.
+        In the same environment the weights equal those of the uninterrupted run bit for bit; in
+        another one a warning says so. Privacy does not depend on it: steps past the checkpoint have
+        released nothing.
 
         Raises:
             RootnoiseError: the state is not of this run, or the training set has changed.
         """
         if state.get("data") != self._data:
             raise RootnoiseError("training set must be the one the run began with, got another")
-        then, now = state.get("surroundings"), surroundings(self._device)
+        then, now = state.get("surroundings"), environment(self._device)
         if then != now:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "
                 "of the weights will not be those of an uninterrupted run",
-                SurroundingsWarning,
+                EnvironmentChangedWarning,
                 stacklevel=2,
             )
         try:
@@ -201,7 +202,7 @@ class Trainer:
             raise RootnoiseError(f"checkpoint must fit this run, got {line:.120}") from None
 
 
-def surroundings(device: torch.device) -> str:
+def environment(device: torch.device) -> str:
     """Return what the last bits of a run depend on besides its settings, in one line."""
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     line = f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"

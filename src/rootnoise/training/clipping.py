@@ -1,15 +1,15 @@
-"""Per-sample gradients, clipped and summed: what one example can add is at most the clip norm.
+"""Per-sample gradients, clipped and summed: one example contributes at most the clip norm.
 
-Floating-point sums break that: their rounding depends on all the others, and one record of 65,536
-moved a float32 sum by 1.0037 clip norms. So every clipped coordinate is cut, towards zero, to a
-whole number of grid units, a power of two so fine and so coarse that every partial sum in float64
-is exact (`Clip`). Then
+Floating-point sums break that bound: how they round depends on every summand, and adding one record
+to 65,536 others moved a float32 sum by 1.0037 clip norms. So every clipped coordinate is truncated
+towards zero to a whole number of grid units. The unit is a power of two, coarse enough for every
+partial sum in float64 to be exact (`Clip`). Then
 
     sum(D) - sum(D without i)  =  clipped(g_i)  exactly,  and  |clipped(g_i)| <= clip_norm,
 
-whatever the order, the blocks, and the ranks. Noise is rounded to the grid too: round(sum + z) =
-sum + round(z), so that a release is what the exact sum plus noise would be, rounded afterwards.
-Computing in integers is how Mironov (2012) and Balcer & Vadhan (2018) make sums exact.
+for any order of summation, block size and number of ranks. Noise is rounded to the grid too:
+round(sum + z) = sum + round(z), so a release is the exact sum plus noise, rounded afterwards.
+Integer arithmetic is also how Mironov (2012) and Balcer & Vadhan (2018) make sums exact.
 """
 
 from __future__ import annotations
@@ -26,32 +26,32 @@ from rootnoise._check import clip_range
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
 
-# A float32 sum over a long row loses more than clipping can afford: torch.linalg.vector_norm of 1e7
+# A float32 sum over a long row is too inaccurate for clipping: torch.linalg.vector_norm of 1e7
 # equal numbers is 0.8 % off. Over blocks of 256, added up in float64, a norm is off by less than
 # (256 + 2) / 2 * 2**-24 = 7.7e-6 whatever the order of the sum. The factor and the product round
-# once each, 2**-23 together, and cutting only shrinks: the slack exceeds all of it.
+# once each, 2**-23 together, and truncation only shrinks: the slack covers the total.
 BLOCK = 256
 SLACK = 1e-5
 
-# Clipped values in work at once: what the cache of a CPU holds, and what fills a GPU.
+# Clipped values processed at a time: as many as fit a CPU's cache, or keep a GPU busy.
 ROWS, WIDTH = 64, {"cpu": 2**12, "gpu": 2**20}
-PART = 2**16  # float64 numbers of a vector in work at once, on the CPU
+PART = 2**16  # float64 numbers of a vector processed at a time, on the CPU
 
-# How many standard deviations of the noise multiplier's scale the grid leaves room for.
+# How many standard deviations of noise the grid leaves room for.
 ROOM = 2**8
 
 
 class NonFiniteGradientWarning(RuntimeWarning):
-    """Some per-sample gradients were NaN or infinite and counted as zero."""
+    """Some per-sample gradients were NaN or infinite and count as zero."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The clip norm, with the unit of which every clipped coordinate is a whole number.
+    """The clip norm, and the grid unit: every clipped coordinate is a whole number of units.
 
     Partial sums of at most `n_examples` rows are at most n_examples * clip_norm < 2^52 units, and
-    the noise has as much room again, so float64 holds all of them exactly. A value that is cut
-    loses less than a unit: 2^-32 to 2^-31 clip norms for a million examples.
+    the noise has as much room again, so float64 holds all of them exactly. Truncation changes a
+    value by less than one unit: 2^-32 to 2^-31 clip norms for a million examples.
 
     Attributes:
         norm: largest joint l2 norm of an example's clipped gradient.
@@ -72,7 +72,7 @@ class Clip:
 
     @classmethod
     def of(cls, mechanism: Mechanism, n_examples: int) -> Clip:
-        """Return that of a mechanism on a data set."""
+        """Return the clip of a mechanism for a data set of n_examples."""
         return cls.fit(mechanism.clip_norm, n_examples, mechanism.noise_std)
 
     def noised(self, units: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -91,7 +91,7 @@ def clipped_sums(
 
     Args:
         gradients: one float32 (batch, size) matrix a parameter.
-        clip: largest joint l2 norm of an example's rows that goes into the sums, and their unit.
+        clip: largest joint l2 norm of an example's rows in the sums, and the grid unit.
         t: the step, for the warning.
 
     Returns:
@@ -103,9 +103,9 @@ def clipped_sums(
 
 
 def clip_scale(norms: torch.Tensor, clip: Clip, t: int) -> tuple[torch.Tensor, int]:
-    """Return the units that each example's gradient is multiplied to, and how many are not finite.
+    """Return each example's factor from gradient to grid units, and how many are not finite.
 
-    The factor of those is 0, and `scaled_sum` leaves them out.
+    Examples that are not finite have factor 0, and `scaled_sum` leaves them out.
     """
     finite = norms.isfinite()
     bad = len(norms) - int(finite.sum())
@@ -122,9 +122,9 @@ def clip_scale(norms: torch.Tensor, clip: Clip, t: int) -> tuple[torch.Tensor, i
 
 
 def scaled_sum(scale: torch.Tensor, gradients: torch.Tensor, bad: int) -> torch.Tensor:
-    """Return the sum over the rows of a (batch, size) matrix, each times its factor and cut.
+    """Return the sum of the rows of a (batch, size) matrix, each scaled and truncated.
 
-    `bad` of the rows may hold anything: their factor is 0.
+    `bad` rows are not finite; their factor is 0.
     """
     scale = scale.to(gradients.device)
     total = torch.zeros(gradients.shape[1], dtype=torch.float64, device=gradients.device)
@@ -132,7 +132,7 @@ def scaled_sum(scale: torch.Tensor, gradients: torch.Tensor, bad: int) -> torch.
     for i in range(0, gradients.shape[1], width):
         for j in range(0, len(gradients), ROWS):
             part, factors = gradients[j : j + ROWS, i : i + width], scale[j : j + ROWS, None]
-            if bad:  # 0 times infinity is no number
+            if bad:  # 0 times infinity is NaN
                 part = part.masked_fill(factors == 0, 0)
             cut = part * factors
             cut -= cut.frac()  # exact, and on the CPU twelve times as fast as trunc

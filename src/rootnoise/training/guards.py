@@ -1,8 +1,8 @@
 """What every step relies on: one forward and one backward of its batch, which change nothing else.
 
-The ledger counts a record where `step` is told of it, and noise covers what gradients hold. So a
-gradient must come from the forward and backward of that step alone, and a weight or buffer must not
-take up data on another way. Nothing here knows how per-sample gradients are made.
+The ledger counts the records that `step` is told of, and noise covers only what is in gradients. So
+a gradient must come from that step's forward and backward alone, and data must not reach a weight
+or buffer in any other way. This module does not depend on how per-sample gradients are computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rootnoise._check import RootnoiseError
 
 
 class Observer(Protocol):
-    """Who watches the passes that a guard counts."""
+    """Is notified of the passes that a guard counts."""
 
     @property
     def due(self) -> bool:
@@ -31,21 +31,21 @@ class Observer(Protocol):
         """A training forward begins."""
 
     def leave(self, output: Any) -> None:
-        """It has ended with this output."""
+        """The forward has ended with this output."""
 
     def drop(self) -> None:
-        """What it was is not used any more."""
+        """The forward is discarded."""
 
 
 @dataclass
 class _Pass:
-    """One training forward: of which steps, and how far its backward has come.
+    """One training forward, and how far its backward has come.
 
     Attributes:
-        dropped: its gradients are not wanted any more.
-        replaceable: `zero_grad` came after forward; another forward takes its place.
-        task: autograd's number of its backward.
-        finished: backward ran to its end, once.
+        dropped: the pass was discarded; its backward is refused.
+        replaceable: `zero_grad` came after forward, so the next forward may take its place.
+        task: autograd's task id of its backward.
+        finished: backward has run to its end, exactly once.
     """
 
     dropped: bool = False
@@ -55,20 +55,20 @@ class _Pass:
 
 
 class ForwardGuard:
-    """Counts passes through a model and compares its tensors; `check` refuses a step by that.
+    """Counts passes through a model and compares its tensors, so that `check` can refuse a step.
 
-    Counted are forwards in training mode with gradients. Compared, before and after every forward
-    and at the step, are parameters and buffers: which tensors they are, and their versions. Changes
-    between a step and the next forward are the optimizer's, or somebody's who loads weights.
+    Forwards in training mode with gradients are counted. Parameters and buffers are compared before
+    and after every forward and at the step, by tensor identity and version. Changes between a step
+    and the next forward are allowed: the optimizer makes them, or a user who loads weights.
 
     Args:
-        model: the whole model; what calls it is a forward.
+        model: the whole model; each call of it is a forward.
         discard: drops what an unused forward or backward has left behind.
         observer: is told of each counted forward.
-        left: the tensors that a backward has left for the step; nobody may replace them.
+        left: the tensors that backward has left for the step, which must not be replaced.
         fixed: parameters to compare in place of the model's own, which FSDP2 swaps in forward.
         checkpointing: whether layers may run a second time during backward.
-        again: whether a layer now runs again for its gradients' sake, which does not count.
+        again: whether a layer is being run again to compute gradients, which does not count.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class ForwardGuard:
         self._changed = ""
         self._before: dict[str, _Seen] = {}
         self._made: list[tuple[Any, int]] = []
-        # First: what it drops must not be what another hook has begun to keep.
+        # Prepended: dropping an old pass must not drop what another hook has begun to keep.
         model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
         self._layers: list[tuple[str, nn.Module]] = []
         for name, layer in model.named_modules():
@@ -104,14 +104,14 @@ class ForwardGuard:
         model.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model is nobody's to guard."""
+        """Switch the guard off in a copy of the model."""
         return {"off": True}
 
     def clear(self) -> None:
         """Forget the passes so far, as `zero_grad` does.
 
-        A lone forward whose backward is still to come stays: `out = model(x); zero_grad();
-        loss.backward()` is a common order. The next forward takes its place.
+        A single forward whose backward is still to come is kept: `out = model(x); zero_grad();
+        loss.backward()` is a common order. The next forward replaces it.
         """
         self._depth, self._inside = 0, None  # an interrupt may have left a forward open
         waiting = len(self._passes) == 1 and self._passes[0].task is None and not self._fault
@@ -131,12 +131,12 @@ class ForwardGuard:
             self._observer.drop()
 
     def check(self, rows: int) -> None:
-        """Refuse a step of `rows` examples that has not had one forward and backward of them.
+        """Refuse a step of `rows` examples without exactly one forward and one backward of them.
 
         Raises:
-            RootnoiseError: another number of forwards or backwards, or a broken one; a layer called
-                by itself; a parameter or buffer that is not what it was when forward began;
-                per-sample gradients that were replaced after backward.
+            RootnoiseError: another number of forwards or backwards, or an incomplete one; a layer
+                called outside the model's forward; a parameter or buffer that has changed since
+                forward began; per-sample gradients that were replaced after backward.
         """
         if not self._changed and self._before:
             self._compare("between forward and step")
@@ -184,7 +184,7 @@ class ForwardGuard:
             self._observer.enter(args, kwargs)
 
     def _in_training(self) -> bool:
-        """Whether the layers with parameters, whose gradients count, are in training mode."""
+        """Whether the layers with trainable parameters are in training mode."""
         modes = {layer.training for _, layer in self._layers}
         if modes == {True, False}:
             name, layer = next((n, m) for n, m in self._layers if not m.training)
@@ -210,7 +210,7 @@ class ForwardGuard:
             if not self._passes:
                 self._before = {}
             return
-        if output is None:  # an exception is on its way
+        if output is None:  # forward raised an exception
             self.reset()
             return
         self._check_rows()
@@ -236,7 +236,7 @@ class ForwardGuard:
             self._rows[name] = type(layer).__name__, shapes[-1][0]
 
     def _check_rows(self) -> None:
-        """Refuse a layer whose input has another number of rows than that of most layers."""
+        """Refuse a layer whose input has a different number of rows than most layers' inputs."""
         counts = Counter(n for _, n in self._rows.values()).most_common(1)
         for name, (kind, n) in self._rows.items():
             if n != counts[0][0]:
@@ -286,7 +286,7 @@ class ForwardGuard:
         yield from self._model.named_buffers(remove_duplicate=False)
 
     def _compare(self, when: str) -> None:
-        """Note the first parameter or buffer that is not as it was."""
+        """Record the first parameter or buffer that has changed."""
         now = dict(self._tensors())
         for name in self._before | now:
             then = self._before.get(name)
@@ -303,7 +303,7 @@ class ForwardGuard:
 
 @dataclass
 class _Seen:
-    """A tensor at one moment."""
+    """A snapshot of a tensor, to compare with later."""
 
     tensor: torch.Tensor
     version: int
@@ -312,13 +312,13 @@ class _Seen:
 
     @classmethod
     def of(cls, t: torch.Tensor, deep: bool) -> _Seen:
-        """Remember a tensor; its values too, which even `.data` cannot change unseen."""
+        """Take a snapshot; a `deep` one holds the values too, to detect writes through `.data`."""
         t = getattr(t, "_local_tensor", t)
         values = t.detach().clone() if deep else None
         return cls(t, _version(t), t.data_ptr(), values)
 
     def same(self, t: torch.Tensor, identical: bool) -> bool:
-        """Whether nothing has happened to it."""
+        """Whether `t` is unchanged since the snapshot."""
         now = getattr(t, "_local_tensor", t)
         if (identical and now is not self.tensor) or now.shape != self.tensor.shape:
             return False
@@ -329,7 +329,7 @@ class _Seen:
 
 
 def tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
-    """Return the tensors in an output: containers, and the attributes of other objects.
+    """Return the tensors in an output, searching containers and the attributes of other objects.
 
     >>> tensors_of({"a": torch.zeros(1), "b": [torch.ones(1), 2]})
     [tensor([0.]), tensor([1.])]
@@ -348,5 +348,5 @@ def tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
 
 
 def _version(t: Any) -> int:
-    """Return how often a tensor was written to; an inference tensor does not count it."""
+    """Return how often a tensor was written in place; -1 for inference tensors."""
     return -1 if not isinstance(t, torch.Tensor) or t.is_inference() else t._version

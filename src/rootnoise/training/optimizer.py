@@ -1,10 +1,9 @@
 """Clipped, summed and noised gradients for a torch optimizer.
 
-Backward leaves what clipped sums are made of (`rootnoise.training.clip`; of sharded models
+Backward leaves what clipped sums are computed from (`training.clip`; for sharded models
 per-sample gradients, by Opacus). Everything that epsilon depends on happens in
-`PrivateOptimizer.step`, in one order: check the batch, clip, sum, add the noise of the step, divide
-by the expected batch size.
-What the inner optimizer makes of that gradient is post-processing.
+`PrivateOptimizer.step`, in a fixed order: check the batch, clip, sum, add the step's noise, divide
+by the expected batch size. What the inner optimizer does with that gradient is post-processing.
 """
 
 from __future__ import annotations
@@ -20,13 +19,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
-from opacus import GradSampleModule
-from opacus.grad_sample import AbstractGradSampleModule
 from opacus.optimizers import DPOptimizer
-from opacus.validators import ModuleValidator
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.batches.ledger import Ledger
@@ -36,58 +30,19 @@ from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clip.taps import is_tapped
 from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
+from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
 from rootnoise.training.ranks import Indices, Ranks
 from rootnoise.training.replicated import Copies
 from rootnoise.training.reuse import Releases
 from rootnoise.training.sharded import ShardedGradSampleModule, Shards
-
-
-def privatize(
-    model: nn.Module, loss_reduction: str = "mean"
-) -> PrivateModule | ShardedGradSampleModule:
-    """Return `model` wrapped so that backward leaves what clipping needs, and no raw gradient.
-
-    A model that `fully_shard` (FSDP2) has cut up is wrapped after that; see `shards`.
-
-    Args:
-        model: in training mode, each output row a function of its own input row alone. The loss
-            must be a sum or mean of one term per example, each of its own output row alone: no
-            pairs within the batch, and no division by what the batch holds (its tokens that are
-            no padding, say). `PrivateOptimizer` probes both.
-        loss_reduction: what the loss does over the batch, "mean" (torch's default) or "sum". A
-            wrong one scales gradients by the batch size before they are clipped; privacy does not
-            depend on it.
-
-    Raises:
-        RootnoiseError: another reduction, a model already wrapped or in evaluation mode, or a layer
-            that mixes examples or remembers them (BatchNorm, running statistics) or rewrites its
-            weights (`max_norm`), or what `PrivateModule` refuses; of a sharded model also what
-            `ShardedGradSampleModule` refuses.
-    """
-    if loss_reduction not in ("mean", "sum"):
-        raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
-    if isinstance(model, AbstractGradSampleModule) or hasattr(model, "autograd_grad_sample_hooks"):
-        raise RootnoiseError(f"model must be a plain module, got {type(model).__name__} of Opacus")
-    if isinstance(model, DistributedDataParallel):  # it would add up raw gradients
-        rule = "model must be a plain module (PrivateOptimizer takes the process group)"
-        raise RootnoiseError(f"{rule}, got DistributedDataParallel")
-    if isinstance(model, PrivateModule) or is_tapped(model):
-        kind = type(model).__name__
-        raise RootnoiseError(f"model must be a plain module, got a private {kind}: wrap it once")
-    _check_layers(model)
-    if not isinstance(model, FSDPModule):
-        return PrivateModule(model, loss_reduction, guarded=True)
-    # torch tells every loop that the first layer's input, the data, needs no gradient.
-    warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
-    return ShardedGradSampleModule(model, loss_reduction)
+from rootnoise.training.wrapping import check_layers
 
 
 class UnplannedOptimizerWarning(UserWarning):
-    """The noise was planned for another optimizer: privacy holds, the error is larger."""
+    """The noise was planned for another optimizer: privacy holds, but the error is larger."""
 
 
 class PrivateOptimizer:
@@ -96,27 +51,28 @@ class PrivateOptimizer:
     A step sets every gradient to (sum of the batch's clipped gradients + noise_std (C^-1 Z)_t) /
     sampler.batch_size: the divisor is the expected batch size, never the actual one.
 
-    torch.optim.SGD with the workload's momentum is what the noise is optimised for. Any other
-    optimizer has the same guarantee (it is post-processing), but the workload, and so the error
-    that the mechanism reports, is not its own.
+    The noise is optimised for torch.optim.SGD with the workload's momentum. Any other optimizer has
+    the same guarantee (it is post-processing), but the workload, and so the error that the
+    mechanism reports, does not describe it.
 
     Args:
         optimizer: holds each trainable parameter of `module` exactly once.
         module: from `privatize`.
         mechanism: calibrated for sampler.participation and sampler.n_steps.
-        sampler: whose batches are used: every step takes exactly its batch. `OwnBatches` declares
-            others, where the ledger can check all that epsilon supposes.
+        sampler: draws the batches; every step must take exactly its batch. With `OwnBatches` you
+            bring your own, under participations whose every condition the ledger can check.
         key: fixes the noise; fresh from OS entropy when None.
         decay: alpha in (0, 1]; parameters are multiplied by it before each inner step, so that SGD
-            makes theta <- alpha theta - lr m (THEORY section 1). 1 is no decay.
+            computes theta <- alpha theta - lr m (Kalinin & Lampert, 2024). 1 is no decay.
         process_group: the ranks of a data-parallel run, each with its own copy of `module`.
-            Weights, key and sampler seed become rank 0's; each rank clips and sums its part of the
-            batch, and the noise is added once, each rank making its own part of it. A sharded
-            model brings its own group; its weights stay as they are.
-        independence: "probed": steps 0, 1, 2, 4, 8 and so on are played again, before anything is
-            released, with half of the batch replaced (see `probe`); layers and losses that mix
-            examples are refused. "assumed": you have seen to it, and the claim says so.
-        probe_every: probe every so many steps as well; 0 for none.
+            Weights, key and sampler seed are taken from rank 0; each rank clips and sums its part
+            of the batch, and the noise is added once, each rank drawing its own part of it. A
+            sharded model brings its own group; its weights stay as they are.
+        independence: "probed": steps 0, 1, 2, 4, 8 and so on are replayed, before anything is
+            released, with half of the batch replaced (see `rootnoise.training.probe`); layers and
+            losses that mix examples are refused. "assumed": you vouch for it, and the claim says
+            so.
+        probe_every: also probe every so many steps; 0 for powers of two alone.
 
     Attributes:
         t: steps made.
@@ -124,7 +80,7 @@ class PrivateOptimizer:
             zero. The number is computed from raw data: it is not covered by the guarantee.
 
     Raises:
-        RootnoiseError: parts that do not fit each other, or a model that `privatize` refuses.
+        RootnoiseError: parts that do not fit together, or a model that `privatize` refuses.
 
     >>> from rootnoise.factorization import factorize
     >>> from rootnoise.batches.samplers import FixedCycleSampler
@@ -168,7 +124,7 @@ class PrivateOptimizer:
         if not isinstance(module, PrivateModule | ShardedGradSampleModule):
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
-        _check_layers(module)
+        check_layers(module)
         check_sampler(sampler, mechanism.participation, mechanism.n_steps)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
@@ -176,7 +132,7 @@ class PrivateOptimizer:
         self._parameters = _parameters(optimizer, module)
         self._layout = self._current_layout()
         clip = Clip.of(mechanism, sampler.n_examples)
-        self._place: Copies | Shards
+        self._place: Place
         if isinstance(module, ShardedGradSampleModule):
             self._place = Shards(module, clip)
         else:
@@ -190,8 +146,8 @@ class PrivateOptimizer:
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()
-        self._batch: Indices | None = None  # of a step in micro-batches, once it is admitted
-        self._taken = np.empty(0, dtype=np.int64)  # of this process's examples, in the sum
+        self._batch: Indices | None = None  # admitted batch of a step that uses micro-batches
+        self._taken = np.empty(0, dtype=np.int64)  # this process's examples already in the sum
 
     def _advise(self) -> None:
         """Say once if the noise was planned for another optimizer, and what that costs."""
@@ -201,25 +157,25 @@ class PrivateOptimizer:
 
     @property
     def mechanism(self) -> Mechanism:
-        """What noise and clip norm follow; another one cannot be put in its place."""
+        """The mechanism that sets noise and clip norm; it cannot be replaced."""
         return self._mechanism
 
     @property
     def stream(self) -> NoiseStream:
-        """The noise, of this mechanism; another one cannot be put in its place."""
+        """The mechanism's noise; it cannot be replaced."""
         return self._stream
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse copies: two optimizers would give one noise to two gradients."""
+        """Refuse copies: two optimizers would add the same noise to two gradients."""
         raise RootnoiseError(
             "private optimizer must not be copied or pickled, got an attempt: save its state_dict"
         )
 
     def _watch(self, independence: str, every: int) -> None:
-        """Put the guard of passes, and the probe if wanted, on the model.
+        """Attach the guard of passes, and the probe if requested, to the model.
 
-        They hang on its hooks, and autograd's graph holds those where no garbage collector sees
-        them: so they know the model and its parameters, and not this optimizer.
+        Autograd's graph keeps their hooks alive out of the garbage collector's sight. So they hold
+        references to the model and its parameters, but none to this optimizer.
         """
         module = self.module
         model, sharded = module._module, isinstance(module, ShardedGradSampleModule)
@@ -265,29 +221,29 @@ class PrivateOptimizer:
     def zero_grad(self) -> None:
         """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
-        Call it once a step, before backward: a forward without backward stays until the next one.
+        Call it once a step, before backward. A forward without backward is kept until the next one.
         """
         self._guard.clear()
         self._place.clear()
         self._taken = self._taken[:0]
 
     def accumulate(self, indices: ArrayLike, batch: ArrayLike | None = None) -> None:
-        """Take the gradients of a part of step `t`'s batch; `step` takes the last part.
+        """Add the gradients of one part of step `t`'s batch; `step` adds the last part.
 
-        Micro-batches may have any sizes and any order. Together with what `step` gets they must be
-        the batch of the step, each example once. The clipped sum is that of the undivided batch to
-        float rounding; noise is added once, by `step`. The ledger admits the whole batch here,
-        before the first gradient counts. Nothing is released until `step`; `zero_grad` drops what
-        was taken, and the step begins anew.
+        Micro-batches may have any size and order. Together with the part given to `step` they must
+        make up the step's batch, each example once. The clipped sum equals that of the undivided
+        batch up to float rounding; noise is added once, by `step`. The ledger admits the whole
+        batch here, before the first gradient counts. Nothing is released until `step`; `zero_grad`
+        drops the parts taken so far, and the step starts over.
 
         Args:
-            indices: of the last backward, one for each of its rows; may be empty.
-            batch: the whole batch, over all ranks, if `OwnBatches` are declared; else it is the
-                sampler's.
+            indices: the examples of the last backward, one for each of its rows; may be empty.
+            batch: the whole batch, over all ranks, with `OwnBatches`; otherwise the sampler gives
+                it.
 
         Raises:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
-                before; a sharded model. With a process group this rank alone raises.
+                already; a sharded model. With a process group only this rank raises.
 
         >>> from rootnoise.batches.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
@@ -309,10 +265,7 @@ class PrivateOptimizer:
         >>> optimizer.t
         2
         """
-        if isinstance(self._place, Shards):
-            raise RootnoiseError(
-                "micro-batches must be of a model that each process holds whole, got a sharded one"
-            )
+        self._place.check_parts()
         part = self._checked(indices)
         stranger = part[~np.isin(part, self._begin(batch))]
         if stranger.size:
@@ -320,14 +273,14 @@ class PrivateOptimizer:
                 f"micro-batch must be of the batch of step {self.t}, got example {stranger[0]}, "
                 "which is not in it"
             )
-        self._taken = np.concatenate([self._taken, part])  # first: an interrupt must not add twice
+        self._taken = np.concatenate([self._taken, part])  # first, so an interrupt cannot add twice
         self._place.take(part.size)
         self._guard.reset()
         if self._probe is not None:
             self._probe.taken()
 
     def _begin(self, given: ArrayLike | None) -> Indices:
-        """Return the batch of a step in micro-batches, which is admitted with the first of them."""
+        """Return the batch of a step in micro-batches; the first of them admits it."""
         own = type(self.sampler) is OwnBatches
         whole = None if given is None else self.ledger.checked(given)
         if self._batch is None:
@@ -344,35 +297,35 @@ class PrivateOptimizer:
         return self._batch
 
     def step(self, indices: ArrayLike) -> None:
-        """Make step `t` with the gradients of the examples `indices`.
+        """Take step `t` with the gradients of the examples `indices`.
 
         Args:
             indices: the batch of the last backward, integers in [0, n_examples), one for each of
-                its rows. Empty: the gradient is noise alone, and no backward is needed. With a
+                its rows. If empty, the gradient is noise alone, and no backward is needed. With a
                 process group: this rank's part of the batch, which may be empty. After
                 `accumulate`: the last part, which may be empty too.
 
         Raises:
             RootnoiseError: a closure; the mechanism's steps are used up; indices that, joined over
-                micro-batches and ranks, are not the sampler's batch of this step, break the
+                micro-batches and ranks, are not the sampler's batch of this step, violate the
                 participation or do not match the gradients; not exactly one backward in training
-                mode since the last step; parameters that were added, removed, frozen or reshaped; a
-                step that was broken off before; another live optimizer of this key and mechanism
-                that has released other bits in this step. Nothing has been released then. With a
-                process group, all ranks raise together.
+                mode since the last step; parameters that were added, removed, frozen or reshaped;
+                an earlier step that failed midway; another live optimizer with this key and
+                mechanism that has released other values in this step. In all these cases nothing
+                has been released. With a process group, all ranks raise together.
         """
         try:
             part = self._checked(indices)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
         batch = self._ranks.batch(self.t, np.concatenate([self._taken, part]))
-        if self._probe is not None and isinstance(self._place, Shards):
+        if self._probe is not None and not self._place.whole:
             self._probe_together(self._probe, part.size)
         try:
             self._admit(batch)
         except RootnoiseError as refusal:
             self._ranks.refuse(refusal)
-        self._ranks.agree(self.t)  # one rank's ledger may be kept in a file that cannot be written
+        self._ranks.agree(self.t)  # one rank's ledger file may not be writable
         with torch.no_grad():
             total, bad = self._place.noised_sum(part.size, self.stream.next(), self.t)
             try:
@@ -393,7 +346,7 @@ class PrivateOptimizer:
         self.t += 1
 
     def _admit(self, batch: Indices) -> None:
-        """Admit the batch of a step, or see that its parts are what was admitted."""
+        """Admit the batch of a step, or check that its parts make up the admitted batch."""
         own = type(self.sampler) is OwnBatches
         if self._batch is None:
             self.ledger.admit(self.t, batch, None if own else self.sampler.batch(self.t))
@@ -404,7 +357,7 @@ class PrivateOptimizer:
             )
 
     def _probe_together(self, probe: Probe, rows: int) -> None:
-        """Probe a sharded model, for whose forward every rank is needed."""
+        """Probe a sharded model, whose forward needs every rank."""
         try:
             probe.run(rows)
         except RootnoiseError as refusal:
@@ -412,7 +365,7 @@ class PrivateOptimizer:
         self._ranks.agree(self.t)
 
     def _checked(self, indices: ArrayLike) -> Indices:
-        """Return this process's part of the batch, or refuse it, or what backward has left."""
+        """Return this process's part of the batch; refuse it, or its gradients, if not valid."""
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         if os.getpid() != self._process:
@@ -447,20 +400,20 @@ class PrivateOptimizer:
             raise RootnoiseError(
                 f"micro-batches of step {self.t} must have each example once, got {again[0]} twice"
             )
-        if self._probe is not None and not isinstance(self._place, Shards):
+        if self._probe is not None and self._place.whole:
             self._probe.run(rows)
         return part
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, but the key, for `torch.load(weights_only=True)`.
+        """Return what a resumed run needs except the key, for `torch.load(weights_only=True)`.
 
         It holds recent noise and the sampler's seed: keep it as secret as the key. With a process
-        group every rank must call it; what it returns is the same on each but for `non_finite`, and
-        any number of ranks can load it. Of a sharded model each rank returns its own part, for
+        group every rank must call it. The result is the same on each rank except for `non_finite`,
+        and any number of ranks can load it. For a sharded model each rank returns its own part, for
         `torch.distributed.checkpoint`.
 
         Raises:
-            RootnoiseError: a step was broken off by an exception.
+            RootnoiseError: a step failed midway.
         """
         self._check_whole()
         if self._batch is not None:
@@ -483,12 +436,12 @@ class PrivateOptimizer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue a saved run, bit by bit, given its key; the model's weights are loaded apart.
+        """Continue a saved run bit for bit, given its key; load the model's weights separately.
 
         Raises:
-            RootnoiseError: this optimizer has made a step, or its ledger has a file (`keep` comes
-                after), or the saved one had another mechanism
-                (any of its fields), key, sampler, decay or layout. Nothing has changed then.
+            RootnoiseError: this optimizer has taken a step, its ledger already has a file (call
+                `keep` afterwards), or the saved one had another mechanism (any field of it), key,
+                sampler, decay or layout. Nothing has changed then.
         """
         if self.t or self.ledger.t or self.stream.t:
             raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
@@ -498,7 +451,7 @@ class PrivateOptimizer:
                 raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")
         t = integer("saved t", state.get("t", -1), 0, self.mechanism.n_steps)
         bad = integer("saved non_finite", state.get("non_finite", -1), 0)
-        # Into fresh copies first, so that a refusal leaves everything as it was.
+        # Load into fresh copies first, so that a refusal changes nothing.
         stream = self._new_stream(self.stream.key)
         ledger = Ledger(self.ledger.participation, self.ledger.n_examples)
         sampler = copy.copy(self.sampler)
@@ -524,11 +477,11 @@ class PrivateOptimizer:
         return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
 
     def _rows(self) -> dict[str, int]:
-        """Return the tensors of a saved stream, a column a position, with their most rows."""
+        """Return the largest number of rows of each tensor in a saved stream."""
         return {"state": self.mechanism.noising.state_size, "ready": self.stream.block_steps}
 
     def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a saved state of the whole noise, cut to what this process holds."""
+        """Return this process's part of a saved state of the whole noise."""
         unread = integer("saved noise's made", noise.get("made", -1)) - integer(
             "saved noise's t", noise.get("t", -1)
         )
@@ -537,7 +490,7 @@ class PrivateOptimizer:
         return dict(noise) | own
 
     def _follow_first(self, key: Key) -> Key:
-        """Take over rank 0's weights, sampler seed and ledger salt, and return its key."""
+        """Adopt rank 0's weights, sampler seed and ledger salt, and return its key."""
         if self._ranks.size == 1:
             return key
         self._ranks.same("mechanism", self.mechanism.fingerprint)
@@ -577,24 +530,3 @@ def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.
     if not all(p.is_floating_point() for p in trainable):
         raise RootnoiseError("parameters must be real floating-point numbers")
     return trainable
-
-
-def _check_layers(model: nn.Module) -> None:
-    """Refuse layers that mix the examples of a batch, or whose buffers remember them un-noised."""
-    for name, layer in model.named_modules():
-        mixes = isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        if mixes or getattr(layer, "track_running_stats", False):
-            rule = "must not mix examples or keep running statistics"
-            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {type(layer).__name__}")
-        if getattr(layer, "max_norm", None) is not None:
-            rule = "must not rewrite its weights in forward, by the batch and without noise"
-            got = f"{type(layer).__name__} with max_norm={layer.max_norm}"
-            raise RootnoiseError(f"layer {name or 'model'} {rule}, got {got}")
-    if not model.training:
-        raise RootnoiseError("model must be in training mode, got one in evaluation mode")
-    if not isinstance(model, FSDPModule):
-        return
-    errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
-    if errors:
-        reason = " ".join(str(errors[0]).split())
-        raise RootnoiseError(f"model must pass Opacus's checks, got {reason}")

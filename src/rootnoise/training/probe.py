@@ -1,10 +1,10 @@
-"""Whether each example's gradient is its own: tried on a real batch, with the others replaced.
+"""Tests on a real batch that each example's gradient depends on that example alone.
 
-Noise hides one clipped gradient. Where the gradients of others depend on the same record, through
-a layer or a loss that mixes the batch, one record moves all of them, and the claim is void. So now
-and then a step is played again, before anything is released, on the same weights and random
-numbers, with half of the batch replaced by examples of the other half: what the model makes of the
-examples that stayed, forward and backward, must stay as it was.
+Noise hides one clipped gradient. If a layer or a loss mixes the batch, one record moves the
+gradients of the others as well, and the claim is void. So now and then a step is replayed, before
+anything is released, with the same weights and random numbers and with half of the batch replaced
+by examples of the other half. The examples that stayed must give the same values in forward and
+backward as before.
 """
 
 from __future__ import annotations
@@ -22,34 +22,35 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.guards import tensors_of
-from rootnoise.training.tape import Surroundings, Tape
+from rootnoise.training.tape import Environment, Tape
 
-# Rows that depend on themselves alone are the same bits, or differ by how a kernel splits its sums:
-# a few units in the last place of the row's largest number. Mixing below this is not seen.
+# Rows of independent examples are equal bit for bit, or differ by how a kernel splits its sums: a
+# few units in the last place of the row's largest number. Weaker mixing is not detected.
 TOLERANCE = 100  # times the type's epsilon, at most 0.05
-FLOOR = 1e-3  # a row counts as at least this large, beside the largest row
+FLOOR = 1e-3  # least size of a row in comparisons, relative to the largest row
 CURE = "or take the duty upon you by independence='assumed'"
 
-INTERNAL = vars(nn.Module()).keys()  # FSDP2 swaps parameters there
+INTERNAL = vars(nn.Module()).keys()  # torch's own attributes; FSDP2 swaps parameters in them
 _Errors = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class Probe:
     """Replays steps with half of the batch replaced; an observer of a `ForwardGuard`.
 
-    A step is probed if its number is 0, a power of two or a multiple of `every`, and so is each one
-    until a probe has shown something: a batch of one example, or of equal ones, cannot.
+    A step is probed if its number is 0, a power of two or a multiple of `every`. If a probe is
+    inconclusive, as for a batch of one example or of equal ones, the following steps are probed
+    until one is conclusive.
 
     Args:
         model: whose layers are compared.
         quiet: a context in which passes of the model leave no per-sample gradients.
-        sharded: the ranks hold parts of the model. Then every rank must come to `run` at the same
-            steps, backward is compared at the model's outputs alone, and a step that shows nothing
-            is not made up for.
+        sharded: the ranks hold parts of the model. Then every rank must call `run` at the same
+            steps, backward is compared at the model's outputs alone, and no later step makes up
+            for an inconclusive one.
         every: see above; 0 for powers of two alone.
 
     Attributes:
-        probed: steps made at which a probe passed.
+        probed: steps taken whose probe passed.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Probe:
         self._t = 0
         self._passed = self._shown = False
         self._step: _Step | None = None
-        self._refusal = ""  # of the step that waits, which stays refused
+        self._refusal = ""  # why the pending step was refused; a retry is refused too
 
     @property
     def due(self) -> bool:
@@ -83,7 +84,7 @@ class Probe:
         self._shown = False
 
     def taken(self) -> None:
-        """A micro-batch was taken: one that shows something is enough for its step."""
+        """A micro-batch was taken: one conclusive probe is enough for its step."""
         self._shown, self._passed = self._shown or self._passed, False
 
     def enter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,12 +95,12 @@ class Probe:
             self._step = _Step(args, kwargs)
 
     def leave(self, output: Any) -> None:
-        """It has ended: record what becomes of its output."""
+        """The forward has ended: record how the loss is computed from its output."""
         if self._step is not None:
             self._step.begin(output)
 
     def drop(self) -> None:
-        """The forward is not used any more."""
+        """The forward is discarded."""
         if self._step is not None:
             self._step.tape.stop()
         self._step, self._refusal = None, ""
@@ -111,7 +112,7 @@ class Probe:
             RootnoiseError: a layer, or the loss, mixes the examples of the batch, or the step
                 cannot be replayed.
         """
-        if self._refusal:  # the same step again: only `drop` forgets it
+        if self._refusal:  # a retry of the same step: only `drop` clears it
             raise RootnoiseError(self._refusal)
         step, self._step = self._step, None
         if step is None:
@@ -130,12 +131,12 @@ class Probe:
         self._refusal = ""
 
     def _compare(self, step: _Step, rows: int) -> bool:
-        """Replay the step as it was and with either half replaced, and refuse what differs."""
+        """Replay the step unchanged and with either half replaced; refuse it if results differ."""
         known = {id(t) for t in [*self._model.parameters(), *self._model.buffers()]}
         first = _Trace(self._model, rows, not self._sharded)
         sources: list[torch.Tensor | None] = [None, *_sources(rows, self._t)]
         shown, refusal = 0, ""
-        for source in sources:  # all of them, even when one has failed: other ranks wait in forward
+        for source in sources:  # all, even after a failure: other ranks wait in their forward
             trace = first if source is None else _Trace(self._model, rows, not self._sharded)
             try:
                 changed = step.play(trace, source, known)
@@ -158,8 +159,8 @@ class Probe:
 
     @contextmanager
     def _unmoved(self, tape: Tape) -> Iterator[None]:
-        """Leave generators and the plain attributes of modules as they are now."""
-        now = Surroundings.now()
+        """Restore generators and the plain attributes of modules on exit."""
+        now = Environment.now()
         generators = [(g, g.get_state()) for g in tape.generators()]
         plain = [_Attributes(module) for module in self._model.modules()]
         try:
@@ -175,12 +176,12 @@ class Probe:
 
 
 class _Step:
-    """A recorded step: inputs, generators, outputs, their gradients, and the way to the loss."""
+    """A recorded step: inputs, generators, outputs, their gradients, and the tape of the loss."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         leaves, self._spec = tree_flatten((args, kwargs))
         self._leaves = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in leaves]
-        self._surroundings = Surroundings.now()
+        self._environment = Environment.now()
         self.tape = Tape()
         self.outputs: list[torch.Tensor] = []
         self.gradients: dict[int, torch.Tensor] = {}
@@ -195,16 +196,16 @@ class _Step:
         self.tape.start(outputs)
 
     def _keep(self, i: int, place: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        """Keep the gradient of an output as it enters the model: after all hooks of the tensor."""
+        """Keep an output's gradient as it enters the model, after all hooks of the tensor."""
         g = gradients[place]
         if g is not None:
             self.gradients[i] = g
 
     def play(self, trace: _Trace, source: torch.Tensor | None, known: set[int]) -> bool:
-        """Run forward and loss, with examples replaced by others; return whether that changed any.
+        """Run forward and loss with examples replaced; return whether that changed any input.
 
         Raises:
-            RootnoiseError: inputs that hold no row an example, or as of `Tape.play`.
+            RootnoiseError: no input has one row per example, or as for `Tape.play`.
         """
         rows, leaves, changed, fits = trace.rows, list(self._leaves), False, False
         for i, x in enumerate(leaves):
@@ -216,7 +217,7 @@ class _Step:
         args, kwargs = tree_unflatten(
             [x.clone() if isinstance(x, torch.Tensor) else x for x in leaves], self._spec
         )
-        outputs = tensors_of(trace.forward(args, kwargs, self._surroundings))
+        outputs = tensors_of(trace.forward(args, kwargs, self._environment))
         if not fits:
             rule = "one tensor that the model gets must have one row an example"
             raise RootnoiseError(f"{rule} ({rows}), got none")
@@ -227,19 +228,19 @@ class _Step:
         given = outputs
         if not trace.deep:
             outputs = [t.detach().requires_grad_(t.is_floating_point()) for t in outputs]
-            given = [t.clone() for t in outputs]  # a loss may write to what forward returned
+            given = [t.clone() for t in outputs]  # a loss may overwrite the outputs
         loss, weight, more = self.tape.play(given, rows, source, known)
         trace.backward(loss, weight, outputs)
         return changed or more
 
 
 class _Trace:
-    """What the layers of a model made of a batch, forward and backward, in the order of the calls.
+    """What a model's layers computed for a batch, forward and backward, in call order.
 
     Args:
-        model: whose layers.
-        rows: examples.
-        deep: compare gradients inside the model as well, not at its outputs alone.
+        model: whose layers are traced.
+        rows: number of examples.
+        deep: also compare gradients inside the model, not only at its outputs.
     """
 
     def __init__(self, model: nn.Module, rows: int, deep: bool) -> None:
@@ -250,8 +251,8 @@ class _Trace:
         self.output_gradients: list[torch.Tensor | None] = []
         self._tracked: list[tuple[str, torch.Tensor]] = []
 
-    def forward(self, args: Any, kwargs: Any, surroundings: Surroundings) -> Any:
-        """Run the model, and keep inputs and outputs of its layers."""
+    def forward(self, args: Any, kwargs: Any, environment: Environment) -> Any:
+        """Run the model, and keep the inputs and outputs of its layers."""
         handles = []
         for name, layer in self._model.named_modules():
             own = any(p.requires_grad for p in layer.parameters(recurse=False))
@@ -261,7 +262,7 @@ class _Trace:
                     handles.append(layer.register_forward_pre_hook(partial(self._before, place)))
                 handles.append(layer.register_forward_hook(partial(self._after, place, own)))
         try:
-            with surroundings.again(), torch.set_grad_enabled(self.deep):
+            with environment.again(), torch.set_grad_enabled(self.deep):
                 output = self._model(*args, **kwargs)
         finally:
             for handle in handles:
@@ -310,7 +311,7 @@ class _Trace:
                 raise RootnoiseError(f"{rule}, got shape {tuple(t.shape)}")
 
     def unlike(self, step: _Step) -> str:
-        """Say how the replay of a step as it was differs from the step."""
+        """Say how the unchanged replay of a step differs from the step."""
         all_rows = torch.ones(self.rows, dtype=torch.bool)
         for old, new in zip(step.outputs, self.outputs, strict=True):
             if _differ(old, new, self.rows, all_rows):
@@ -325,7 +326,7 @@ class _Trace:
         return ""
 
     def mixing(self, first: _Trace, source: torch.Tensor, loss: str) -> str:
-        """Say what makes the examples that stayed depend on those that were replaced."""
+        """Name the layer or loss that makes the kept examples depend on the replaced ones."""
         kept = source == torch.arange(self.rows)
         rule = "must not mix the examples of a batch"
         if [place for place, _ in self.seen] != [place for place, _ in first.seen]:
@@ -346,7 +347,7 @@ class _Trace:
 
 
 class _Attributes:
-    """The plain tensors and containers that a module holds, to be put back."""
+    """A snapshot of the plain tensors and containers in a module's attributes, to restore."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module, self._values = module, self._plain(module)
@@ -376,10 +377,10 @@ class _Attributes:
 
 
 def _sources(rows: int, t: int) -> list[torch.Tensor]:
-    """Return whose place each example takes, for a random half that stays and for the other one."""
+    """Return the example that replaces each row, once for each of two random halves that stay."""
     if rows < 2:
         return [torch.arange(rows)] * 2
-    generator = np.random.default_rng([rows, t])  # halves need no secrecy
+    generator = np.random.default_rng([rows, t])  # the split need not be secret
     order = generator.permutation(rows)
     sources = []
     for stays in (order[: rows // 2], order[rows // 2 :]):

@@ -1,8 +1,8 @@
-"""The processes of one run: what they must agree on, and the two things they add up.
+"""The ranks of one run: what they must agree on, and what they exchange.
 
-Every rank holds the whole model and takes a part of each batch. A step sends its indices, a few
-bytes an example, and one sum of the size of the model; noise needs no traffic, for each rank adds
-its own part of it to what is summed.
+Every rank takes a part of each batch. A step communicates the indices, a few bytes per example, and
+one sum of the size of the model. Noise needs no communication: each rank adds its own part of it
+before the sum.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rootnoise._check import RootnoiseError
 
 Indices = NDArray[np.int64]
 
-REFUSED = -1  # in place of the step
+REFUSED = -1  # sent in place of the step number
 
 
 class Ranks:
     """The ranks of a torch process group, or one process alone.
 
     Attributes:
-        rank: of this process, in [0, size).
-        size: how many there are.
+        rank: this process's rank, in [0, size).
+        size: number of ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -37,7 +37,7 @@ class Ranks:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else "cpu"
 
     def span(self, n: int) -> tuple[int, int]:
-        """Return this rank's part of n positions: near-equal, in the order of the ranks."""
+        """Return this rank's part of n positions: near-equal parts, in rank order."""
         return self._span(self.rank, n)
 
     def first(self, value: Any) -> Any:
@@ -48,14 +48,14 @@ class Ranks:
         return values[0]
 
     def same(self, name: str, value: Any) -> None:
-        """Refuse, on every rank, a value that is not rank 0's."""
+        """Raise on every rank unless all have the same value as rank 0."""
         equal = self._gather(np.array([self.first(value) == value], dtype=np.int64))
         others = [rank for rank, found in enumerate(equal) if not found[0]]
         if others:
             raise RootnoiseError(f"{name} must be rank 0's on all ranks, got others on {others}")
 
     def copy_first_(self, tensors: list[torch.Tensor]) -> None:
-        """Overwrite the tensors by rank 0's."""
+        """Overwrite the tensors with those of rank 0."""
         if self._group is not None:
             for tensor in tensors:
                 dist.broadcast(tensor, group=self._group, group_src=0)
@@ -69,7 +69,7 @@ class Ranks:
         """Return the batch of step t, joined from every rank's part, unless a rank refuses.
 
         Raises:
-            RootnoiseError: as of `agree`.
+            RootnoiseError: as for `agree`.
         """
         self.agree(t)
         return np.concatenate(self._gather(part))
@@ -78,7 +78,7 @@ class Ranks:
         """Wait until every rank is here.
 
         Raises:
-            RootnoiseError: a rank calls `refuse` instead, or is at another step: on every rank.
+            RootnoiseError: on every rank, if one calls `refuse` instead or is at another step.
         """
         steps = self._steps(t)
         if REFUSED in steps:
@@ -87,7 +87,7 @@ class Ranks:
             raise RootnoiseError(f"ranks must be at one step, got {steps}")
 
     def refuse(self, refusal: RootnoiseError) -> NoReturn:
-        """Raise `refusal` here, and make `agree` raise on the other ranks, which wait in it."""
+        """Raise `refusal` here, and make `agree` raise on the ranks that wait in it."""
         self._steps(REFUSED)
         raise refusal
 
@@ -110,7 +110,7 @@ class Ranks:
         return n * rank // self.size, n * (rank + 1) // self.size
 
     def _gather(self, part: Indices) -> list[Indices]:
-        """Return every rank's integers, in the order of the ranks."""
+        """Return every rank's integers, in rank order."""
         if self._group is None:
             return [part]
         sizes = self._all_gather(torch.tensor([part.size]))

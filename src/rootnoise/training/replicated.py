@@ -14,30 +14,32 @@ from rootnoise.training.clip import Flat, PrivateModule
 from rootnoise.training.clipping import Clip, NonFiniteGradientWarning
 from rootnoise.training.ranks import Ranks
 
-# What rounding a sum to the grid may take of the clip norm: 1e9 parameters and 1e6 records take
-# 2e-5 of it.
+# Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
+# records it is 2e-5.
 MOST_ROUNDING = 0.01
 
 
 class Copies:
-    """Clipped sums by `training.clip`; one sum over the ranks, to which each adds its noise.
+    """Clipped sums by `training.clip`, added up over ranks that each add their part of the noise.
 
-    A rank makes the noise of its own part of the flattened parameters, so noise is added once,
-    needs no traffic, and takes 1/size of the time and memory.
+    A rank draws the noise of its own part of the flattened parameters, so noise is added once,
+    needs no communication, and takes 1/size of the time and memory on each rank.
 
-    A rank's sum S over its part of the batch is a float64 vector that one record moves by at most
-    the norm C' to which `Flat(C')` clips, rounding included (`clip.bounds`, theorem of
-    sums). Then it is rounded to whole units of the grid, d numbers by half a unit each, so that the
-    ranks' sums and the noise add up exactly, in any order. One record is on one rank, and moves the
-    total by at most C' + sqrt(d) units: C' is the clip norm less that.
+    A rank's sum S over its part of the batch is a float64 vector. One record changes it by at most
+    C', the norm to which `Flat(C')` clips, rounding included (`clip.bounds`, theorem on
+    sums). Each of its d numbers is then rounded by at most half a grid unit, so that the ranks'
+    sums and the noise add up exactly, in any order. A record is on one rank only and changes the
+    total by at most C' + sqrt(d) units, so C' is set to the clip norm minus sqrt(d) units.
 
     Attributes:
-        ranks: which hold the copies.
+        ranks: the ranks that hold the copies.
         spans: this rank's part of the noise.
 
     Raises:
-        RootnoiseError: noise so large that a unit of its grid is no small part of the clip norm.
+        RootnoiseError: noise so large that its grid unit is not small beside the clip norm.
     """
+
+    whole = True
 
     def __init__(self, module: PrivateModule, ranks: Ranks, clip: Clip) -> None:
         self.ranks, self._module, self._clip = ranks, module, clip
@@ -52,21 +54,21 @@ class Copies:
                 f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
             )
         self._rule = Flat(math.nextafter(clip.norm - rounding, 0))
-        self._taken = 0  # examples whose gradients are in the sum
+        self._taken = 0  # number of examples whose gradients are in the sum
 
     def begin(self) -> None:
-        """Take over the weights and buffers of rank 0."""
+        """Adopt the weights and buffers of rank 0."""
         with torch.no_grad():
             self.ranks.copy_first_([*self._module.parameters(), *self._module.buffers()])
 
     def clear(self) -> None:
-        """Drop gradients and their sum, but not what a forward has left for a backward to come."""
+        """Drop gradients and their sum, but keep what a forward has saved for its backward."""
         self._module.restart()
         self._module.zero_grad()
         self._taken = 0
 
     def check(self, rows: int) -> None:
-        """Refuse gradients that one backward of `rows` examples would not have left."""
+        """Refuse gradients that do not come from one backward of `rows` examples."""
         found = self._module.rows
         if rows and not found:
             raise RootnoiseError(
@@ -77,19 +79,22 @@ class Copies:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
         self._module.check_size(rows)
 
+    def check_parts(self) -> None:
+        """Accept micro-batches."""
+
     def take(self, rows: int) -> None:
-        """Add what one backward of `rows` examples has left, clipped, to the sum."""
+        """Add the clipped gradients of one backward of `rows` examples to the sum."""
         if not rows:
-            self._module.discard()  # a forward whose backward nobody has asked for
+            self._module.discard()  # a forward without backward
         self._module.norms(rows)
         self._module.add(self._rule)
         self._taken += rows
 
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return the whole batch's clipped sum plus noise, flattened, float64; and the bad rows.
+        """Return the batch's clipped sum plus noise, flat float64, and the number of bad rows.
 
-        What `take` has added counts. In whole units no rank's rounding depends on the others'
-        examples, though the noise is in.
+        Includes what `take` has added. Sums of whole units are exact, so no rank's rounding depends
+        on the other ranks' examples, even with the noise added.
         """
         self.take(rows)
         total, bad = self._module.finish()

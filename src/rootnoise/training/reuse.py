@@ -1,10 +1,11 @@
-"""Noise of one key and mechanism must not protect two gradients within a process.
+"""Refuses to use the same noise for two different gradients within a process.
 
-The difference of two releases of one (key, mechanism, step) holds no noise: it is the difference of
-their gradients. So every optimizer notes what it releases, 8 bytes a step, and none may release
-anything else in a step that another one, still alive, has made with the same key and mechanism. A
-run that is repeated bit by bit, such as one resumed from a saved state, goes on. Runs of other
-processes, and of optimizers that are gone, are not known here: a key is for one run.
+Two releases of the same (key, mechanism, step) have the same noise, so their difference is the
+difference of their gradients. So every optimizer records a checksum of what it releases, 8 bytes a
+step, and no optimizer may release anything else in a step that another live one has taken with the
+same key and mechanism. A run that is repeated bit for bit, such as one resumed from a saved state,
+is allowed. Other processes, and optimizers that no longer exist, are not seen: use a key for one
+run only.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ import torch
 
 from rootnoise._check import RootnoiseError
 
-WIDTH = 8  # bytes a step: another release passes for the same with probability 2^-64
+WIDTH = 8  # bytes per step: a different release goes unnoticed with probability 2^-64
 LANES = 64
-ROWS = 1024  # of so many numbers at a time
+ROWS = 1024  # numbers processed at a time
 
 _LIVE: dict[tuple[str, str], WeakSet[Releases]] = {}
 
 
 class Releases:
-    """What an optimizer has released, known to the others of its key and mechanism while it lives.
+    """What an optimizer has released, visible to others with its key and mechanism while it lives.
 
     Args:
-        key_id: of the noise's key.
-        fingerprint: the mechanism's.
+        key_id: identifies the noise key.
+        fingerprint: identifies the mechanism.
     """
 
     def __init__(self, key_id: str, fingerprint: str) -> None:
@@ -38,14 +39,14 @@ class Releases:
         self._family.add(self)
 
     def check(self, t: int, release: torch.Tensor) -> None:
-        """Note the float64 vector that step t is about to release.
+        """Record the float64 vector that step t is about to release.
 
         Raises:
-            RootnoiseError: another live optimizer has released another one in step t.
+            RootnoiseError: another live optimizer has released a different vector in step t.
         """
         digest = _digest(release)
         if self._conflicts(t, digest):
-            gc.collect()  # one that is unreachable is no longer alive
+            gc.collect()  # unreachable optimizers do not count as alive
             if self._conflicts(t, digest):
                 raise RootnoiseError(
                     f"noise of step {t} must not protect two gradients: another live optimizer has "
@@ -65,7 +66,7 @@ class Releases:
 
 
 def _digest(release: torch.Tensor) -> bytes:
-    """Return a checksum of every bit, in one pass where the tensor is."""
+    """Return a checksum of every bit, in one pass on the tensor's device."""
     lanes = torch.zeros(LANES, dtype=torch.int64, device=release.device)
     rows = len(release) // LANES
     for start in range(0, rows, ROWS):  # in the cache

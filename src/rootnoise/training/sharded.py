@@ -1,11 +1,11 @@
-"""Parameters that `fully_shard` (FSDP2) has cut into shards, one a rank.
+"""Parameters that `fully_shard` (FSDP2) has split into shards, one per rank.
 
-Per-sample gradients of a whole model do not fit where the model itself is sharded, and clipping
-needs their joint norms before any of them is scaled. So backward keeps each layer's inputs and
-output gradients, and the per-sample gradients of one layer at a time are made from them twice: for
-the norms, and for the clipped sum (Bu et al., 2023, "Differentially private optimization on large
-model at small cost", which saves the second backward pass of ghost clipping). What is clipped is
-exactly what was measured.
+Per-sample gradients of a whole sharded model do not fit into memory, and clipping needs their joint
+norms before any of them is scaled. So backward keeps each layer's inputs and output gradients, and
+per-sample gradients are computed from them one layer at a time, twice: for the norms, and for the
+clipped sum (Bu et al., 2023, "Differentially private optimization on large model at small cost",
+which saves the second backward pass of ghost clipping). The gradients that are clipped are exactly
+those that were measured.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
                     raise RootnoiseError(f"{rule}, got a second {kind.__name__} with them")
 
     def _get_module_type(self, module: nn.Module) -> type:
-        """Return the class that `fully_shard` has replaced by one of its own."""
+        """Return the original class, which `fully_shard` has replaced with a subclass."""
         kind = type(module)
         return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
 
@@ -89,7 +89,7 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
         super().zero_grad(set_to_none)
 
     def discard(self) -> None:
-        """Drop what is kept of passes that are not used."""
+        """Drop what was kept for passes that are not used."""
         self.kept.clear()
         for layer in self.modules():
             for name in ("activations", "max_batch_len"):
@@ -100,7 +100,7 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the model as a plain one, of whose passes nothing is kept."""
+        """Run the model without keeping anything from its passes."""
         before, self.hooks_enabled = self.hooks_enabled, False
         try:
             yield
@@ -109,12 +109,12 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
 
     @property
     def running_again(self) -> bool:
-        """Whether a layer is run again for its gradients: never, but by somebody else."""
+        """Whether this module is running a layer again for its gradients: it never does."""
         return False
 
     @property
     def left(self) -> list[torch.Tensor]:
-        """What backward has left, of which per-sample gradients are to be made."""
+        """What backward has left, from which per-sample gradients are computed."""
         calls = (call for calls in self.kept.values() for call in calls)
         return [t for inputs, g in calls for t in (*inputs, g)]
 
@@ -126,18 +126,20 @@ class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
 
 
 class Shards:
-    """Parameters whose rows are spread over the ranks; noise is made where it is needed.
+    """Parameters whose rows are spread over the ranks; each rank draws the noise of its shards.
 
-    Each rank holds the noise of its own shards alone, and adds it to its part of the sum.
+    It adds that noise to its part of the sum.
 
     Attributes:
-        ranks: the mesh that the model is sharded over.
+        ranks: the ranks of the mesh that the model is sharded over.
         spans: this rank's shards, in the flattened parameters.
 
     Raises:
         RootnoiseError: a trainable parameter that is not sharded, or not by rows over one mesh of
             one dimension.
     """
+
+    whole = False
 
     def __init__(self, module: ShardedGradSampleModule, clip: Clip) -> None:
         self._module, self._clip = module, clip
@@ -156,15 +158,15 @@ class Shards:
         self.ranks = Ranks(self._mesh.get_group())
 
     def begin(self) -> None:
-        """Keep the weights: each rank has its own part of them."""
+        """Leave the weights alone: each rank has its own part of them."""
 
     def clear(self) -> None:
-        """Drop gradients, but not what a forward has left for a backward to come."""
+        """Drop gradients, but keep what a forward has saved for its backward."""
         for p in self._module.parameters():
             p.grad = None
 
     def check(self, rows: int) -> None:
-        """Refuse what one backward of `rows` examples would not have left."""
+        """Refuse gradients that do not come from one backward of `rows` examples."""
         for name in self._parameters:
             layer = self._module.get_submodule(name.rpartition(".")[0])
             kept = self._module.kept.get(layer, [])
@@ -179,8 +181,18 @@ class Shards:
             if found != rows:
                 raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
 
+    def check_parts(self) -> None:
+        """Refuse them: each layer is gathered once, for the sum of the whole step."""
+        raise RootnoiseError(
+            "micro-batches must be of a model that each process holds whole, got a sharded one"
+        )
+
+    def take(self, rows: int) -> None:
+        """See `check_parts`: never asked for."""
+        raise NotImplementedError
+
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return this rank's part of the clipped sum plus noise, flattened, float64; bad rows."""
+        """Return this rank's part of clipped sum plus noise, and the number of bad rows."""
         clip = self._clip
         layers, bad, sums = list(self._module.kept) if rows else [], 0, {}
         if rows:
@@ -242,7 +254,7 @@ class Shards:
         return DTensor.from_local(local, self._mesh, placements, shape=shape, stride=stride)
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Return the state of the inner optimizer by parameter name, which resharding needs."""
+        """Return the inner optimizer's state by parameter name, so that it can be resharded."""
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return dict(get_optimizer_state_dict(self._module._module, optimizer))
@@ -265,7 +277,7 @@ def _by_rows(name: str, p: nn.Parameter) -> DTensor:
 
 
 def _rows(p: DTensor) -> range:
-    """Return this rank's rows: each takes ceil(rows / size), in order, while any is left."""
+    """Return this rank's rows: ranks take ceil(rows / size) each, in order, until none is left."""
     rank, size = p.device_mesh.get_local_rank(), p.device_mesh.size()
     most = -(-p.shape[0] // size)
     rows = range(min(rank * most, p.shape[0]), min((rank + 1) * most, p.shape[0]))

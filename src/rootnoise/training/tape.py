@@ -1,7 +1,7 @@
-"""A recording of how a training loop makes its loss of what the model returned, to be played again.
+"""A recording of how a training loop computes its loss from the model's outputs, for replay.
 
-Between a forward and its backward every call of torch's Python interface is written down. Played on
-other outputs and other labels, it tells what the loss would have been for another batch.
+Every call of torch's Python interface between a forward and its backward is recorded. Replayed with
+other outputs and labels, it gives the loss of another batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from rootnoise._check import RootnoiseError
 
-MOST_CALLS = 20_000  # of torch between one forward and its backward
+MOST_CALLS = 20_000  # calls of torch between one forward and its backward
 GATHERS = {"__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding"}
 BROADCASTS = {"add", "sub", "mul", "div", "true_divide", "pow", "where", "maximum", "minimum"}
 WRITES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
@@ -30,8 +30,8 @@ _push_mode: Callable[[Any], None] = overrides._push_mode
 
 
 @dataclass
-class Surroundings:
-    """What a call of torch depends on besides its arguments."""
+class Environment:
+    """The state that a call of torch depends on besides its arguments."""
 
     cpu: torch.Tensor
     gpus: list[torch.Tensor]
@@ -39,8 +39,8 @@ class Surroundings:
     autocast: list[tuple[str, torch.dtype, bool]]
 
     @classmethod
-    def now(cls) -> Surroundings:
-        """Return those of the next call."""
+    def now(cls) -> Environment:
+        """Return the present state."""
         used = torch.cuda.is_available() and bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
         devices = ["cpu", "cuda"] if used else ["cpu"]
         return cls(
@@ -52,7 +52,7 @@ class Surroundings:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Set them up; generators stay where the calls inside leave them."""
+        """Restore this state for a block; generators keep the positions that the block leaves."""
         torch.set_rng_state(self.cpu)
         for i, state in enumerate(self.gpus):
             torch.cuda.set_rng_state(state, i)
@@ -66,13 +66,13 @@ class Surroundings:
 
 @dataclass
 class _Call:
-    """One call: function, flattened arguments, result, and which memory it read and wrote."""
+    """One call: function, flattened arguments, result, and the memory that it read and wrote."""
 
     function: Callable[..., Any]
     leaves: list[Any]
     spec: TreeSpec
     result: Any
-    surroundings: Surroundings
+    environment: Environment
     generators: list[tuple[torch.Generator, torch.Tensor]]
     reads: set[int]
     writes: set[int]
@@ -87,7 +87,7 @@ class _Call:
 
     @property
     def leaves_torch(self) -> bool:
-        """Whether the result is a number, or numbers, of Python or NumPy."""
+        """Whether the result is a Python or NumPy number, or several."""
         kinds = (bool, int, float, complex, list, tuple, np.ndarray, np.generic)
         return isinstance(self.result, kinds) and not any(
             isinstance(x, torch.Tensor) for x in tree_leaves(self.result)
@@ -95,11 +95,11 @@ class _Call:
 
 
 class Tape(TorchFunctionMode):
-    """Records from `start` until backward begins; what comes after passes through untouched.
+    """Records calls from `start` until backward begins.
 
     Attributes:
-        trouble: why it cannot be played, if it cannot.
-        name: of the last call that made the loss.
+        trouble: why the tape cannot be replayed, if so.
+        name: name of the call that returned the loss.
     """
 
     def __init__(self) -> None:
@@ -116,14 +116,14 @@ class Tape(TorchFunctionMode):
         self._outputs: list[torch.Tensor] = []
 
     def start(self, outputs: list[torch.Tensor]) -> None:
-        """Begin, with what the model has returned."""
+        """Start recording, with the model's outputs."""
         self._outputs = outputs
         self._made = {id(t) for t in outputs}
         self._open = True
         _push_mode(self)
 
     def stop(self) -> None:
-        """End. Modes that were entered later and are still on stay on."""
+        """Stop recording. Function modes that were entered later stay active."""
         self._open = False
         above: list[Any] = []
         while any(mode is self for mode in _modes()):
@@ -161,7 +161,7 @@ class Tape(TorchFunctionMode):
                 self._originals[id(t)] = t.detach().clone()
             self._versions.setdefault(id(t), t._version)
         generators = [(g, g.get_state()) for g in leaves if isinstance(g, torch.Generator)]
-        surroundings = Surroundings.now()
+        environment = Environment.now()
         before = [t._version for t in tensors]
         result = func(*args, **kwargs)
         written = [t for t, v in zip(tensors, before, strict=True) if t._version != v]
@@ -174,7 +174,7 @@ class Tape(TorchFunctionMode):
                 leaves,
                 spec,
                 result,
-                surroundings,
+                environment,
                 generators,
                 {_memory(t) for t in tensors},
                 {_memory(t) for t in [*written, *made]},
@@ -189,7 +189,7 @@ class Tape(TorchFunctionMode):
 
     def finish(self) -> None:
         """Keep the calls that the loss depends on, and those that turn data into Python numbers."""
-        if self._root is None:  # torch.autograd.backward(loss) says nothing; the gradients will
+        if self._root is None:  # torch.autograd.backward(loss) does not tell the tape its loss
             results = [t for c in self._calls for t in tree_leaves(c.result)]
             scalars = [
                 t
@@ -208,7 +208,7 @@ class Tape(TorchFunctionMode):
         self._calls = [self._calls[i] for i in chosen]
 
     def _slice(self, needed: set[int], last: int, *, sinks: bool) -> list[int]:
-        """Return the calls that write what is needed, or leave torch before the loss is made."""
+        """Return the calls that write needed memory, or leave torch before the loss is computed."""
         needed, chosen = set(needed), []
         for i in reversed(range(len(self._calls))):
             call = self._calls[i]
@@ -220,17 +220,17 @@ class Tape(TorchFunctionMode):
     def play(
         self, outputs: list[torch.Tensor], rows: int, source: torch.Tensor | None, known: set[int]
     ) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-        """Return the loss of other outputs, its given gradient, and whether labels changed.
+        """Return the loss for other outputs, its given gradient, and whether labels changed.
 
         Args:
-            outputs: in place of the model's.
-            rows: examples.
-            source: whose labels each example gets; None leaves all as they are.
-            known: ids of tensors that are no labels (parameters, buffers).
+            outputs: replace the model's outputs.
+            rows: number of examples.
+            source: the example whose labels each example gets; None keeps all labels.
+            known: ids of tensors that are not labels (parameters, buffers).
 
         Raises:
-            RootnoiseError: a Python number that depends on labels or outputs, or a tensor of which
-                the tape does not know where it comes from.
+            RootnoiseError: a Python number that depends on labels or outputs, or a tensor whose
+                origin the tape does not know.
         """
         assert self._root is not None  # noqa: S101 - finish has seen to it
         replay = _Replay(self, outputs, rows, source, self._labels(rows, known))
@@ -240,11 +240,11 @@ class Tape(TorchFunctionMode):
         return replay.value(self._root), weight, replay.changed
 
     def generators(self) -> list[torch.Generator]:
-        """Return the generators that playing will move."""
+        """Return the generators that a replay will advance."""
         return [g for call in self._calls for g, _ in call.generators]
 
     def _labels(self, rows: int, known: set[int]) -> set[int]:
-        """Return the ids of tensors from outside that hold a row, or several, of each example."""
+        """Return the ids of tensors from outside the tape with one or more rows per example."""
         outside = {
             id(t): t for call in self._calls for t in call.tensors if id(t) not in self._made
         }
@@ -262,7 +262,7 @@ class Tape(TorchFunctionMode):
         }
 
     def _may_label(self, call: _Call, t: torch.Tensor) -> bool:
-        """Whether nothing about a call shows that `t` is a data set, or weights of classes."""
+        """Whether `t` may hold labels: the call does not use it as a data set or class weights."""
         if not any(x is t for x in call.leaves):
             return True
         if call.name in GATHERS and call.leaves[0] is t:
@@ -277,7 +277,7 @@ class Tape(TorchFunctionMode):
         return not (name in BROADCASTS and wider)
 
     def _meets(self, call: _Call, t: torch.Tensor) -> bool:
-        """Whether a call pairs the rows of `t` with as many of something made of the outputs."""
+        """Whether a call pairs the rows of `t` with rows of something computed from the outputs."""
         here = any(x is t for x in call.leaves)
         return here and any(
             id(x) in self._made and x.dim() and len(x) == len(t) for x in call.tensors
@@ -285,10 +285,10 @@ class Tape(TorchFunctionMode):
 
 
 class _Replay:
-    """The calls of a tape on other outputs and labels, and the tensors that they make.
+    """A replay of a tape with other outputs and labels, and the tensors that it computes.
 
     Attributes:
-        changed: whether a label was replaced by another value.
+        changed: whether a label was replaced by a different value.
     """
 
     def __init__(
@@ -305,13 +305,13 @@ class _Replay:
         self.changed = False
 
     def value(self, t: torch.Tensor) -> torch.Tensor:
-        """Return what takes the place of a tensor of the recording."""
+        """Return the tensor that replaces a recorded one."""
         if id(t) not in self._new:
             self._new[id(t)] = self._output(t) if t.grad_fn is not None else self._outside(t)
         return self._new[id(t)]
 
     def _output(self, t: torch.Tensor) -> torch.Tensor:
-        """Return the output that `t` is: hooks of modules hand out another view of its memory."""
+        """Return the replacement of an output, or of another view of it that a hook returned."""
         for old, new in zip(self._tape._outputs, self._outputs, strict=True):
             if _memory(old) == _memory(t) and (old.shape, old.stride()) == (t.shape, t.stride()):
                 return new
@@ -319,7 +319,7 @@ class _Replay:
         raise RootnoiseError(f"loss {rule}, got a tensor of {t.grad_fn.name()}")  # type: ignore[union-attr]
 
     def _outside(self, t: torch.Tensor) -> torch.Tensor:
-        """Return a tensor that was there before, with rows replaced if it holds labels."""
+        """Return a tensor from before the recording, with rows replaced if it holds labels."""
         first = self._tape._originals.get(id(t), t)
         if first is t and t._version != self._tape._versions.get(id(t), t._version):
             raise RootnoiseError("tensors of the loss must not be written to, got one that was")
@@ -334,12 +334,12 @@ class _Replay:
         return new
 
     def call(self, call: _Call) -> None:
-        """Make a call again."""
+        """Repeat a call."""
         inputs = [self.value(x) if isinstance(x, torch.Tensor) else x for x in call.leaves]
         args, kwargs = tree_unflatten(inputs, call.spec)
         for generator, state in call.generators:
             generator.set_state(state)
-        with call.surroundings.again():
+        with call.environment.again():
             result = call.function(*args, **kwargs)
         if self._source is not None and _picks(call, self._rows):
             target = id(call.leaves[0])
@@ -350,14 +350,14 @@ class _Replay:
             cure = "keep it a tensor, or ask for it after the loss is made"
             raise RootnoiseError(f"loss {rule}, got one by {call.name}: {cure}")
         for old, new in zip(tree_leaves(call.result), tree_leaves(result), strict=True):
-            # What an autograd.Function has computed inside, without gradients, got its own later.
-            hidden = isinstance(old, torch.Tensor) and old.grad_fn and not call.surroundings.grad
+            # Inside an autograd.Function nothing has gradients; the result got its grad_fn later.
+            hidden = isinstance(old, torch.Tensor) and old.grad_fn and not call.environment.grad
             if isinstance(old, torch.Tensor) and not hidden:
                 self._new[id(old)] = new
 
 
 def _picks(call: _Call, rows: int) -> bool:
-    """Whether a call takes a batch's rows out of a data set, by an index that is no tensor."""
+    """Whether a call takes a batch's rows from a data set with an index that is not a tensor."""
     if call.name != "__getitem__" or not isinstance(call.result, torch.Tensor):
         return False
     target, index = call.leaves[0], call.leaves[1:]
@@ -369,7 +369,7 @@ def _picks(call: _Call, rows: int) -> bool:
 
 
 def _taken(t: torch.Tensor, rows: int, source: torch.Tensor) -> torch.Tensor:
-    """Return t with each example's rows replaced by those of its source."""
+    """Return `t` with each example's rows replaced by those of its source."""
     if not len(t):
         return t
     return t.reshape(rows, -1)[source.to(t.device)].reshape(t.shape)
@@ -381,7 +381,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _memory(t: torch.Tensor) -> int:
-    """Return a number that views of one memory share."""
+    """Return a number that all views of the same memory share."""
     try:
         return int(t.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):

@@ -1,9 +1,9 @@
-"""Clipping in one backward pass: each layer's input and output gradient, never a raw gradient.
+"""Clipping in one backward pass, from each layer's inputs and output gradients.
 
-Book-keeping after Bu et al. (2023), "Differentially private optimization on large model at small
-cost": `taps` keeps what backward passes through a layer, `layers` makes norms and clipped sums of
-it, `bounds` proves that no norm is too small, `rules` turn norms into factors, and `PrivateModule`
-is what a training loop holds.
+This is the book-keeping of Bu et al. (2023), "Differentially private optimization on large model at
+small cost": `taps` keeps the inputs and output gradients of each layer, `layers` computes norms and
+clipped sums from them, `bounds` proves that no norm is too small, `rules` turns norms into factors,
+and `PrivateModule` is what a training loop holds. No raw gradient is ever written.
 """
 
 from rootnoise.training.clip.module import PrivateModule

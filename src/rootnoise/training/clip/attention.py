@@ -1,7 +1,8 @@
-"""torch's multi-head attention as two layers of the table, its projections, and what is between.
+"""torch's multi-head attention as two Linear layers, its projections, and the code between them.
 
-`nn.MultiheadAttention` never calls its projections, so nothing could be tapped. Here it calls one
-Linear that holds its input projection, and its own `out_proj`; dropout in between stays autograd's.
+`nn.MultiheadAttention` never calls its projections as modules, so there is nothing to tap. Here it
+calls one Linear that holds its input projection, and its own `out_proj`; what is between them,
+dropout included, is left to autograd.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rootnoise._check import RootnoiseError
 
 
 def divides(module: nn.Module) -> bool:
-    """Return whether a layer is torch's attention, without parameters but two projections."""
+    """Return whether a layer is torch's attention with no parameters other than two projections."""
     return (
         type(module) is nn.MultiheadAttention
         and module._qkv_same_embed_dim
@@ -28,7 +29,7 @@ def divides(module: nn.Module) -> bool:
 
 
 def divide(name: str, module: Any) -> nn.Linear:
-    """Make a layer call its projections, and return that of the input; its weights stay its own."""
+    """Make a layer call its projections, and return the input one, which shares its weights."""
     width, bias = module.embed_dim, module.in_proj_bias is not None
     project = nn.Linear(width, 3 * width, bias, device="meta")
     project.weight = module.in_proj_weight
@@ -51,13 +52,14 @@ def attend(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return what `nn.MultiheadAttention.forward` does, to float rounding.
+    """Return what `nn.MultiheadAttention.forward` returns, up to float rounding.
 
-    Dropout here draws the same numbers; later dropout draws them in another order of memory, since
-    torch's layer returns a transposed array.
+    Dropout inside draws the same numbers. Dropout after the layer may not, because torch's layer
+    returns a transposed array, with another memory order.
 
     Raises:
-        RootnoiseError: input without a batch, or `is_causal` without the mask that it is a hint of.
+        RootnoiseError: input without a batch dimension, or `is_causal` without `attn_mask`, for
+            which it is only a hint.
     """
     if not torch.is_grad_enabled():  # torch's fast path
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
@@ -93,8 +95,9 @@ def _projected(
 ) -> tuple[torch.Tensor, ...]:
     """Return queries, keys and values, (examples, places, width).
 
-    Of other inputs than one, every part is made and the unused ones dropped: calls of one layer,
-    whose output gradient is zero there, so that their sum is the gradient of the packed weight.
+    If the inputs differ, each is projected by the whole packed weight and the unused parts are
+    dropped. Their output gradients are zero, so that the calls of this one layer add up to the
+    gradient of the packed weight.
     """
     made: dict[int, tuple[torch.Tensor, ...]] = {}
     for x in (query, key, value):
@@ -106,7 +109,7 @@ def _projected(
 def _mask(
     attention: torch.Tensor | None, padding: torch.Tensor | None, q: torch.Tensor
 ) -> torch.Tensor | None:
-    """Return what is added to the scores, (examples or 1, heads or 1, places or 1, places)."""
+    """Return the additive mask of the scores, (examples or 1, heads or 1, places or 1, places)."""
     parts = []
     if attention is not None:
         size = (1 if attention.dim() == 2 else len(q), -1, *attention.shape[-2:])

@@ -1,13 +1,13 @@
-"""Norms that are never too small, and sums that one example moves by at most the clip norm.
+"""Norms that are never too small, and sums that one example changes by at most the clip norm.
 
-An example's gradient of a layer that multiplies (Linear, convolutions) is c = sum_t g_t a_t^T over
-its T tokens, with inputs a_t and output gradients g_t. Two ways lead to its norm:
+An example's gradient of a linear layer (Linear, convolutions) is c = sum_t g_t a_t^T over its T
+tokens, with inputs a_t and output gradients g_t. There are two ways to compute its norm:
 
-1. Make c in float32, measure *that* array in float64, and add *that* array times its factor. What
-   is added is what was measured, so no error of c matters: it is a function of one example, and
-   the clip norm bounds it.
-2. Do not make c. Its squared norm is sum_{t,u} (a_t . a_u)(g_t . g_u), from two T x T Gram
-   matrices, and the sum over all examples and tokens is one product of matrices.
+1. Compute c in float32, measure *that* array in float64, and add *that* array times its factor. The
+   array that is added is the one that was measured, so errors in c do not matter: it is a function
+   of one example, and the clip norm bounds it.
+2. Do not compute c. Its squared norm is sum_{t,u} (a_t . a_u)(g_t . g_u), from two T x T Gram
+   matrices, and the sum over all examples and tokens is one matrix product.
 
 **Theorem (Gram norms).** Let u = 2^-53, S = sum_t |a_t| |g_t|, and q the sum above in float64,
 in any order. If d_in + d_out + T^2 <= GRAM, then max(q + FLOOR S^2, S^2 / RATIO^2) (1 + 1e-9)
@@ -20,13 +20,13 @@ most S^2 (1 + 1e-6). Together at most 2 (d_in + d_out + T^2 + 4) u S^2 < 0.9 FLO
 is known to a relative (d_in + d_out + T + 4) u. While S <= 31 |c|, q + FLOOR S^2 exceeds |c|^2 by
 at most 2 FLOOR S^2 <= 2e-3 |c|^2, and S^2 / RATIO^2 is the smaller. QED
 
-T tokens of independent directions have S about sqrt(T) |c|. Where S is more than 31 |c|, tokens
-cancel; the factor is then smaller than it need be, never larger.
+For T tokens in independent directions, S is about sqrt(T) |c|. If S exceeds 31 |c|, the tokens
+nearly cancel; the clipping factor is then smaller than necessary, never larger.
 
 **Theorem (sums).** Example i adds a vector of norm at most C (1 - SLACK) before rounding. If a
 step has N <= EXAMPLES examples and N max(ROWS, T) <= TERMS, then the computed sums of two batches
 that differ in one example differ by at most C, the other examples' arrays being the same.
-*Proof.* Each rounded sum is compared to its exact one. Let K = max(ROWS, T). Way 2 adds products of
+*Proof.* Compare each rounded sum with the exact one. Let K = max(ROWS, T). Way 2 adds products of
 matrices of at most K terms (sums for a bias: 2 K), whose magnitudes for example i have norm at most
 f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATIO N C in norm, by
 the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
@@ -36,12 +36,12 @@ most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C fo
 factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
 QED
 
-Float32 products of matrices would be twice as fast and err by up to K^2 2^-24 C: 0.8 % of C for
-two sums of 256 examples, which the noise would have to pay for; and torch may be told to make them
-in TF32 or bfloat16. So sums are float64 on every device.
+Float32 matrix products would be twice as fast and err by up to K^2 2^-24 C: 0.8 % of C for two sums
+of 256 examples, which would need more noise; and torch may be set to compute them in TF32 or
+bfloat16. So sums are float64 on every device.
 
 The analysis assumes that an example's own arrays do not depend on who else is in the batch. In
-floating point the kernels of some processors round a row differently in another batch size; as
+floating point the kernels of some processors round a row differently at another batch size; as
 elsewhere (docs/privacy.md, *Floating point*), that is not covered.
 """
 
@@ -53,19 +53,19 @@ import torch
 
 from rootnoise._check import RootnoiseError
 
-SLACK = 1e-5  # of the clip norm, for the rounding of sums and of float64 norms
-FLOOR = 1e-6  # of S^2, for the rounding of Gram norms
-RATIO = 100  # the most that S can be in norms
-GRAM = 4_000_000_000  # additions behind a Gram norm
-ROWS = 1024  # terms of one product of matrices, unless one example has more
-EXAMPLES = 100_000  # of a step
-TERMS = 110_000_000  # examples of a step times terms of a product
-BLOCK = 1 << 21  # float64 numbers made at a time for one product, 16 MB
-CACHED = 1 << 18  # numbers made at a time that are read once, 1 to 2 MB
+SLACK = 1e-5  # fraction of the clip norm, for the rounding of sums and of float64 norms
+FLOOR = 1e-6  # fraction of S^2, for the rounding of Gram norms
+RATIO = 100  # S is at most this many times the norm bound of way 2
+GRAM = 4_000_000_000  # most additions behind a Gram norm
+ROWS = 1024  # terms of one matrix product, unless one example has more
+EXAMPLES = 100_000  # most examples in a step
+TERMS = 110_000_000  # most examples in a step times terms of a product
+BLOCK = 1 << 21  # float64 numbers computed at a time for one product, 16 MB
+CACHED = 1 << 18  # numbers computed at a time that are read once, 1 to 2 MB
 
 
 class Sum:
-    """A float64 vector that its first summand overwrites: zeros cost a pass over memory.
+    """A float64 vector that its first summand overwrites, which saves filling it with zeros.
 
     >>> total = Sum(torch.full((2,), torch.nan, dtype=torch.float64))
     >>> add_rows_(total, torch.eye(2), torch.tensor([1.0, 2.0], dtype=torch.float64))
@@ -78,7 +78,7 @@ class Sum:
         self.empty = True
 
     def weight(self) -> int:
-        """Return what the next summand finds multiplied by: 0 once, then 1."""
+        """Return the factor on the present values when adding the next summand: first 0, then 1."""
         beta, self.empty = int(not self.empty), False
         return beta
 
@@ -93,7 +93,7 @@ def check_size(examples: int, tokens: int) -> None:
     """Refuse a step whose sums the theorem does not cover.
 
     Raises:
-        RootnoiseError: more than `EXAMPLES`, or than `TERMS` over the tokens of an example.
+        RootnoiseError: more than `EXAMPLES`, or than `TERMS` divided by the tokens of an example.
     """
     most = min(EXAMPLES, TERMS // max(ROWS, tokens))
     if examples > most:
@@ -102,14 +102,14 @@ def check_size(examples: int, tokens: int) -> None:
 
 
 def example_blocks(n: int, tokens: int, width: int, most: int = BLOCK) -> Iterator[slice]:
-    """Yield slices of n examples whose products have at most `ROWS` terms and fit a block."""
+    """Yield slices of n examples whose products have at most `ROWS` terms and fit into a block."""
     size = max(1, min(ROWS // max(1, tokens), most // max(1, tokens * width)))
     for start in range(0, n, size):
         yield slice(start, min(start + size, n))
 
 
 def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> torch.Tensor:
-    """Return an upper bound of each example's squared gradient norm, by Gram matrices.
+    """Return an upper bound on each example's squared gradient norm, from Gram matrices.
 
     Args:
         a: inputs, (examples, groups, tokens, d_in).
@@ -120,7 +120,7 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
     Returns:
         (examples,), float64, up to a relative 1e-9.
     """
-    if a.shape[2] == 1:  # one token: a product of norms, nothing to cancel
+    if a.shape[2] == 1:  # one token: a product of norms, without cancellation
         inputs = _squares(a) if weight else torch.zeros_like(a[..., 0], dtype=torch.float64)
         return ((inputs + int(bias)) * _squares(g)).sum((1, 2))
     a, g = a.double(), g.double()

@@ -1,6 +1,6 @@
-"""Per-sample gradients of a layer of any kind, by running it again for each example.
+"""Per-sample gradients of any layer, by running it again for each example.
 
-`torch.func` does it for all examples at once; where it cannot (recurrent kernels), one by one.
+`torch.func` runs all examples at once; where that fails (recurrent kernels) they run one by one.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip.taps import Call, Tapped
 
-# Layers whose examples do not lie in the first dimension, or not in that of all tensors.
+# Layers whose examples are not in the first dimension of every tensor.
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention)
 # Layers that read the parameters of their children without calling them.
 WHOLE = (nn.MultiheadAttention,)
 
 
 def opacus_sampler(module: nn.Module) -> Callable[..., Any] | None:
-    """Return the per-sample gradient that Opacus, or a user with it, has registered."""
+    """Return the per-sample gradient function that is registered with Opacus, if there is one."""
     found: Callable[..., Any] | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
     return found
 
@@ -34,8 +34,8 @@ class Fallback:
     """Per-sample gradients of one layer.
 
     Raises:
-        RootnoiseError: a layer that draws random numbers (dropout), which running it again would
-            not repeat, or with buffers that change.
+        RootnoiseError: a layer that draws random numbers (dropout), which a second run would not
+            repeat.
     """
 
     def __init__(self) -> None:
@@ -137,7 +137,7 @@ def _example(i: int, in_dims: Any, inputs: Any, out_dims: Any, outputs: Any) -> 
 def _input_dims(
     tapped: Tapped, structure: Any, rest: Any, places: Any, inputs: Any
 ) -> list[int | None]:
-    """Return where the examples lie in each argument that is a tensor; None for none."""
+    """Return the examples' dimension in each tensor argument; None where there is none."""
     module, rows = tapped.module, tapped.book.rows
     if not isinstance(module, SEQUENCES):
         dims: list[int | None] = [0 if x.dim() and len(x) == rows else None for x in inputs]
@@ -169,7 +169,7 @@ def _input_dims(
 
 
 def _argument_dims(module: nn.Module) -> dict[str, int | None]:
-    """Return where the examples lie in each argument of a recurrent or attention layer."""
+    """Return the examples' dimension in each argument of a recurrent or attention layer."""
     first = 0 if module.batch_first else 1
     if isinstance(module, nn.RNNBase):
         return {"input": first, "hx": 1}
@@ -184,7 +184,7 @@ def _argument_dims(module: nn.Module) -> dict[str, int | None]:
 
 
 def _output_dim(module: nn.Module, index: int) -> int:
-    """Return where the examples lie in an output."""
+    """Return the examples' dimension in an output."""
     if isinstance(module, nn.RNNBase) and index:
         return 1
     if isinstance(module, SEQUENCES) and not index:

@@ -6,9 +6,10 @@
 | `Lookups` | Embedding, EmbeddingBag | the gradient itself, of the rows looked up |
 | `Scales` | LayerNorm, GroupNorm, InstanceNorm, RMSNorm | the gradient itself |
 
-A gradient is made where it is no larger than the taps, d_in d_out <= T (d_in + d_out), and
-replaces them. Otherwise Gram matrices are cheaper: T <= d_in d_out / (d_in + d_out) implies
-2 T^2 <= d_in d_out / 2, since (d_in + d_out)^2 >= 4 d_in d_out.
+A call's taps are its inputs and output gradients. If the gradient itself is no larger,
+d_in d_out <= T (d_in + d_out), it is computed and replaces them. Otherwise Gram matrices are
+cheaper: T <= d_in d_out / (d_in + d_out) implies 2 T^2 <= d_in d_out / 2, since
+(d_in + d_out)^2 >= 4 d_in d_out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, 
 
 
 class Row(Protocol):
-    """What the engine asks of a layer's row in the table."""
+    """A row of the table: how norms and sums of one layer are computed."""
 
     @property
     def names(self) -> Sequence[str]:
@@ -45,29 +46,29 @@ class Row(Protocol):
         """Return whether the per-sample gradients are no larger than the taps of these calls."""
 
     def length(self, taps: Sequence[Taps]) -> int:
-        """Return the tokens of an example over these calls, whose products are added up."""
+        """Return an example's number of tokens over these calls, whose products are added up."""
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """Return each trainable parameter's gradients, (examples, size)."""
 
     def kept(self, taps: Sequence[Taps]) -> Kept:
-        """Return what norms and sums of the sum over several calls are made of."""
+        """Return what is kept of several calls, to compute norms and sums of their total."""
 
 
 class Kept(Protocol):
-    """The calls of one layer in a micro-batch, its gradient being their sum.
+    """The calls of one layer in a micro-batch; its gradient is their sum.
 
     Attributes:
-        tokens: of an example, whose products are added up.
+        tokens: number of tokens per example, whose products are added up.
     """
 
     tokens: int
 
     def squares(self) -> torch.Tensor:
-        """Return an upper bound of each example's squared norm, float64."""
+        """Return an upper bound on each example's squared norm, float64."""
 
     def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
-        """Add the scaled sums, by parameter name; `bad` examples count zero."""
+        """Add the scaled sums, by parameter name; `bad` examples count as zero."""
 
 
 def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
@@ -89,7 +90,7 @@ def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
 
 
 class Products:
-    """Layers whose gradient is a sum over tokens of g_t a_t^T, and of g_t for the bias."""
+    """Layers whose weight gradient is a sum over tokens of g_t a_t^T, and bias gradient of g_t."""
 
     groups = 1
 
@@ -199,7 +200,7 @@ class KeptProducts:
 
 
 class Convolution(Products):
-    """Conv1d to Conv3d: a token is a place of the output, its input the window that it sees."""
+    """Conv1d to Conv3d: a token is an output position, and its input is the window that it sees."""
 
     def __init__(self, module: Any, trainable: Sequence[str]) -> None:
         super().__init__(module, trainable)
@@ -221,7 +222,7 @@ class Convolution(Products):
         steps = [s * x for s, x in zip(m.stride, inner, strict=True)]
         holes = [d * x for d, x in zip(m.dilation, inner, strict=True)]
         windows = a.as_strided(size, (*strides, *holes, *steps))
-        # Places last: runs of neighbours are copied in half the time of single numbers.
+        # Places last: copying contiguous runs takes half the time of copying single numbers.
         windows = windows.flatten(2, 2 + dims).flatten(3).mT
         return windows, _real(g).reshape(n, self.groups, g.shape[1] // self.groups, -1).mT
 
@@ -234,7 +235,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class Lookups:
-    """Embedding: the gradient of an example is zero but in the rows that it looked up."""
+    """Embedding: an example's gradient is zero except in the rows that it looks up."""
 
     names: Sequence[str] = ("input",)
 
@@ -242,11 +243,11 @@ class Lookups:
         self.module = module
 
     def small(self, taps: Sequence[Taps]) -> bool:
-        """See `Row`: never, since rows that were not looked up need no memory."""
+        """See `Row`: never, since only rows that are looked up take memory."""
         return False
 
     def length(self, taps: Sequence[Taps]) -> int:
-        """See `Row`: rows are looked up, and not multiplied."""
+        """See `Row`: nothing is multiplied."""
         return 1
 
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
@@ -257,7 +258,7 @@ class Lookups:
         return {"weight": made.flatten(1)}
 
     def found(self, taps: Taps) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return for each token its example, its row in the table and the gradient of that."""
+        """Return for each token its example, its row in the embedding, and that row's gradient."""
         (ids,), g = taps[0].values(), taps[1]
         owners = torch.arange(len(g), device=g.device)[:, None].expand(len(g), ids[0].numel())
         return owners.flatten(), ids.flatten(), _real(g).flatten(0, -2)
@@ -275,7 +276,7 @@ class Lookups:
 
 
 class KeptLookups:
-    """Gradients of the rows looked up: the example, the row of the table, the gradient."""
+    """Gradients of the rows looked up: the example, the row of the embedding, the gradient."""
 
     tokens = 1
 
@@ -297,7 +298,7 @@ class KeptLookups:
 
 
 class BagLookups(Lookups):
-    """EmbeddingBag: an example is a bag, whose rows are added up or averaged."""
+    """EmbeddingBag: an example is a bag whose rows are summed or averaged."""
 
     names = ("input", "offsets", "per_sample_weights")
 
@@ -324,7 +325,7 @@ class BagLookups(Lookups):
 
 
 class Scales:
-    """Layers that normalise and then scale: their gradients are as small as a bias's."""
+    """Layers that normalise and then scale: their gradients are as small as those of a bias."""
 
     names: Sequence[str] = ("input",)
 
@@ -366,7 +367,7 @@ class Scales:
         return g.reshape(*g.shape[:2], -1).sum(2)
 
     def kept(self, taps: Sequence[Taps]) -> Kept:
-        """See `Row`: never asked for."""
+        """See `Row`: never called."""
         raise NotImplementedError
 
 
@@ -381,5 +382,5 @@ SCALES = (
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
-    """Return float32 for what is less, as autocast leaves it."""
+    """Return a tensor in float32 if it has a narrower type, as under autocast."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()

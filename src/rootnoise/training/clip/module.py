@@ -1,4 +1,4 @@
-"""The module that a private training loop holds: one forward, one backward, no raw gradient."""
+"""`PrivateModule`: one forward and one backward per micro-batch, and no raw gradient."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter
 
 
 class PrivateModule(nn.Module):
-    """A model whose backward leaves taps instead of gradients; clipped sums are made of them.
+    """A model whose backward leaves taps instead of gradients; clipped sums are computed from them.
 
-    Parameters keep `requires_grad`, but no backward writes their `.grad`: a gradient that reaches
-    one other than through its layer is refused by name. Guarantees, for any loss that is a sum or
-    mean over the examples:
+    Parameters keep `requires_grad`, but no backward writes their `.grad`: a gradient that reaches a
+    parameter other than through its layer is refused, and the parameter named. Guarantees, for any
+    loss that is a sum or mean over the examples:
 
-    1. `norms` are never below the true ones (theorems of `bounds`).
-    2. One example moves the sum of `finish` by at most the rule's `sensitivity`.
-    3. A gradient that is not finite counts as zero and is counted; others are not touched by it.
-    4. One forward and one backward a micro-batch: another of either is refused before it counts.
+    1. `norms` are never below the true ones (theorems in `clip.bounds`).
+    2. One example changes the sum of `finish` by at most the rule's `sensitivity`.
+    3. A gradient that is not finite counts as zero and is counted; it does not affect others.
+    4. One forward and one backward per micro-batch: a second one is refused before it counts.
 
     Args:
         module: each output row a function of its own input row alone; the batch is every layer's
             first dimension.
-        loss_reduction: what the loss does over a micro-batch, "mean" or "sum".
-        guarded: somebody else counts passes and refuses a step by them, as
-            `rootnoise.training.guards` does, and tries whether examples mix. Then a second forward
-            takes the place of the first, an old backward brings nothing, and what a loss makes of
-            parameters alone, such as a penalty, counts nothing.
+        loss_reduction: how the loss reduces a micro-batch, "mean" or "sum".
+        guarded: the caller counts passes and refuses steps accordingly, as
+            `rootnoise.training.guards` does, and probes whether examples mix. Then a second forward
+            replaces the first, a backward of a dropped forward is ignored, and so is a term of the
+            loss that depends on parameters alone, such as a penalty.
 
     Raises:
         RootnoiseError: another reduction, a compiled model, no trainable parameter, or an embedding
@@ -88,7 +88,7 @@ class PrivateModule(nn.Module):
             guard_parameter(book, name, p)
 
     def __getattr__(self, name: str) -> Any:
-        """Return the model's own attributes, which hosts read: its configuration, say."""
+        """Return the model's own attributes, which hosts read, such as its configuration."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -100,8 +100,8 @@ class PrivateModule(nn.Module):
         """Run the model; in training mode with gradients, its layers are tapped.
 
         Raises:
-            RootnoiseError: a forward whose backward and `add` have not come (`zero_grad` drops
-                it), or no tensor among the arguments.
+            RootnoiseError: an earlier forward still waits for its backward and `add` (`zero_grad`
+                drops it), or no argument is a tensor.
         """
         book = self._book
         book.called = True
@@ -117,7 +117,7 @@ class PrivateModule(nn.Module):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Run the model as a plain one: what is inside leaves no taps, and takes none away."""
+        """Run the model as a plain one: passes inside leave no taps, and existing taps stay."""
         before, self._book.paused = self._book.paused, True
         try:
             yield
@@ -126,25 +126,26 @@ class PrivateModule(nn.Module):
 
     @property
     def running_again(self) -> bool:
-        """Whether a layer is run again for its gradients, or the module paused."""
+        """Whether a layer is being run again for its gradients, or the module is paused."""
         return self._book.paused
 
     @property
     def rows(self) -> int:
-        """Examples whose gradients backward has left, 0 for none."""
+        """Number of examples whose gradients backward has left, or 0."""
         return self._book.rows if self._book.open and self._book.gradients else 0
 
     @property
     def left(self) -> list[torch.Tensor]:
-        """What backward has left, of which norms and sums are to be made."""
+        """What backward has left, from which norms and sums are computed."""
         taps = [t for calls in self._taps.values() for t in calls]
         return [*(x for inputs, g in taps for x in (*inputs.values(), g)), *self._grads.values()]
 
     def _probe(self, rows: int, args: Any, kwargs: Any) -> None:
-        """Refuse a model in which the gradient of one example's output is in another's row.
+        """Refuse a model that puts the gradient of one example's output into another one's row.
 
-        Such are layers over (T, N, d) or a table of T positions, where T happens to be N; where it
-        is not, the number of rows tells. Nothing is kept, and no random number is used up.
+        Examples are layers over (T, N, d), or a table of T positions, when T happens to equal N;
+        when it does not, the number of rows reveals them. Nothing is kept, and no random number is
+        consumed.
         """
         with torch.random.fork_rng():
             outputs = tree_leaves(self._module(*args, **kwargs))
@@ -170,13 +171,13 @@ class PrivateModule(nn.Module):
             )
 
     def norms(self, rows: int) -> torch.Tensor:
-        """Return an upper bound of each example's gradient norm, float64, or NaN and infinity.
+        """Return an upper bound on each example's gradient norm, float64, possibly NaN or infinite.
 
         Args:
-            rows: examples of the micro-batch, to be checked; 0 needs no forward.
+            rows: number of examples that the micro-batch must have; 0 needs no forward.
 
         Raises:
-            RootnoiseError: no forward and backward since the last `add`, or of other rows.
+            RootnoiseError: no forward and backward since the last `add`, or one of other rows.
         """
         integer("rows", rows, 0)
         book = self._book
@@ -200,10 +201,10 @@ class PrivateModule(nn.Module):
         return self._norms
 
     def check_size(self, rows: int) -> None:
-        """Refuse a step that would have more examples, with these, than its sum may have.
+        """Refuse these rows if the step would then have more examples than its sum may have.
 
         Raises:
-            RootnoiseError: as of `bounds.check_size`.
+            RootnoiseError: as for `bounds.check_size`.
         """
         kept = ((self._rows[tapped], taps) for tapped, taps in self._taps.items())
         tokens = [row.length(taps) for row, taps in kept if row is not None]
@@ -214,7 +215,7 @@ class PrivateModule(nn.Module):
 
         Raises:
             RootnoiseError: `norms` was not called since the last `add`, or the step has more
-                examples than its sum can have within rounding (`bounds`).
+                examples than the rounding analysis in `bounds` covers.
         """
         self._check_whole()
         if self._norms is None or self._squares is None:
@@ -240,7 +241,7 @@ class PrivateModule(nn.Module):
         """Return the flattened float64 sum of all micro-batches and how many examples were bad.
 
         Raises:
-            RootnoiseError: a micro-batch was forwarded and not added, or an `add` was broken off.
+            RootnoiseError: a micro-batch was forwarded but not added, or an `add` failed midway.
         """
         self._check_whole()
         if self._book.open:
@@ -259,13 +260,13 @@ class PrivateModule(nn.Module):
             raise RootnoiseError("sum must be whole, got one whose add was broken off: start anew")
 
     def restart(self) -> None:
-        """Forget the sum of the micro-batches so far, whole or not; the step begins anew."""
+        """Drop the sum of the micro-batches so far, complete or not; the step starts over."""
         self._sums, self._flat = {}, {}
         self._bad = self._examples = self._tokens = 0
         self._adding = False
 
     def discard(self) -> None:
-        """Forget the forward and backward that were not added."""
+        """Drop the forward and backward that were not added."""
         book = self._book
         book.open = book.inside = book.gradients = False
         self._taps, self._grads, self._kept = {}, {}, {}
@@ -274,7 +275,7 @@ class PrivateModule(nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, and the forward and backward that were not added.
 
-        Where a guard counts passes, a forward whose backward is to come stays.
+        If the module is guarded, a forward whose backward is still to come is kept.
         """
         book = self._book
         book.inside, book._depth = False, 0  # an interrupt may have left a forward open
@@ -285,9 +286,9 @@ class PrivateModule(nn.Module):
     # ------------------------------------------------------------------------------ construction
 
     def _fill(self, module: nn.Module, prefix: str = "") -> None:
-        """Tap the layers of a module, each trainable parameter in one of them."""
+        """Tap the layers of a module, so that each trainable parameter belongs to one of them."""
         below = {p for child in module.children() for p in child.parameters() if p.requires_grad}
-        # A recurrent layer of Opacus also holds those of its cells, under torch's names.
+        # A recurrent layer of Opacus also holds its cells' parameters, under torch's names.
         own = {
             n
             for n, p in module._parameters.items()
@@ -343,7 +344,7 @@ class PrivateModule(nn.Module):
     def _keep(
         self, call: Call, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> None:
-        """Keep one call, as taps or, where they are no larger, as per-sample gradients."""
+        """Keep one call, as taps or, where these are no larger, as per-sample gradients."""
         tapped, row = call.layer, self._rows[call.layer]
         if tapped.names is None:
             made = self._falls[tapped].per_sample(tapped, call, inputs, gradients)
@@ -376,7 +377,7 @@ class PrivateModule(nn.Module):
             self._grads[p] = self._grads[p] + rows if p in self._grads else rows
 
     def _group_squares(self) -> torch.Tensor:
-        """Return squared norms by layer, (layers, examples), of the loss as a sum."""
+        """Return squared norms by layer, (layers, examples), for the loss as a sum."""
         where = next(iter(self._trainable.values())).device
         squares = torch.zeros(len(self._rows), self._book.rows, dtype=torch.float64, device=where)
         self._kept = {}
@@ -396,7 +397,7 @@ class PrivateModule(nn.Module):
         return squares * self._factor() ** 2
 
     def _factor(self) -> int:
-        """Return what a mean over the micro-batch has divided gradients by."""
+        """Return the number by which a mean over the micro-batch has divided gradients."""
         return self._book.rows if self.loss_reduction == "mean" else 1
 
     def _add(self, scales: torch.Tensor, bad: torch.Tensor | None) -> None:
@@ -424,7 +425,7 @@ class PrivateModule(nn.Module):
 
 
 def _check(model: nn.Module) -> None:
-    """Refuse what taps cannot see into, or what spreads one example over others."""
+    """Refuse models that taps cannot see into, or layers that spread one example over others."""
     for name, layer in model.named_modules():
         where = f"layer {name}" if name else "model"
         compiled = getattr(layer, "_compiled_call_impl", None) is not None

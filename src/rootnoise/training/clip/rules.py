@@ -1,7 +1,7 @@
-"""From norms to factors: the rules of clipping, each of which bounds what one example adds.
+"""Clipping rules: from norms to factors, so that each example's contribution is bounded.
 
-A rule sees, for each example, the norm of each group of its gradient (a group is a layer), and
-gives each group a factor. `sensitivity` is the largest joint norm of the scaled gradient.
+A rule gets the norm of each group of an example's gradient (a group is a layer) and returns a
+factor for each group. `sensitivity` bounds the joint norm of the scaled gradient.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from rootnoise.training.clip.bounds import SLACK
 
 @dataclass(frozen=True)
 class ClipRule:
-    """What turns an example's group norms into factors; see the subclasses.
+    """Turns an example's group norms into factors; see the subclasses.
 
     Attributes:
-        clip_norm: largest l2 norm C of what one example adds, over all parameters.
+        clip_norm: largest l2 norm C of one example's contribution, over all parameters.
 
     Raises:
         RootnoiseError: a clip norm that is not positive and finite.
@@ -33,7 +33,7 @@ class ClipRule:
 
     @property
     def sensitivity(self) -> float:
-        """Largest l2 norm of what one example adds."""
+        """Largest l2 norm of one example's contribution."""
         return self.clip_norm
 
     def factors(self, squares: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ class Flat(ClipRule):
     """
 
     def factors(self, squares: torch.Tensor) -> torch.Tensor:
-        """Return one factor an example, the same for all groups."""
+        """Return one factor per example, the same for all groups."""
         return (self._most / squares.sum(0).sqrt()).clamp(max=1).expand_as(squares)
 
 
@@ -93,5 +93,5 @@ class Automatic(ClipRule):
         real("gamma", self.gamma, above=0)
 
     def factors(self, squares: torch.Tensor) -> torch.Tensor:
-        """Return one factor an example, the same for all groups."""
+        """Return one factor per example, the same for all groups."""
         return (self._most / (squares.sum(0).sqrt() + self.gamma)).expand_as(squares)

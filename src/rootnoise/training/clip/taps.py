@@ -1,8 +1,9 @@
-"""Keep what backward passes through a layer, and keep gradients out of its parameters.
+"""Taps: keep a layer's inputs and output gradients, and keep gradients out of its parameters.
 
-While a tapped layer computes its output, its parameters need no gradient, so backward through it
-makes that of its input alone. Everywhere else they do: a use outside their layer reaches the
-parameter, and is refused there by name. So no path leads to a parameter but through a tap.
+While a tapped layer computes its output, its parameters do not require gradients, so backward
+through it computes the gradient of its input alone. Everywhere else they do: a use of a parameter
+outside its layer reaches the parameter, and is refused there by name. So every path to a parameter
+leads through a tap.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Call:
     """One call of a layer in the forward pass, and the micro-batch that it belongs to.
 
     Attributes:
-        layer: whose call it is.
+        layer: the layer that was called.
         batch: number of the micro-batch.
-        context: how to repeat the call: structure of its arguments, what is no tensor in them,
+        context: how to repeat the call: structure of its arguments, those that are not tensors,
             and autocast's dtype.
-        seen: whether backward has come through.
+        seen: whether backward has passed through.
     """
 
     layer: Tapped
@@ -48,7 +49,7 @@ class Tap(torch.autograd.Function):
     def forward(
         ctx: Any, call: Call, anchor: torch.Tensor, output: torch.Tensor, *inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Return the output. `anchor` needs a gradient, so the output does."""
+        """Return the output, which requires a gradient because `anchor` does."""
         ctx.call = call
         ctx.save_for_backward(*inputs)
         ctx.mark_dirty(output)
@@ -57,14 +58,14 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        """Hand over, and pass the gradient on."""
-        inputs = ctx.saved_tensors  # once: checkpointing recomputes no second time
+        """Hand over inputs and gradient, and pass the gradient on."""
+        inputs = ctx.saved_tensors  # read once: checkpointing does not recompute a second time
         ctx.call.layer.take(ctx.call, inputs, gradients)
         return None, None, *gradients, *(None for _ in inputs)
 
 
 class Copied(torch.autograd.Function):
-    """A `Tap` for several outputs, or those that the layer itself keeps: it copies them."""
+    """A `Tap` for several outputs, or for outputs that the layer itself keeps: it copies them."""
 
     @staticmethod
     def forward(
@@ -78,7 +79,7 @@ class Copied(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        """Hand over, and pass the gradients on."""
+        """Hand over inputs and gradients, and pass the gradients on."""
         inputs = ctx.saved_tensors
         ctx.call.layer.take(ctx.call, inputs, gradients)
         return None, None, None, *gradients, *(None for _ in inputs)
@@ -86,21 +87,21 @@ class Copied(torch.autograd.Function):
 
 @dataclass(eq=False)
 class Book:
-    """What all tapped layers of a model share: which micro-batch they serve.
+    """State that all tapped layers of a model share: the current micro-batch.
 
     Attributes:
         trainable: the model's trainable parameters by name.
-        guarded: whether somebody else counts passes and refuses a step by them; see
+        guarded: whether the caller counts passes and refuses steps accordingly; see
             `PrivateModule`.
         discard: drops what an unused forward or backward has left.
         batch: number of the micro-batch.
-        rows: its examples; -1 while no layer has shown them.
-        given: rows of the model's first tensor.
-        open: whether taps are set: from the forward to the use of what its backward left.
-        called: whether the private module, not its bare model, is being called.
+        rows: its number of examples; -1 until a layer has shown it.
+        given: number of rows of the model's first tensor argument.
+        open: whether taps are active: from the forward until what its backward left is used.
+        called: whether the private module, rather than the bare model, is being called.
         inside: whether the forward is running.
         gradients: whether backward has reached a tap.
-        paused: whether a layer, or the model, is run again, untapped.
+        paused: whether a layer, or the model, is being run again without taps.
     """
 
     trainable: dict[str, nn.Parameter]
@@ -118,14 +119,14 @@ class Book:
     _depth: int = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has no taps."""
+        """Leave the taps out of a copy of the model."""
         return {"paused": True, "open": False}
 
     def enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """A forward of the model begins: open the taps, if it is one in training mode."""
+        """A forward of the model begins: open the taps if it is in training mode."""
         if self.paused or not (module.training and torch.is_grad_enabled()):
             return
-        if not (self.guarded or self.called):  # its gradients are refused by `guard_parameter`
+        if not (self.guarded or self.called):  # `guard_parameter` will refuse its gradients
             return
         if self.inside:
             self._depth += 1
@@ -145,7 +146,7 @@ class Book:
         self.open = self.inside = True
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """It has ended, or raised."""
+        """The forward has ended or raised."""
         if not self.inside:
             return
         if self._depth:
@@ -160,7 +161,7 @@ class Book:
             raise _elsewhere(name)
 
     def _reached(self, outputs: Iterable[Any]) -> Iterable[str]:
-        """Yield parameters to which a way leads from the outputs: a microsecond a node."""
+        """Yield parameters that the outputs' graph reaches; takes a microsecond per node."""
         names = {id(p): name for name, p in self.trainable.items()}
         waiting = [x.grad_fn for x in outputs if isinstance(x, torch.Tensor)]
         seen: set[Any] = set()
@@ -180,12 +181,12 @@ class Tapped:
     """A layer whose calls are tapped.
 
     Attributes:
-        name: of the layer, for messages.
+        name: the layer's name, for messages.
         module: the layer.
-        parameters: its trainable ones by name.
-        names: of its forward's arguments, a row an example in the first; None for a layer of any
-            kind, all of whose arguments and outputs are tapped.
-        keep: takes a call, its inputs and the gradients of its outputs, in backward.
+        parameters: its trainable parameters by name.
+        names: names of its forward's arguments, the first with one row per example; None for a
+            layer outside the table, all of whose arguments and outputs are tapped.
+        keep: is called in backward with a call, its inputs and the gradients of its outputs.
     """
 
     name: str
@@ -195,10 +196,10 @@ class Tapped:
     book: Book
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
     active: bool = False
-    held: Sequence[nn.Parameter] = ()  # that take no part in autograd during the call
+    held: Sequence[nn.Parameter] = ()  # parameters excluded from autograd during the call
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the layer is not tapped."""
+        """Leave the tap out of a copy of the layer."""
         return {"book": self.book}
 
     def hook(self) -> None:
@@ -207,7 +208,7 @@ class Tapped:
         self.module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """Take the parameters out of autograd for this call."""
+        """Exclude the parameters from autograd for this call."""
         book = self.book
         if not book.open or book.paused or not torch.is_grad_enabled():
             return
@@ -237,7 +238,7 @@ class Tapped:
         tensors = {n: x.detach() for n, x in given.items() if isinstance(x, torch.Tensor)}
         if self.book.rows < 0 and isinstance(output, torch.Tensor) and output.dim():
             self.book.rows = len(output)
-        if not self.book.guarded:  # a guard says more; `take` is for what it does not see
+        if not self.book.guarded:  # a guard gives a better message; `take` catches what it misses
             self._check_rows(tensors[self.names[0]] if len(self.names) == 1 else output)
             self._check_rows(output)
         call.context = tuple(tensors)
@@ -273,9 +274,9 @@ class Tapped:
     def take(
         self, call: Call, inputs: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> None:
-        """Keep what backward brings to one call."""
+        """Keep the gradients that backward brings to one call."""
         if not self.book.open or call.batch != self.book.batch:
-            if self.book.guarded:  # it counts as a forward too many
+            if self.book.guarded:  # it counts as one forward too many
                 return
             raise RootnoiseError(
                 f"backward must be that of the last forward, got an older one at layer {self.name}"
@@ -296,13 +297,13 @@ class Tapped:
 
 
 def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
-    """Refuse gradients that reach a parameter itself, outside of its layer's calls.
+    """Refuse gradients that reach a parameter directly, outside of its layer's calls.
 
-    Where passes are guarded, a forward that leads to it was refused already (`Book.leave`): what
-    is left is a term of the loss that takes the parameter alone, such as a penalty. It counts
-    nothing, and leaves nothing.
+    If passes are guarded, a forward that leads to the parameter was already refused (`Book.leave`).
+    What remains is a term of the loss that depends on parameters alone, such as a penalty: it is
+    ignored.
     """
-    known = weakref.ref(book)  # autograd holds hooks where no garbage collector sees them
+    known = weakref.ref(book)  # autograd holds hooks out of the garbage collector's sight
 
     def refuse(gradient: torch.Tensor) -> torch.Tensor | None:
         owner = known()
@@ -317,7 +318,7 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
 
 
 def is_tapped(module: nn.Module) -> bool:
-    """Return whether a layer of the module is tapped already.
+    """Return whether a layer of the module is already tapped.
 
     >>> is_tapped(nn.Linear(2, 2))
     False

@@ -21,7 +21,9 @@ def main(grid, context):
     there = len(list(grid.get_node_ids()))
     if there != args.people:
         cure = f"--federation-config 'num-supernodes={args.people}'"
-        raise RootnoiseError(f"people must be the {there} SuperNodes, got {args.people}: add {cure}")
+        raise RootnoiseError(
+            f"people must be the {there} SuperNodes, got {args.people}: add {cure}"
+        )
     every = max(1, args.rounds // 10)
 
     def evaluate(t, arrays):

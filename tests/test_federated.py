@@ -395,6 +395,11 @@ def test_a_folder_says_what_the_run_says(tmp_path):
             runs.server(tmp_path)
 
 
+def test_the_flower_app_holds_the_same_loop():
+    """Flower copies no links, and nothing from outside the app's folder."""
+    assert (EXAMPLE.parent / "flower_app" / EXAMPLE.name).read_bytes() == EXAMPLE.read_bytes()
+
+
 def test_the_example_goes_on_where_it_stopped(tmp_path, monkeypatch):
     """Eight people, six rounds; and the same again, left after each of the first three."""
     example = runpy.run_path(str(EXAMPLE))

@@ -4,10 +4,15 @@
 skipped, and what the module says then is in test_flower_missing.
 """
 
+import contextlib
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -503,6 +508,80 @@ def test_a_simulation_by_ray_trains_what_our_own_loop_trains(tmp_path):
     simulated, plain = (
         torch.load(tmp_path / script / "model.pt", weights_only=True)
         for script in ("federated", "federated_loop")
+    )
+    assert simulated["t"] == plain["t"] == 4
+    assert all(torch.equal(w, simulated["weights"][n]) for n, w in plain["weights"].items())
+
+
+@pytest.fixture
+def flwr_run(tmp_path):
+    """Return `flwr run` on the example app, against a SuperLink of the test's own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    home = tmp_path / "flwr"
+    home.mkdir()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "own"\n[superlink.own]\naddress = "{address}"\ninsecure = true\n'
+    )
+    env = os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "UV_OFFLINE": "1",  # that the app asks no index for its dependencies
+    }
+    port = address.partition(":")[2]
+    with (tmp_path / "superlink.log").open("w") as log:
+        superlink = subprocess.Popen(
+            ["flower-superlink", "--insecure", "--simulation", "--port", port],  # noqa: S607
+            env=env,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(300):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://{address}/health", timeout=1).close()
+                break
+            assert superlink.poll() is None, (tmp_path / "superlink.log").read_text()
+            time.sleep(0.2)
+
+        def run(config: str, nodes: int) -> str:
+            federation = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-num-cpus=1"
+            options = ["--stream", "--run-config", config, "--federation-config", federation]
+            done = subprocess.run(
+                ["flwr", "run", EXAMPLES / "flower_app", *options],  # noqa: S607
+                env=env,
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            return done.stdout + done.stderr
+
+        yield run
+    finally:
+        os.killpg(superlink.pid, signal.SIGTERM)
+        superlink.wait(30)
+
+
+def test_flwr_run_trains_what_our_own_loop_trains(tmp_path, flwr_run):
+    """The example app on eight people, to the last bit, its copy of the loop included."""
+    config = 'rounds=4 people=8 cohort=2 data="digits"'
+    assert "people must be the 2 SuperNodes, got 8: add" in flwr_run(config, nodes=2)
+    refused = flwr_run(f'{config} out="here"', nodes=8)
+    assert re.search(r"out must be an absolute path, .* got 'here'", refused)
+    shown = flwr_run(f'{config} out="{tmp_path / "app"}"', nodes=8)
+    assert "round 4: accuracy" in shown
+    assert "(8, 0.0001)-differential privacy for one user" in shown
+    options = ["--data", "digits", "--people", "8", "--cohort", "2", "--rounds", "4"]
+    loop = [sys.executable, EXAMPLES / "federated_loop.py", *options, "--out", tmp_path / "loop"]
+    subprocess.run(loop, check=True, capture_output=True)
+    simulated, plain = (
+        torch.load(tmp_path / name / "model.pt", weights_only=True) for name in ("app", "loop")
     )
     assert simulated["t"] == plain["t"] == 4
     assert all(torch.equal(w, simulated["weights"][n]) for n, w in plain["weights"].items())

@@ -271,7 +271,8 @@ def test_p_above_b_counted_as_p_at_most_b_is_refuted():
 def test_gradients_that_are_clipped_too_late_are_refuted(monkeypatch):
     # The canaries are three times as long as the clip norm, and here all of it enters.
     m = MECHANISMS["bsr"](1.0)
-    monkeypatch.setattr("rootnoise.training.clipping.SLACK", -0.67)
+    clipping = "rootnoise.training.clip.rules.ClipRule._most"
+    monkeypatch.setattr(clipping, property(lambda rule: 3.0 * rule.clip_norm))
     assert distinguish(Attack(m, MANY, 0), 1e-3).refuted
 
 

@@ -33,6 +33,8 @@ def sgd(**settings):
         (made(), sgd(), 1.0),
         (made(), sgd(lr=7.0), 1.0),
         (made(), sgd(maximize=True), 1.0),
+        (made(), sgd(lr=1e-300), 1.0),
+        (made(), sgd(lr=1e300), 1.0),
         (made(SGD(N, 0.9, decay=0.99)), sgd(), 0.99),
         (made(from_optimizer(sgd(weight_decay=0.01), N)), sgd(weight_decay=0.01), 1.0),
         (made(from_optimizer(torch.optim.Adam(weights()), N)), torch.optim.Adam(weights()), 1.0),

@@ -323,8 +323,9 @@ def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str
         return ""
     if mechanism.n_steps > MOST_STEPS:
         return f"{rule}, but the error is larger than with noise planned for it {cure}"
-    loss = _rmse_for(mechanism, mechanism.strategy, actual) / _best_rmse(mechanism, actual) - 1
-    if loss < SLIGHT:
+    with np.errstate(all="ignore"):  # rates beyond float64's range have no rmse
+        loss = _rmse_for(mechanism, mechanism.strategy, actual) / _best_rmse(mechanism, actual) - 1
+    if not loss >= SLIGHT:
         return ""
     return f"{rule}, but the error is {loss:.0%} larger than with noise planned for it {cure}"
 
@@ -342,8 +343,14 @@ def _of_optimizer(optimizer: Any, n: int, decay: float) -> Workload | None:
 def _alike(planned: Workload, actual: Workload) -> bool:
     """Whether the two maps are the same up to a factor, told by what they make of one sequence."""
     g = np.random.default_rng(0).standard_normal((planned.n_steps, 1))
-    a, b = (w.matrix.apply(g) / np.linalg.norm(w.matrix.apply(g)) for w in (planned, actual))
+    a, b = (_direction(w.matrix.apply(g)) for w in (planned, actual))
     return bool(min(np.linalg.norm(a - b), np.linalg.norm(a + b)) < ALIKE)
+
+
+def _direction(x: Array) -> Array:
+    """Return x at length 1, however small or large it is; zero stays."""
+    x = x / (np.abs(x).max() or 1.0)
+    return np.asarray(x / (np.linalg.norm(x) or 1.0))
 
 
 def _rmse_for(mechanism: Mechanism, strategy: Any, actual: Workload) -> float:

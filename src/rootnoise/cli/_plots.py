@@ -37,6 +37,7 @@ POINTS = 2000
 
 def save(path: Path, draw: Callable[[str], bytes]) -> None:
     """Write a picture in the format that the file's name says, PNG where it says none."""
+    extra("matplotlib.figure", "plots", "a plot")
     try:
         write_whole(path, draw(path.suffix[1:] or "png"))
     except (OSError, ValueError) as reason:  # ValueError: a format that there is not

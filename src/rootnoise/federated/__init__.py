@@ -1,4 +1,4 @@
-"""Training on people's devices: one person is a client, and what is clipped is its whole update."""
+"""Training on users' devices: each user is a client, and a client's whole update is clipped."""
 
 from __future__ import annotations
 

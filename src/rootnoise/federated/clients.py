@@ -1,10 +1,10 @@
 """Who took part when, by stable ids: a ledger that grows, and its two files.
 
-    clients.jsonl   one id a line, in the order in which they joined: a client's index is its line
-    cohorts.bin     one packed cohort of indices a round (see `batches.ledger_file`)
+    clients.jsonl   one id per line, in the order of joining: a client's index is its line number
+    cohorts.bin     one packed cohort of indices per round (see `batches.ledger_file`)
 
-Both are appended to and never rewritten. A round counts once a saved state refers to it; what the
-files hold beyond that is of a round that was killed before it released anything, and is cut off.
+Both files are only appended to. A round counts once a saved state refers to it; anything beyond
+belongs to a round that was killed before it released anything, and is cut off.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ FILES = IDS, COHORTS = "clients.jsonl", "cohorts.bin"
 
 
 class Clients:
-    """Everyone's last round and number of rounds, held to the participation.
+    """Every client's last round and number of rounds; enforces the participation.
 
-    A person is an id that never changes: a string, or an integer, but one type for all, so that 7
-    and "7" cannot be two people. Ids get dense indices as they join, which they may at any time.
-    Memory is 8 bytes a client for the rounds and what Python takes for the ids, some 100 bytes.
+    A client is identified by an id that never changes: a string or an integer, but the same type
+    for all, so that 7 and "7" cannot be two clients. Ids may join at any time and then get dense
+    indices. Memory per client is 8 bytes for the rounds and about 100 bytes for the id.
 
     Args:
-        participation: a minimal separation, or a single participation. Amplified ones are refused:
-            they need cohorts that the server draws in secret, with exact probabilities, from
-            clients who are always there; a fixed cycle needs each of them at an exact round.
+        participation: a minimal separation, or a single participation. Participations with
+            amplification are refused: the server would have to draw cohorts in secret, with exact
+            probabilities, from clients who are always available. So are fixed cycles, in which each
+            client must take part in an exact round.
 
     Attributes:
-        t: rounds admitted.
+        t: number of rounds admitted.
 
     Raises:
         RootnoiseError: another participation.
@@ -72,11 +73,11 @@ class Clients:
         return len(self._index)
 
     def join(self, ids: Iterable[ClientId]) -> Indices:
-        """Return the dense index of each id, shape (n,); those not seen before join.
+        """Return the dense index of each id, shape (n,); new ids join.
 
         Raises:
             RootnoiseError: an id that is neither a string nor an integer, or of another type than
-                those before. Nobody has joined then.
+                earlier ones. Then no id has joined.
         """
         wanted = [checked_id(i) for i in ids]
         first = next(iter(self._index), next(iter(wanted), None))
@@ -94,7 +95,7 @@ class Clients:
         return np.fromiter((self._index[i] for i in wanted), np.int64, len(wanted))
 
     def rounds(self, indices: Indices) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Return how often each of the clients took part, and its last round (-1: never)."""
+        """Return how often each of these clients took part, and its last round (-1: never)."""
         count = self._count[indices]
         return count, np.where(count > 0, self._last[indices], -1)
 
@@ -104,10 +105,10 @@ class Clients:
         return np.asarray((count == 0) | (rested & (count < self._most)), dtype=np.bool_)
 
     def admit(self, indices: ArrayLike) -> None:
-        """Record that these clients take part in round t; nothing is recorded on refusal.
+        """Record that these clients take part in round t; a refusal records nothing.
 
         Args:
-            indices: distinct, of clients who joined, in any order.
+            indices: distinct indices of clients who have joined, in any order.
 
         Raises:
             RootnoiseError: unknown or repeated indices, a client who may not take part yet, or a
@@ -137,7 +138,7 @@ class Clients:
         self._record(record, cohort)
 
     def _append(self, name: str, content: bytes) -> None:
-        """Write to a file, if there is one, unless a write before may have left half a record."""
+        """Append to a file, if there is one; refuse if an earlier write may be incomplete."""
         if self._torn:
             raise RootnoiseError("clients' files must be reopened after a failed write")
         if self._folder is not None:
@@ -152,7 +153,7 @@ class Clients:
         self.t += 1
 
     def keep(self, folder: Path) -> None:
-        """Write everything that happens from now on to new files in `folder`.
+        """Record everything from now on in new files in `folder`.
 
         Raises:
             RootnoiseError: the ledger is not empty, or the files exist or cannot be written.
@@ -170,8 +171,8 @@ class Clients:
         """Return the ledger as of a saved state, replayed from its files.
 
         Raises:
-            RootnoiseError: the files are missing, of another participation, or hold other clients
-                or cohorts than those that the state refers to.
+            RootnoiseError: the files are missing, are for another participation, or hold other
+                clients or cohorts than those that the state refers to.
         """
         clients = cls(participation)
         same("clients", clients._identity(), state)
@@ -184,7 +185,7 @@ class Clients:
         with ids.path.open("rb") as file:
             file.seek(head)
             lines = list(islice(file, size))
-        with suppress(ValueError):  # torn or foreign: the comparison below says it better
+        with suppress(ValueError):  # damaged files are reported by the comparison below
             clients.join([json.loads(line) for line in lines])
         n_bytes = 0
         for record in islice(cohorts.records(), t):
@@ -204,9 +205,9 @@ class Clients:
         return clients
 
     def state_dict(self) -> dict[str, Any]:
-        """Return a few primitives that commit to all ids and cohorts, which are on disk by now.
+        """Sync the files and return a few primitives that commit to all ids and cohorts in them.
 
-        It holds the salt: keep it as secret as the files.
+        The state holds the salt: keep it as secret as the files.
         """
         if self._folder is not None:
             for name in FILES:
@@ -215,7 +216,7 @@ class Clients:
 
     @property
     def digest(self) -> str:
-        """BLAKE2b of the ids and of the cohorts, keyed with a secret salt."""
+        """Return the BLAKE2b hash of ids and cohorts, keyed with a secret salt."""
         return self._ids_hash.hexdigest() + self._cohorts_hash.hexdigest()
 
     def _identity(self) -> dict[str, Any]:
@@ -230,7 +231,7 @@ class Clients:
         self._cohorts_hash = hashlib.blake2b(head, key=key, digest_size=32)
 
     def _grow(self) -> None:
-        """Make room for all clients, doubling so that joining one by one stays cheap."""
+        """Make room for all clients; sizes double, so that joining one by one stays cheap."""
         size = self._last.size
         if len(self) > size:
             extra = np.zeros(max(len(self), 2 * size, 1024) - size, dtype=np.int32)
@@ -256,7 +257,7 @@ def _line(client: ClientId) -> bytes:
 
 
 def _rule(participation: Participation) -> tuple[int, int]:
-    """Return the least gap between one client's rounds, and the most of them."""
+    """Return the least gap between one client's rounds, and their largest number."""
     match participation:
         case SingleParticipation():
             return 1, 1

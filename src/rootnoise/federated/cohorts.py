@@ -1,4 +1,4 @@
-"""Whom to invite: a full round of those who are there and may take part again."""
+"""Whom to invite to a round: available clients who may take part again."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def pick(
 ) -> Indices:
     """Return at most `size` of the available clients who may take part in round t, sorted.
 
-    The separation is never broken: where too few may take part, fewer come back, or none.
+    The separation is always respected: if too few may take part, fewer are returned, or none.
 
     Args:
-        clients: the ledger; it is read, and nobody is admitted.
+        clients: the ledger, which is only read: nobody is admitted.
         available: dense indices; repeated ones count once.
-        size: how many are wanted.
-        generator: breaks ties, so that indices that are alike have equal chances.
+        size: number of clients wanted.
+        generator: breaks ties, so that clients with equal claims have equal chances.
         policy: "fewest" takes those who took part least often, "longest" those whose last round is
             longest ago, "random" anyone.
 

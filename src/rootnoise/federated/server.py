@@ -1,12 +1,12 @@
 """The server of a federated run: clients' updates in, noised weights out.
 
-    update    u_i = weights after the client's own training - weights that the round began with
+    update    u_i = weights after the client's local training - weights at the start of the round
     sum       S_t = sum of u_i, each clipped as a whole to clip_norm, all with weight one
     release   mean_t = (S_t + noise_std (C^-1 Z)_t) / cohort_size
-    weights   the server's optimizer takes -mean_t for its gradient
+    weights   the server's optimizer takes -mean_t as its gradient
 
-The divisor is the planned size of a cohort, whoever answers. Only released rounds count: a round
-that is skipped uses up neither noise nor anyone's turn.
+The divisor is the planned cohort size, however many reply. Only released rounds count: a skipped
+round uses up neither noise nor any client's turn.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Optimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class Reply(StrEnum):
-    """What became of a reply. What depends on its content is not covered by the guarantee."""
+    """The outcome of a reply. Where it depends on the content, the guarantee does not cover it."""
 
     COUNTED = "counted"
     MALFORMED = "malformed: counts as zero"
@@ -51,7 +51,7 @@ class Reply(StrEnum):
 
 @dataclass(frozen=True)
 class Round:
-    """Who is asked to train on which weights; replies quote `t`."""
+    """Who is asked to train, and on which weights; replies quote `t`."""
 
     t: int
     cohort: list[ClientId]
@@ -61,36 +61,36 @@ class Round:
 class PrivateAggregator:
     """Clips, sums, noises and applies clients' updates, and keeps the run in a folder.
 
-    Made again on the same folder, it goes on after the last round that counts, bit by bit. Replies
-    may come in any order; they come from one thread.
+    Created again on the same folder, it continues bit for bit after the last round that counts.
+    Replies may come in any order, but must come from one thread.
 
-    Who takes part is decided by whether a reply arrives in time, never by what is in it: an update
-    that is malformed or not finite counts as zero, and as its client's turn. A client who was
-    invited and does not answer keeps its turn, for nothing of it enters.
+    Whether a client takes part depends on whether its reply arrives in time, never on what is in
+    it: an update that is malformed or not finite counts as zero, and uses up its client's turn. A
+    client who was invited and does not reply keeps its turn, because nothing of it enters the sum.
 
     Args:
-        folder: of the run; `store` lists its files.
+        folder: the run's folder; `rootnoise.federated.store` lists its files.
         mechanism: calibrated for MinSeparation (or a single participation) over rounds. Its
-            clip_norm is that of a whole update, its n_steps are rounds.
-        weights: where the run begins, a state_dict; the saved ones replace them when it goes on.
+            clip_norm applies to a whole update, and its n_steps are rounds.
+        weights: the initial weights, a state_dict; a resumed run uses the saved ones instead.
             Integer and boolean entries are left alone.
-        cohort_size: clients that a round is planned for, and the divisor.
-        learning_rate: of the server, for the optimizer of the mechanism's workload.
-        optimizer: another one, made from a list of parameters. It is post-processing.
-        decay: the factor on the weights before each step; that of the workload when None.
+        cohort_size: planned number of clients in a round, and the divisor.
+        learning_rate: the server's, for the optimizer of the mechanism's workload.
+        optimizer: makes another optimizer from a list of parameters. It is post-processing.
+        decay: factor on the weights before each step; that of the workload when None.
         least: a round with fewer replies is skipped.
-        over_invite: the part of cohort_size that is invited beyond it, against dropouts; replies
-            beyond cohort_size are late.
-        policy: of `pick`.
-        memory: of `NoiseStream`; what its state takes is written every round.
-        key: fresh from OS entropy when None; the one of the folder when the run goes on.
+        over_invite: fraction of cohort_size to invite in addition, against dropouts; replies beyond
+            cohort_size count as late.
+        policy: as for `pick`.
+        memory: as for `NoiseStream`; its state is written every round.
+        key: fresh from OS entropy when None; a resumed run uses the one in the folder.
 
     Attributes:
-        t: rounds released.
-        replies: how many replies of each kind there were, up to the last round that counts.
+        t: number of rounds released.
+        replies: number of replies of each kind, up to the last round that counts.
 
     Raises:
-        RootnoiseError: parts that do not fit each other or the folder.
+        RootnoiseError: parts that do not fit together, or do not fit the folder.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PrivateAggregator:
         if decay is None:
             decay = mechanism.workload.decay if isinstance(mechanism.workload, SGD) else 1.0
         self._decay = real("decay", decay, above=0, at_most=1)
-        self.clients = Clients(mechanism.participation)  # refuses what it cannot hold
+        self.clients = Clients(mechanism.participation)  # refuses what it cannot enforce
         self.t = self._attempt = 0
         self.replies = dict.fromkeys(Reply, 0)
         self._invited: dict[ClientId, int] | None = None
@@ -160,7 +160,7 @@ class PrivateAggregator:
         """A copy of the released weights.
 
         Raises:
-            RootnoiseError: a round was broken off, and these are not released.
+            RootnoiseError: a round failed midway, so the present weights are not released.
         """
         self._check_whole()
         return self._copy()
@@ -169,9 +169,9 @@ class PrivateAggregator:
         return {name: weight.detach().clone() for name, weight in self._weights.items()}
 
     def open(self, available: Iterable[ClientId]) -> Round | None:
-        """Invite a cohort from the clients who are there now; unknown ones join.
+        """Invite a cohort from the clients who are available now; new ones join.
 
-        None if fewer than `least` of them may take part: ask again later.
+        Returns None if fewer than `least` of them may take part: ask again later.
 
         Raises:
             RootnoiseError: a round is open, all rounds are used up, or bad ids.
@@ -194,19 +194,19 @@ class PrivateAggregator:
         return Round(self.t, list(self._invited), self.weights)
 
     def receive(self, t: int, client: ClientId, update: Any) -> Reply:
-        """Take one reply; nothing in it can stop or poison the round.
+        """Accept one reply; nothing in it can stop the round or contribute more than clip_norm.
 
         Args:
-            t: the round that it answers.
-            client: its id.
+            t: the round that it replies to.
+            client: the client's id.
             update: tensors or arrays by name, one for each floating weight; it is not kept.
         """
         return self._count(self._receive(t, client, update))
 
     def receive_weights(self, t: int, client: ClientId, weights: Any) -> Reply:
-        """Take one reply that holds the client's own weights after training, not their change.
+        """Accept one reply that holds the client's weights after training, not their change.
 
-        The weights that the round began with are taken off in float64, and the rest is its update.
+        The update is their difference from the weights at the start of the round, in float64.
         """
         return self._count(self._receive(t, client, weights, minus=self._weights))
 
@@ -243,13 +243,14 @@ class PrivateAggregator:
         return Reply.COUNTED
 
     def close(self) -> Weights | None:
-        """End the round: noise once, step, save, and only then release the new weights.
+        """End the round: add noise once, step, save, and only then release the new weights.
 
-        None if fewer than `least` replied: the round is skipped, releases nothing, and `t` stays.
+        Returns None if fewer than `least` replied: the round is skipped, releases nothing, and `t`
+        stays.
 
         Raises:
             RootnoiseError: no round is open, or the folder cannot be written; then nothing has
-                been released, and the run goes on from the folder.
+                been released, and the run can continue from the folder.
         """
         self._check_whole()
         if self._invited is None:
@@ -271,7 +272,7 @@ class PrivateAggregator:
         return self.weights
 
     def _step(self, answered: set[int]) -> None:
-        """Make the round of those who answered; nothing of it leaves the process."""
+        """Compute the round from those who replied; nothing of it leaves the process."""
         self.clients.admit(sorted(answered))
         noised = from_grid(self._total, self.mechanism.clip_norm) + self._stream.next().double()
         for name, mean in self._layout.split(noised / self.cohort_size).items():
@@ -310,10 +311,10 @@ class PrivateAggregator:
         self._store.close()
 
     def finish(self) -> None:
-        """End the run and delete its secrets: model.pt stays, and nobody can go on.
+        """End the run and delete its secrets: model.pt stays, and the run cannot be resumed.
 
         Raises:
-            RootnoiseError: a round is open, or was broken off.
+            RootnoiseError: a round is open, or failed midway.
         """
         self._check_whole()
         if self._invited is not None:
@@ -365,7 +366,7 @@ class PrivateAggregator:
 
 
 def workload_optimizer(mechanism: Mechanism, learning_rate: float) -> Optimizer:
-    """Return the server's SGD that the mechanism's noise is made for.
+    """Return the server's SGD that the mechanism's noise is planned for.
 
     Raises:
         RootnoiseError: the workload is not that of SGD with momentum and decay.

@@ -1,15 +1,15 @@
-"""The folder of one federated run: whole files, one process at a time, commit before release.
+"""The folder of one federated run: atomic files, one process at a time, commit before release.
 
     mechanism.json   the calibrated mechanism; claim.txt, what it guarantees to a user
-    noise.key        SECRET, until `finish`: all noise is a function of it
+    noise.key        SECRET, until `finish`: determines all noise
     state.pt         SECRET, until `finish`: the last round that counts, with recent noise
     clients.jsonl, cohorts.bin   who took part when (`clients`): never published
-    model.pt         the released weights, and the only file that is for the public
+    model.pt         the released weights, the only file that may be published
     .lock            held while a process runs in the folder
 
-A round is released when it is in model.pt or handed to the caller, and both come after state.pt
-with the round is on disk. So a round that a crash undoes has released nothing, and may be made
-again with whoever answers then.
+A round is released when it is in model.pt or returned to the caller; both happen only after
+state.pt with the round is on disk. So a round that a crash undoes has released nothing, and may be
+repeated with whoever replies then.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from rootnoise.mechanism import Mechanism
 
 DIGEST_SIZE = 32  # bytes of BLAKE2b at the end of state.pt
 STATE, MODEL, KEY = "state.pt", "model.pt", "noise.key"
-# In the order in which they are made: where state.pt is, the others are.
+# In order of creation: if state.pt exists, so do the others.
 FILES = (".lock", "mechanism.json", "claim.txt", KEY, *clients.FILES, MODEL, STATE)
 
 
 class Store:
-    """Opens the folder, makes it if it is not there, and keeps other processes out.
+    """Opens the folder, creates it if necessary, and keeps other processes out.
 
     Raises:
-        RootnoiseError: it is in use, holds other files, or is of a run that has ended.
+        RootnoiseError: it is in use, holds other files, or belongs to a run that has ended.
     """
 
     def __init__(self, path: Path) -> None:
@@ -76,7 +76,7 @@ class Store:
             self._lock = -1
 
     def create(self, mechanism: Mechanism, claim: str, key: Key) -> None:
-        """Write what does not change; what a run left that was killed in doing so is replaced."""
+        """Write the files that never change, over those of a run that was killed at this point."""
         for name in FILES[1:]:
             (self.path / name).unlink(missing_ok=True)
         mechanism.save(self.path / "mechanism.json")
@@ -97,14 +97,14 @@ class Store:
             raise RootnoiseError(f"claim.txt must be as a run wrote it, got another in {self.path}")
 
     def mechanism(self) -> Mechanism:
-        """Read the mechanism, recomputed and compared."""
+        """Read the mechanism, recompute it and compare."""
         return Mechanism.load(self.path / "mechanism.json")
 
     def key(self) -> Key:
         """Read the key.
 
         Raises:
-            RootnoiseError: it is missing or damaged: the run cannot go on.
+            RootnoiseError: it is missing or damaged, so that the run cannot continue.
         """
         try:
             return Key.load(self.path / KEY)
@@ -113,7 +113,7 @@ class Store:
             raise RootnoiseError(f"{rule}, got {self.path}: {reason.strerror}") from None
 
     def commit(self, state: Mapping[str, Any]) -> None:
-        """Replace state.pt: from now on its rounds count, and may be released."""
+        """Replace state.pt: from then on its rounds count, and may be released."""
         data = _serialised(state)
         self._write(STATE, data + _digest(data), 0o600)
 
@@ -125,7 +125,7 @@ class Store:
         """
         data = (self.path / STATE).read_bytes()
         data, digest = data[:-DIGEST_SIZE], data[-DIGEST_SIZE:]
-        if digest != _digest(data):  # torch.load itself would not see a changed weight
+        if digest != _digest(data):  # torch.load alone would not notice a changed weight
             raise RootnoiseError(f"{STATE} must be as a run wrote it, got other bytes")
         state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
         if state["t"] < self.released():
@@ -136,16 +136,16 @@ class Store:
         return state
 
     def release(self, t: int, weights: Mapping[str, torch.Tensor]) -> None:
-        """Replace model.pt by the weights after t rounds."""
+        """Replace model.pt with the weights after t rounds."""
         self._write(MODEL, _released(t, weights), 0o644)
 
     def holds(self, t: int, weights: Mapping[str, torch.Tensor]) -> bool:
-        """Whether model.pt is what `release` writes of these weights."""
+        """Whether model.pt is what `release` would write for these weights."""
         path = self.path / MODEL
         return path.exists() and path.read_bytes() == _released(t, weights)
 
     def released(self) -> int:
-        """Return the rounds in model.pt, 0 where there is none."""
+        """Return the number of rounds in model.pt, 0 if it does not exist."""
         if not (self.path / MODEL).exists():
             return 0
         try:
@@ -154,7 +154,7 @@ class Store:
             raise RootnoiseError(f"{MODEL} must be as a run wrote it, got other bytes") from None
 
     def finish(self) -> None:
-        """Delete the secrets: the run cannot go on."""
+        """Delete the secrets, so that the run cannot be resumed."""
         for name in (partial(self.path / STATE).name, KEY, STATE):
             (self.path / name).unlink(missing_ok=True)
         self.close()

@@ -1,8 +1,8 @@
-"""One client's whole update: checked, clipped in float64, and put on a grid of integers.
+"""One client's whole update: checked, clipped in float64, and truncated to an integer grid.
 
-Integers add up to the same bits in every order, so that a round does not depend on who answered
-first. They are cut towards zero, which never makes a norm larger: what one client adds to the sum
-has l2 norm at most `clip_norm`, exactly.
+Sums of integers are exact in any order, so a round does not depend on who replied first. Truncation
+towards zero never increases a norm: a client's contribution to the sum has l2 norm at most
+`clip_norm`, exactly.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Malformed(Exception):  # noqa: N818
 
 
 class Layout:
-    """Where each weight lies in the flat vector; integer and boolean buffers have no place there.
+    """The position of each weight in the flat vector, which leaves out integer and boolean buffers.
 
     Args:
-        weights: a state_dict; floating ones must be float32 or float64.
+        weights: a state_dict; floating-point weights must be float32 or float64.
 
     Raises:
-        RootnoiseError: no floating weights, half precision or complex ones.
+        RootnoiseError: no floating-point weights, or half-precision or complex ones.
     """
 
     def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
@@ -64,11 +64,11 @@ class Layout:
         """Return an update as one float64 vector, shape (size,).
 
         Raises:
-            Malformed: names, types or shapes are not those of the weights, or reading it raises.
+            Malformed: names, types or shapes differ from the weights', or reading it raises.
         """
         try:
             parts = self._parts(update)
-        except Exception:  # noqa: BLE001 - an update is a stranger's: it may raise anything
+        except Exception:  # noqa: BLE001 - an update is untrusted and may raise anything
             raise Malformed from None
         return torch.cat(parts)
 
@@ -92,9 +92,9 @@ class Layout:
 
 def _part(tensor: Any, shape: torch.Size) -> torch.Tensor:
     if isinstance(tensor, np.ndarray):
-        tensor = torch.as_tensor(np.array(tensor))  # torch warns of arrays that are read-only
+        tensor = torch.as_tensor(np.array(tensor))  # a copy: torch warns about read-only arrays
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        raise Malformed  # what a subclass says of its norm need not be so
+        raise Malformed  # a subclass may report a false norm
     if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.shape != shape:
         raise Malformed
     part: torch.Tensor = tensor.detach().to("cpu", torch.float64).reshape(-1)
@@ -104,14 +104,14 @@ def _part(tensor: Any, shape: torch.Size) -> torch.Tensor:
 def on_grid(vector: torch.Tensor, clip_norm: float) -> torch.Tensor | None:
     """Return a float64 vector clipped to `clip_norm`, in int64 units of clip_norm / POINTS.
 
-    None if it is not finite.
+    Returns None if the vector is not finite.
     """
-    largest = float(vector.abs().max())  # NaN if any is
+    largest = float(vector.abs().max())  # NaN if any entry is
     if not largest < float("inf"):
         return None
     if largest == 0:
         return torch.zeros_like(vector, dtype=torch.int64)
-    # Divided by the largest, no square overflows, and none that matters vanishes.
+    # After division by the largest, no square overflows, and none that matters underflows.
     unit = vector / largest
     norm = float(torch.linalg.vector_norm(unit))
     scale = min(largest / clip_norm, 1 / (norm * (1 + SLACK)))

@@ -1,8 +1,8 @@
-"""Private training in the loop that people already have.
+"""Private training in an existing training loop.
 
-`make_private` composes the public parts (planner, factorize, Mechanism, sampler, PrivateOptimizer),
-so that every batch is still checked by the ledger. The loader knows which records it drew and tells
-the optimizer; the loop itself never sees an index.
+`make_private` combines the public parts (planner, factorize, Mechanism, sampler, PrivateOptimizer),
+so that the ledger checks every batch as usual. The loader tells the optimizer which records it
+drew; the loop itself never sees an index.
 """
 
 from rootnoise.front_door.finished import accuracy, evaluate

@@ -16,7 +16,7 @@ Metric = Callable[..., Any]
 
 
 def accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return the part of the rows (n, classes) whose largest number is at the label.
+    """Return the fraction of rows (n, classes) whose largest entry is at the label.
 
     >>> accuracy(torch.eye(2), torch.tensor([0, 0]))
     tensor(0.5000)
@@ -29,15 +29,15 @@ def evaluate(
 ) -> float:
     """Return the mean of a metric over held-out data.
 
-    The model runs in evaluation mode without gradients, on the device where it is, and is then in
-    the mode that it was in: between two epochs of private training it disturbs nothing. On the
-    training set the number is computed from raw data, and epsilon does not cover it.
+    The model runs in evaluation mode without gradients, on its own device, and then returns to the
+    mode it was in, so it is safe to call between two epochs of private training. On the training
+    set the result is computed from raw data, and epsilon does not cover it.
 
     Args:
-        model: any, private or not.
-        data: a map-style data set, or a loader, of batches (inputs..., target).
-        metric: of the model's output and the target, a mean over the rows of a batch.
-        batch_size: rows at once, of a data set.
+        model: any model, private or not.
+        data: a map-style data set of rows (inputs..., target), or a loader of such batches.
+        metric: a function of the model's output and the target: a mean over the rows of a batch.
+        batch_size: rows per batch, for a data set.
 
     Raises:
         RootnoiseError: no rows, or batches that are not (inputs..., target).

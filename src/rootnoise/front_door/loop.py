@@ -1,4 +1,4 @@
-"""Optimizer and loader of an unchanged loop: the loader tells the optimizer whom it drew."""
+"""Optimizer and loader for an unchanged loop: the loader tells the optimizer what it drew."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ RATE_TOLERANCE = 1e-6  # schedulers round
 class LoopOptimizer(torch.optim.Optimizer):
     """A `PrivateOptimizer` that is called like any torch optimizer: `step()`, without indices.
 
-    The batch is the one that the loader gave last. Groups of parameters, defaults and state are
-    those of the optimizer inside, so that schedulers and hosts read and write the real ones.
+    The batch is the last one from the loader. Parameter groups, defaults and state are those of the
+    inner optimizer, so that schedulers and hosts read and write the real ones.
 
     Args:
-        private: the optimizer of the whole privacy guarantee.
-        rates: the learning rate of each step that the noise is planned for; one for all, or none
-            where it does not matter.
+        private: the optimizer that gives the privacy guarantee.
+        rates: the learning rate of each step that the noise is planned for; a single one for all
+            steps, or None if it does not matter.
     """
 
     def __init__(self, private: PrivateOptimizer, rates: Sequence[float] = ()) -> None:
@@ -50,7 +50,7 @@ class LoopOptimizer(torch.optim.Optimizer):
     # torch's constructor and hosts assign these two; they are the inner optimizer's.
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The groups of parameters of the optimizer inside."""
+        """The parameter groups of the inner optimizer."""
         return self.private.optimizer.param_groups
 
     @param_groups.setter
@@ -59,7 +59,7 @@ class LoopOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The state of the optimizer inside."""
+        """The state of the inner optimizer."""
         return self.private.optimizer.state
 
     @state.setter
@@ -68,12 +68,12 @@ class LoopOptimizer(torch.optim.Optimizer):
 
     @property
     def t(self) -> int:
-        """Steps made."""
+        """Steps taken."""
         return self.private.t
 
     @property
     def rows(self) -> int:
-        """Examples of the batch drawn last, which waits for its step; 0 if there is none."""
+        """Number of examples in the last batch if it still waits for its step, else 0."""
         return 0 if self._indices is None else self._indices.size
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -81,7 +81,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         self.private.zero_grad()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make the next private step with the loader's batch, after `closure` if one is given.
+        """Take the next private step with the loader's batch, after `closure` if one is given.
 
         Raises:
             RootnoiseError: no new batch was drawn, a gradient scaler, or what
@@ -105,7 +105,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return loss
 
     def _compare_rates(self) -> None:
-        """Say once that the learning rates are not those that the noise was planned for."""
+        """Warn once if the learning rates are not those that the noise was planned for."""
         if not len(self.rates):
             return
         planned = self.rates[min(self.t, len(self.rates) - 1)]
@@ -122,28 +122,29 @@ class LoopOptimizer(torch.optim.Optimizer):
                 return
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all that `make_private(..., resume=path)` needs, whole or not at all.
+        """Write everything that `make_private(..., resume=path)` needs, atomically.
 
-        The file holds the weights, the key of the noise and the seed of the batches, readable by
-        its owner alone: keep it as secret as the data. Release what depends on a step only after
-        the save that contains it, and go on from a file once: two runs that do share noise.
+        The file holds the weights, the noise key and the batches' seed, and only its owner can read
+        it: keep it as secret as the data. Release anything that depends on a step only after a save
+        that contains the step. Resume from a file only once: two runs resumed from the same file
+        share noise.
 
         Raises:
-            RootnoiseError: a step was broken off, or the file cannot be written.
+            RootnoiseError: a step failed midway, or the file cannot be written.
         """
         saved.write(Path(path), self.private)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse copies: two optimizers would give one noise to two gradients."""
+        """Refuse copies: two optimizers would add the same noise to two gradients."""
         raise RootnoiseError(
             "private optimizer must not be copied or pickled, got an attempt: use save and resume"
         )
 
     def follow(self, key: Key) -> None:
-        """Take the noise of another key, before the first step: that of a run to be resumed.
+        """Switch to the noise key of a run to be resumed, before the first step.
 
         Raises:
-            RootnoiseError: a step was made.
+            RootnoiseError: a step has been taken.
         """
         private = self.private
         if private.t:
@@ -151,12 +152,12 @@ class LoopOptimizer(torch.optim.Optimizer):
         private._stream = private._new_stream(key)
         private._releases = Releases(key.id, private.mechanism.fingerprint)
 
-    # torch's GradScaler then tells `step`, which refuses it, instead of dividing gradients that are
-    # not there yet.
+    # Makes torch's GradScaler pass its scale to `step`, which refuses it, instead of dividing
+    # gradients that do not exist yet.
     _step_supports_amp_scaling = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse parameters that come later: the mechanism does not cover them."""
+        """Refuse to add parameters: the mechanism does not cover them."""
         if self._ready:
             rule = "parameters must all be the optimizer's before make_private"
             raise RootnoiseError(f"{rule}, got {len(list(param_group['params']))} more")
@@ -165,16 +166,16 @@ class LoopOptimizer(torch.optim.Optimizer):
     def epsilon_spent(self, delta: float | None = None) -> float:
         """Return an upper bound on the privacy loss of the steps so far.
 
-        It is that of the steps made, where the strategy is Toeplitz and the sampling one of fixed
-        cycles or (cyclic) Poisson: C restricted to them is a strategy of its own. Else it is that
-        of the whole run. It is for a number of steps that was fixed beforehand: a run that stops
-        because of what it has shown costs what the whole run costs.
+        If the strategy is Toeplitz and the sampling is by fixed cycles or (cyclic) Poisson, the
+        bound is for the steps taken: C restricted to them is again such a strategy. Otherwise it is
+        that of the whole run. It holds for a number of steps that was fixed in advance: a run that
+        stops early because of its results costs as much as the whole run.
 
         Args:
-            delta: its failure probability; the mechanism's when None.
+            delta: failure probability; the mechanism's when None.
 
         Raises:
-            RootnoiseError: delta outside of (0, 1).
+            RootnoiseError: delta outside (0, 1).
         """
         made, t = self.private.mechanism, self.t
         if delta is None:
@@ -197,7 +198,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return self.private.claim()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs but the key and the weights: `PrivateOptimizer`'s."""
+        """Return what a resumed run needs except key and weights; see `PrivateOptimizer`."""
         return self.private.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -206,10 +207,10 @@ class LoopOptimizer(torch.optim.Optimizer):
 
 
 class PrivateLoader:
-    """The batches of the private run, an epoch a pass, in the form that the data set gives them.
+    """The batches of the private run, one epoch per pass, collated as the data set's own.
 
-    A pass begins where the optimizer stands, so that a resumed run goes on in the middle of an
-    epoch. Each batch must be stepped on before the next is drawn.
+    A pass begins at the optimizer's next step, so that a resumed run continues in the middle of an
+    epoch. Each batch needs its `optimizer.step()` before the next one is drawn.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class PrivateLoader:
 
     @property
     def batch_size(self) -> int:
-        """Records a batch, expected under random sampling."""
+        """Records per batch, on average under random sampling."""
         return self._optimizer.private.sampler.batch_size
 
     def __len__(self) -> int:
@@ -248,14 +249,14 @@ class PrivateLoader:
             t += 1
 
     def _nobody(self) -> Any:
-        """Return a batch of no rows, shaped like the others, for a step that drew nobody."""
+        """Return a batch without rows, shaped like the others, for a step that drew no record."""
         collate = self.loading.get("collate_fn") or torch.utils.data.default_collate
         one = collate([self.dataset[0]])
         return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) else x, one)
 
 
 def _so_far(who: Participation, t: int) -> Participation | None:
-    """Return the participation in the first t steps, where it is one of its kind."""
+    """Return the participation in the first t steps, or None if it is not of the same kind."""
     match who:
         case FixedCycle(period, _):
             return FixedCycle(period, -(-t // period))

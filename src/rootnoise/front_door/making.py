@@ -1,4 +1,4 @@
-"""`make_private`: read a loop's own parts, plan the noise for them, and put them together."""
+"""`make_private`: take a loop's own parts, plan the noise for them, and wrap them."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from rootnoise.workload import Workload, from_optimizer
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
 Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
-SCHEDULED = ("lr", "momentum", "betas")  # what schedulers change of an optimizer's own settings
+SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that schedulers change
 
-# What `mechanism="auto"` may keep of noise vectors of the model's size, unless told.
+# How many noise vectors of the model's size `mechanism="auto"` may keep by default.
 MEMORY_ROWS = 64
 
-_MADE: WeakSet[nn.Module] = WeakSet()  # models that are private already
+_MADE: WeakSet[nn.Module] = WeakSet()  # models that are already private
 _KINDS = {
     "model": "a torch module",
     "optimizer": "a torch optimizer",
@@ -64,7 +64,7 @@ _KINDS = {
 
 
 class Private(NamedTuple):
-    """What an unchanged training loop needs, in the order in which it is usually written."""
+    """The parts that an unchanged training loop needs, in the usual order."""
 
     model: nn.Module
     optimizer: LoopOptimizer
@@ -97,46 +97,47 @@ def make_private(
 ) -> Private:
     """Return model, optimizer and loader that train privately in an unchanged loop.
 
-    The model is the one given, watched by hooks: its weights keep their names. Load them as those
-    of any torch model, `fresh.load_state_dict(model.state_dict())`.
+    The returned model is the one given, with hooks: its weights keep their names. Load them like
+    those of any torch model, `fresh.load_state_dict(model.state_dict())`.
 
-    The loop must take every batch of the loader once, with one forward, one backward and one
+    The loop must use every batch of the loader once, with one forward, one backward and one
     `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
     examples, each example's term a function of that example alone.
 
     Args:
-        model: in training mode; each output row a function of its own input row alone.
-        optimizer: any torch optimizer of the model's parameters; the noise is planned for what it
-            makes of its gradients (momentum, weight decay, learning rates). Frozen parameters are
-            taken out of it.
-        data: a map-style data set, or a DataLoader of one, of which data set, batch size,
-            collate function and workers are taken: the order of its batches is not.
+        model: in training mode; each output row must depend on its own input row alone.
+        optimizer: any torch optimizer of the model's parameters; the noise is planned for how it
+            uses gradients (momentum, weight decay, learning rates). Frozen parameters are removed
+            from it.
+        data: a map-style data set, or a DataLoader, whose data set, batch size, collate function
+            and workers are used, but not the order of its batches.
         epsilon: privacy loss of the whole run, for one record.
-        noise_multiplier: in place of epsilon, for a mechanism given by name: the standard deviation
-            of Z over clip_norm times the largest column norm of C, which is 1 for independent
-            noise. So it is relative to one participation, whatever their number; `epsilon_spent`
-            tells what it costs.
-        delta: its failure probability.
+        noise_multiplier: instead of epsilon, for a mechanism given by name: the standard deviation
+            of Z divided by clip_norm and by the largest column norm of C, which is 1 for
+            independent noise. So it is relative to one participation, whatever their number;
+            `epsilon_spent` returns what it costs.
+        delta: failure probability of epsilon.
         epochs: passes over the data.
         clip_norm: largest l2 norm of one record's gradient.
-        batch_size: records a step, on average under random sampling; the DataLoader's when None.
-        mechanism: a name of `mechanisms()`, or "auto": the first row of `plan` in `memory_rows`.
-        sampling: how batches are drawn. "auto" is the planner's choice, and for a mechanism given
-            by name fixed cycles.
-        scheduler: of the learning rate: one that was made for `optimizer`, or a function that
-            makes one; the noise is planned for its rates.
+        batch_size: records per step, on average under random sampling; the DataLoader's when None.
+        mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
+            `memory_rows`.
+        sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a
+            mechanism given by name.
+        scheduler: a learning-rate scheduler of `optimizer`, or a function that makes one; the noise
+            is planned for its rates.
         scheduler_interval: whether the loop steps the scheduler after each step or each epoch.
         memory_rows: most noise vectors of the model's size to keep, for "auto".
-        options: of the mechanism, such as {"bands": 16}.
-        loss_reduction: "mean" or "sum", what the loss does over the batch.
+        options: options of the mechanism, such as {"bands": 16}.
+        loss_reduction: "mean" or "sum", how the loss reduces the batch.
         key: fixes the noise; fresh from OS entropy when None. Keep it secret.
         seed: fixes the batches; from OS entropy when None. Keep it secret.
         independence: "probed" or "assumed", see `PrivateOptimizer`.
-        resume: a file of `LoopOptimizer.save`, from which a run of the same arguments goes on.
-        workload: what the noise is planned for; that of optimizer and scheduler when None.
+        resume: a file of `LoopOptimizer.save`; the run continues, with the same arguments.
+        workload: the workload to plan the noise for; that of optimizer and scheduler when None.
 
     Raises:
-        RootnoiseError: parts that cannot be trained privately, or do not fit each other.
+        RootnoiseError: parts that cannot be trained privately, or do not fit together.
 
     >>> import torch
     >>> from torch.utils.data import DataLoader, TensorDataset
@@ -184,12 +185,12 @@ def make_private(
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
-    _MADE.add(model)  # now it has hooks, whatever is refused below
+    _MADE.add(model)  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
     with warnings.catch_warnings():
-        # Planned for it and its scheduler, or for what the caller has named.
+        # The noise is planned for this optimizer, or for the workload that the caller chose.
         warnings.simplefilter("ignore", UnplannedOptimizerWarning)
         private = PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence)
     loop = LoopOptimizer(
@@ -208,7 +209,7 @@ def _check_kind(name: str, value: Any, kind: Any) -> None:
 
 
 def _check_parts(model: Any, optimizer: Any, data: Any) -> None:
-    """Refuse what is no model or optimizer, or is private already."""
+    """Refuse parts that are not a model or an optimizer, or that are already private."""
     if isinstance(optimizer, LoopOptimizer) or isinstance(data, PrivateLoader):
         raise RootnoiseError("make_private must be called once a run, got its own result again")
     _check_kind("model", model, nn.Module)
@@ -229,7 +230,7 @@ def _load(module: nn.Module, weights: dict[str, Any]) -> None:
 
 
 def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
-    """Return the data set, the batch size, and what else a DataLoader was told."""
+    """Return the data set, the batch size, and the other settings of a DataLoader."""
     loading: dict[str, Any] = {}
     if isinstance(data, DataLoader):
         plain = (RandomSampler, SequentialSampler)
@@ -262,7 +263,7 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
 def _workload(
     optimizer: torch.optim.Optimizer, job: Job, scheduler: Scheduler | None, interval: str
 ) -> tuple[Workload, list[float]]:
-    """Return what optimizer and scheduler make of the gradients of the whole run, and the rates."""
+    """Return the workload of optimizer and scheduler over the whole run, and the learning rates."""
     if scheduler is not None and not (isinstance(scheduler, LRScheduler) or callable(scheduler)):
         rule = "scheduler must be one of torch, or a function that makes one"
         raise RootnoiseError(f"{rule}, got {type(scheduler).__name__}")
@@ -281,7 +282,7 @@ def _workload(
             runs.append(_Every(scheduler(fresh), every, fresh))
             return runs[-1]
         for group, original in zip(fresh.param_groups, optimizer.param_groups, strict=False):
-            # What schedulers have put there when they were made: max_lr, say, and the first rate.
+            # Keep what schedulers added when they were made, such as max_lr and the first rate.
             kept = {n: v for n, v in original.items() if n not in group or n in SCHEDULED}
             group.update({"initial_lr": original["lr"]} | kept)
         runs.append(_Every(copy.deepcopy(scheduler, {id(optimizer): fresh}), every, fresh))
@@ -295,7 +296,7 @@ def _workload(
 
 
 class _Every:
-    """A scheduler that makes one step of several, and notes the rate of each."""
+    """Steps a scheduler once every several steps, and records the rate of each step."""
 
     def __init__(
         self, scheduler: LRScheduler, every: int, optimizer: torch.optim.Optimizer
@@ -319,7 +320,7 @@ def _split(
     options: Mapping[str, Any],
     planned: bool,
 ) -> tuple[Factorization, Participation]:
-    """Return the factorization, planned or as told, and the participation."""
+    """Return the factorization, planned or as requested, and the participation."""
     if name == "auto":
         if not planned:
             raise RootnoiseError(
@@ -338,7 +339,7 @@ def _split(
 
 
 def _of_the_run(multiplier: float | None, split: Factorization, who: Participation) -> float | None:
-    """Return a noise multiplier of one participation as that of the whole run."""
+    """Convert a noise multiplier relative to one participation to that of the whole run."""
     if multiplier is None:
         return None
     one = sensitivity(split.strategy, SingleParticipation()).value

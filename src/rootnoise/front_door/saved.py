@@ -1,4 +1,4 @@
-"""The file of `LoopOptimizer.save`: all that a run needs to go on, in one."""
+"""The file of `LoopOptimizer.save`: everything that a run needs to continue."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VERSION = 1
 
 
 class Saved(NamedTuple):
-    """What the file holds."""
+    """The contents of the file."""
 
     key: Key
     weights: dict[str, Any]
@@ -27,7 +27,7 @@ class Saved(NamedTuple):
 
 
 def read(path: Path, made: Mechanism) -> Saved:
-    """Return what `LoopOptimizer.save` wrote, of a run of the same mechanism."""
+    """Return what `LoopOptimizer.save` wrote, for a run with the same mechanism."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as reason:
@@ -49,10 +49,10 @@ def read(path: Path, made: Mechanism) -> Saved:
 
 
 def write(path: Path, private: PrivateOptimizer) -> None:
-    """Write it whole or not at all, readable by its owner alone.
+    """Write the file atomically, readable by its owner alone.
 
     Raises:
-        RootnoiseError: a step was broken off, or the file cannot be written.
+        RootnoiseError: a step failed midway, or the file cannot be written.
     """
     content = {
         "version": VERSION,

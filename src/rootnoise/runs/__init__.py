@@ -1,1 +1,1 @@
-"""How does a training run go, and what is in its folder?"""
+"""How is a training run carried out, and what is in its folder?"""

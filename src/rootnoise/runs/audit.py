@@ -1,9 +1,9 @@
 """The audit of a run's folder: everything that it claims, recomputed from its files.
 
-Two lines of defence. Every file is as it was when the run ended: the seal, and a hash for each. And
-what the files say is true: each number once more by a second route (`auditing.recompute`), the
-ledger person by person (`auditing.replay`). The first finds any careless edit, the second a
-consistent one that makes the privacy look better.
+There are two lines of defence. First, every file must be as it was when the run ended, by the seal
+and a hash of each. Second, what the files say must be true: each number is recomputed by a second
+route (`auditing.recompute`), and the ledger is replayed person by person (`auditing.replay`). The
+first finds any careless edit, the second a consistent one that makes the privacy look better.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from rootnoise.runs.statement import Statement
 if TYPE_CHECKING:
     from rootnoise.auditing.empirical import Verdict
 
-# Sums in another order.
+# Relative difference allowed between sums in different orders.
 ROUNDING = 1e-7
-# A lower bound is recomputed up to these steps, its witness is checked: a few seconds.
+# Lower bounds are recomputed, and their witness checked, up to this many steps: a few seconds.
 MOST_STEPS = 512
-# Runs of the optimizer that the attacks take: for the noise alone, and for what they score.
+# Runs of the optimizer that the attacks need: for the noise alone, and for their scores.
 ATTACKS = 4
-# Deviations of the engine's noise that are no chance: 7 are, for 1000 steps, once in a million.
+# Largest deviation of the engine's noise, in standard deviations: over 1000 steps chance exceeds 7
+# less than once in a million.
 NOISE = 7.0
 
-# Called with how much is done, of how much, and of what.
+# Called with the amount of work done, the total, and its unit.
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that must hold.
+    """One condition that must hold.
 
     Attributes:
         name: what was checked.
@@ -62,15 +63,15 @@ class Check:
 
 
 def audit(out: Path, seal: str | None = None) -> list[Check]:
-    """Return every check of the run in `out`, those that fail among them.
+    """Return every check of the run in `out`, whether it holds or fails.
 
     Args:
         out: the folder of a finished run, its `ledger.bin` included.
-        seal: the seal as it was noted when the run ended; without it, only edits that leave
+        seal: the seal that was noted when the run ended; without it, only edits that make
             `privacy.json` or the numbers inconsistent are found.
 
     Raises:
-        RootnoiseError: there is no folder.
+        RootnoiseError: the folder does not exist.
     """
     return list(checks(out, seal))
 
@@ -78,18 +79,18 @@ def audit(out: Path, seal: str | None = None) -> list[Check]:
 def empirical(
     out: Path, canaries: int = 4000, seed: int = 0, progress: Progress | None = None
 ) -> list[Check]:
-    """Return what attacks on the run's mechanism find: see `auditing.empirical`.
+    """Return what attacks on the run's mechanism find; see `auditing.empirical`.
 
-    The real optimizer runs anew with people made up for it; nothing of the run itself is released.
+    The real optimizer runs again, on synthetic records; nothing of the run itself is released.
 
     Args:
         out: the folder of the run.
-        canaries: people made up for the attacks.
-        seed: fixes them.
+        canaries: number of synthetic records to attack.
+        seed: fixes the attacks.
         progress: called after every step of the attacks.
 
     Raises:
-        RootnoiseError: no folder of a private run, or a mechanism that cannot be attacked.
+        RootnoiseError: not the folder of a private run, or a mechanism that cannot be attacked.
     """
     from rootnoise.auditing.attack import Attack
     from rootnoise.auditing.empirical import distinguish, one_run
@@ -115,7 +116,7 @@ def _claim(verdict: Verdict) -> str:
 
 
 def checks(out: Path, seal: str | None = None) -> Iterator[Check]:
-    """Yield the checks of `audit` one by one, as they are made."""
+    """Yield the checks of `audit` one by one, as they are carried out."""
     if not Path(out).is_dir():
         raise RootnoiseError(f"run must be a folder, got {out}")
     yield from _Audit(Path(out), seal).checks()
@@ -159,7 +160,7 @@ class _Audit:
             yield Check("readable", False, "every file is whole", f"{line:.200}")
 
     def _unfinished(self) -> Check:
-        """Say that the run has not ended, and how it goes on."""
+        """Say that the run has not ended, and how to resume it."""
         try:
             found = f"unfinished, {self.folder.checkpoint()['optimizer']['t']} steps are saved"
         except (RootnoiseError, KeyError, TypeError):
@@ -167,7 +168,7 @@ class _Audit:
         return Check("finished", False, "result.json", f"{found}; go on by {self.folder.resume}")
 
     def _bound(self) -> Iterator[Check]:
-        """An unfinished run's files are bound to its checkpoint."""
+        """Check an unfinished run's files against its checkpoint."""
         problems = list(self.folder.changed())
         for problem in problems:
             yield Check(problem.split()[0], False, "as the run wrote it", problem)
@@ -175,7 +176,7 @@ class _Audit:
             yield Check("files", True, "as the run wrote them", "bound to checkpoint.pt")
 
     def _files(self, stated: Statement) -> Iterator[Check]:
-        """Every file is there, as it was, and no other."""
+        """Check that every file is present and unchanged, and that there are no others."""
         vouched: Mapping[str, str] = stated.get("files", {})
         for name in sorted({*vouched, *self.folder.evidence()}):
             path = self.folder.path / name
@@ -196,7 +197,7 @@ class _Audit:
         yield Check("secrets are gone", not left, "deleted", ", ".join(left) or "none left")
 
     def _statement(self, stated: Statement, config: RunConfig, m: Mechanism) -> Iterator[Check]:
-        """What the run says follows from its settings and its mechanism."""
+        """Check that the run's statement follows from its settings and its mechanism."""
         yield _same("claim", stated["claim"], claim(config, m))
         text = (self.folder.path / "claim.txt").read_text()
         yield _same("claim.txt", text, claim(config, m) + "\n")
@@ -208,7 +209,7 @@ class _Audit:
         chosen = {"delta": m.delta, "clip_norm": m.clip_norm, "batch_size": sampler["batch_size"]}
         yield _fields("config.json agrees", vars(config), vars(config) | chosen)
         yield _same("n_steps", sampler["n_steps"], m.n_steps)
-        if isinstance(p, CyclicPoisson):  # from the batch size, not from the number of batches
+        if isinstance(p, CyclicPoisson):  # set by the batch size, not by the number of batches
             drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]
             yield _same("sampling probability", p.probability, drawn)
         if isinstance(p, MinSepPoisson):
@@ -243,7 +244,7 @@ class _Audit:
 
 
 def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
-    """Sensitivity, epsilon, error and lower bound by a second route."""
+    """Recompute sensitivity, epsilon, error and lower bound by a second route."""
     claimed = m.sensitivity.value
     sens = recompute.sensitivity_range(m)
     yield _ranged("sensitivity", claimed, sens, ROUNDING)
@@ -262,7 +263,7 @@ def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
     if error["lower_bound"] is not None and m.n_steps <= MOST_STEPS:
         witness = certificate.lower_bound(m.workload, m.participation)
         proved = certificate.check(witness, m.workload, m.participation)
-        # Another machine may stop the ascent elsewhere: a bound that is as good is no edit.
+        # Another machine may stop the ascent at another point, so an equally good bound passes.
         close = math.isclose(error["lower_bound"], proved, rel_tol=1e-6)
         yield Check("lower bound", close, f"{error['lower_bound']:.9g}", f"{proved:.9g} (witness)")
         gap = error["rmse"] / error["lower_bound"] - 1
@@ -289,7 +290,7 @@ def _ranged(name: str, value: float, found: recompute.Range, tolerance: float) -
 
 
 def _fields(name: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
-    """Compare field by field; shown are those that differ."""
+    """Compare field by field, and show the fields that differ."""
     names = sorted({*stated, *found})
     off = [key for key in names if not _equal(stated.get(key), found.get(key))]
     said, seen = ({key: fields.get(key) for key in off} for fields in (stated, found))
@@ -297,7 +298,7 @@ def _fields(name: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> C
 
 
 def _same(name: str, stated: Any, found: Any) -> Check:
-    """Compare; numbers that were recomputed may differ in their last bits."""
+    """Compare two values; recomputed numbers may differ in their last bits."""
     return Check(name, _equal(stated, found), f"{_short(stated)}", f"{_short(found)}")
 
 

@@ -1,4 +1,4 @@
-"""The settings of a run, and what follows from them: batches, mechanism, key, claim."""
+"""The checked settings of a run, and what follows from them: batches, mechanism, key, claim."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.runs.settings import Options, Settings
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 
-# Learning rates and clip norms, and 1 / clip norm: within it weights and noise fit into float32.
+# Largest learning rate, clip norm, and 1 / clip norm: weights and noise then fit into float32.
 LARGEST = 1e6
 
-# Those that draw steps one by one need strategies whose columns do not overlap within a person.
+# Samplings that need a strategy in which no two columns of one person overlap.
 POISSON = ("poisson", "min-sep-poisson")
 SAMPLINGS = ("fixed-cycle", "balls-in-bins", *POISSON)
 
@@ -63,7 +63,7 @@ class RunConfig(Settings):
 
     @property
     def split(self) -> dict[str, Any]:
-        """The options of the mechanism, as `factorize` takes them."""
+        """The options of the mechanism, in the form that `factorize` takes."""
         return {name: v for name in OPTIONS if (v := getattr(self, name)) is not None}
 
     def _check_groups(self) -> None:
@@ -72,7 +72,7 @@ class RunConfig(Settings):
             rule = "1 but for a banded mechanism under poisson sampling"
             raise RootnoiseError(f"groups must be {rule}, got {g}")
         if self.sampling in POISSON and g == 1 and self.mechanism not in ("dpsgd", "identity"):
-            # Amplified is a strategy of at most so many bands, one group after the other.
+            # Amplification needs at most as many bands as groups.
             rule = f"fixed-cycle for mechanism {self.mechanism} without groups"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
 
@@ -108,7 +108,7 @@ class RunConfig(Settings):
 
     def _check_schedule(self) -> None:
         w = real("weight_decay", self.weight_decay, at_least=0)
-        # Of x <- x - lr m, m <- beta m + w x both roots are within the unit circle (Polyak, 1964).
+        # Then x <- x - lr m, m <- beta m + w x has both roots in the unit circle (Polyak, 1964).
         most = 2 * (1 + self.momentum) / self.lr
         if w >= most:
             rule = f"< 2 (1 + momentum) / lr = {most:g}, or the weights grow without bound"
@@ -125,7 +125,7 @@ class RunConfig(Settings):
             )
 
 
-# Options of mechanisms, each taken by some.
+# Options of mechanisms; each applies to some of them.
 OPTIONS = tuple(option.name for option in fields(Options))
 
 
@@ -139,13 +139,14 @@ def rates(config: RunConfig, n_steps: int) -> NDArray[np.float64]:
 def make_workload(config: RunConfig, n_steps: int) -> Workload:
     """Return what the run's optimizer computes, in units of lr.
 
-    With x the parameters over lr, torch's m <- beta m + g + w lr x, so that w counts times lr.
+    With x the parameters divided by lr, torch computes m <- beta m + g + w lr x, so the weight
+    decay w is multiplied by lr.
     """
     if config.schedule is None and not config.weight_decay:
         return SGD(n_steps, config.momentum, config.decay)
     w = config.lr * config.weight_decay
     made = ScheduledSGD(rates(config, n_steps), config.momentum, weight_decay=w, decay=config.decay)
-    # Where all steps are alike the neighbour is the same workload, as a Toeplitz one.
+    # With a constant rate `neighbour` is the same workload in Toeplitz form.
     return made if config.schedule is not None else made.neighbour
 
 
@@ -154,12 +155,12 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     size, batch, epochs = n_examples, config.batch_size, config.epochs
     integer("batch_size", batch, 1, size, high_name="n_examples")
     _limits.steps(epochs * -(-size // batch))
-    # Of the sampler that draws each participation at the start: person, step, and their order.
+    # min-sep-poisson draws every participation at the start: person, step, and their order.
     most = 32.0 * size * epochs if config.sampling == "min-sep-poisson" else 200.0 * epochs
     _limits.memory("all batches", most, "fewer epochs")
     if config.sampling == "fixed-cycle":
         return FixedCycleSampler(size, batch, epochs, config.seed)
-    # Who was drawn is a secret, so the seed comes from OS entropy.
+    # Amplification needs secret batches, so their seed comes from OS entropy.
     secret = config.insecure_noise_seed
     if config.sampling == "balls-in-bins":
         return BallsInBinsSampler(size, batch, epochs, secret)
@@ -169,7 +170,7 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
 
 
 def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
-    """Return the run's calibrated mechanism, None without privacy."""
+    """Return the run's calibrated mechanism, or None without privacy."""
     if config.mechanism == "none":
         return None
     name = "identity" if config.mechanism == "dpsgd" else config.mechanism
@@ -185,7 +186,7 @@ def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
 
 
 def make_key(config: RunConfig) -> Key:
-    """Return a fresh noise key, or the one of the insecure seed."""
+    """Return a fresh noise key, or the one derived from the insecure seed."""
     seed = config.insecure_noise_seed
     return Key.fresh() if seed is None else Key.from_seed(seed)
 

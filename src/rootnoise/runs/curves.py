@@ -11,12 +11,12 @@ import numpy as np
 from rootnoise._check import extra
 from rootnoise._files import write_whole
 
-# Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
+# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
 STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#777777", "^"), ("#009E73", "D"))
 
 
 def check() -> None:
-    """Refuse to draw without matplotlib; a run asks before it trains."""
+    """Refuse to draw without matplotlib; a run calls this before it trains."""
     extra("matplotlib.figure", "plots", "a picture of the curves")
 
 
@@ -26,14 +26,14 @@ def learning_curves(
     title: str,
     legend: str | None = None,
 ) -> None:
-    """Draw test accuracy in per cent after epochs 1, 2, ... into a PNG file.
+    """Draw test accuracy in per cent after epochs 1, 2, ... as a PNG file.
 
     Args:
         path: the file to write.
-        curves: by label (at most 4), one or more repetitions, each the accuracies in [0, 1] by
-            epoch. Drawn are their mean and, shaded, the range from the lowest to the highest.
-        title: stands above the picture.
-        legend: stands above the labels.
+        curves: for each label (at most 4) one or more repetitions, each a list of accuracies in
+            [0, 1] by epoch. Their mean is drawn, and the range from lowest to highest is shaded.
+        title: title of the picture.
+        legend: title of the legend.
     """
     check()
     from matplotlib.figure import Figure  # without pyplot: no global figures, no display needed

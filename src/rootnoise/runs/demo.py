@@ -1,11 +1,11 @@
-"""One small comparison: no privacy, independent noise and correlated noise, all else equal.
+"""A small comparison: no privacy, independent noise and correlated noise, all else equal.
 
-Every row trains the same model on the same batches in the same order, from the same first weights,
-at the same (epsilon, delta), each at the learning rate that was best for it on a grid of factors 2
-(means of 3 runs: identity 0.780, 0.803, 0.792, 0.636 at 0.0125 to 0.1; bsr 0.900, 0.917, 0.889 at
-0.05 to 0.2). Larger batches favour independent noise: with 400 examples it was 0.859 against 0.920.
-So does Poisson sampling, whose amplification needs batches that are random and secret: mechanism
-dpsgd, left out here, reached 0.927 in one run. The comparison is for fixed batches.
+Every row trains the same model on the same batches in the same order, from the same initial
+weights, at the same (epsilon, delta). Each uses the learning rate that was best for it on a grid of
+powers of 2 (means of 3 runs: identity 0.780, 0.803, 0.792, 0.636 at 0.0125 to 0.1; bsr 0.900,
+0.917, 0.889 at 0.05 to 0.2). Larger batches favour independent noise: with 400 examples it reached
+0.859, against 0.920. So does Poisson sampling, whose amplification needs random and secret batches:
+mechanism dpsgd, left out here, reached 0.927 in one run. The comparison is for fixed batches.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def demo(
 
     Args:
         out: the folder; files of an earlier demo are replaced.
-        seed: the first of the seeds of data order and first weights; noise is always fresh.
-        on_step: called after every step with the step, all steps, and the last accuracy.
+        seed: first seed for data order and initial weights; noise is always fresh.
+        on_step: called after every step with the step, the number of steps, and the last accuracy.
 
     Raises:
         RootnoiseError: the seed is negative, scikit-learn is missing, or `out` cannot be written.

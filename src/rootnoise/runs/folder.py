@@ -1,31 +1,31 @@
-"""The folder of one run: what it holds, written atomically, and what of it is secret.
+"""The folder of one run: which files it holds, all written atomically, and which are secret.
 
     config.json      the run's settings; --resume refuses any other
     mechanism.json   the calibrated mechanism (none for a run without privacy)
     claim.txt        the privacy claim
-    privacy.json, privacy.md   all that the run says about its privacy (`statement`)
-    metrics.jsonl    one line an evaluation, on the test set
+    privacy.json, privacy.md   the run's statement about its privacy (`runs.statement`)
+    metrics.jsonl    one line per evaluation, on the test set
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
-    noise.key        SECRET, until the run ends: all noise is a function of it, and so is the digest
-                     of the checkpoint (a run without privacy has one for that alone)
+    noise.key        SECRET, until the run ends: determines all noise, and keys the digest of the
+                     checkpoint (which is its only use in a run without privacy)
     ledger.bin       for the auditor: who took part in which step (`batches.ledger_file`); stays
     .lock            held while a process runs in the folder, until the run ends
     model.pt, curves.png, result.json   when the run has ended
 
 Whoever holds a secret can subtract noise, so both have mode 0600 and are deleted when the run ends.
-The ledger has mode 0600 too: under Poisson sampling amplification fails against whoever reads it.
-A run that was stopped keeps them, for without the key it could not continue bit by bit: resume it,
-or delete them by hand.
+The ledger has mode 0600 too: under Poisson sampling there is no amplification against whoever reads
+it. A run that was stopped keeps its secrets, because it cannot continue bit for bit without the
+key: resume it, or delete them by hand.
 
-One whole: the checkpoint holds the hash of every file that was written at the start, ends with a
-digest keyed by the run's own key, and so binds settings, mechanism, claim, statement, evaluations,
-ledger and key to each other. `reopen` refuses, by its name, a file that is not as this run wrote
-it. Whoever has the key can bind anything anew; against them stand the second routes of the audit,
-and a seal that is kept elsewhere.
+Integrity: the checkpoint holds the hash of every file that was written at the start and ends with a
+digest keyed by the run's own key. It thus binds settings, mechanism, claim, statement, evaluations,
+ledger and key to each other. `reopen` refuses a file that is not as this run wrote it, and names
+it. Whoever has the key can forge all of this; the audit's recomputation, and a seal that is kept
+elsewhere, protect against them.
 
 Commit before release: what is computed from steps past the checkpoint is not written, shown or
 returned before the next checkpoint is on disk. A step that a crash undoes has released nothing, and
-making it again, with whatever gradient, uses its noise for the first time.
+repeating it, with whatever gradient, uses its noise for the first time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from rootnoise.runs import statement
 from rootnoise.runs.statement import Statement
 
 SECRETS = ("checkpoint.pt", "noise.key")
-# Written at the start and never changed, but for what the end adds to privacy.json.
+# Written at the start and never changed, except that the end of the run adds to privacy.json.
 BOUND = ("config.json", "mechanism.json", "claim.txt", "privacy.json")
 DIGEST_SIZE = 32  # bytes of keyed BLAKE2b at the end of a checkpoint
 
@@ -114,7 +114,7 @@ class RunFolder:
             self._bound = self._hashes() | {"config.json": _hash(settings)}
             self.save_checkpoint(state)
             write_whole(self.path / "metrics.jsonl", b"")
-            # Last: where it is, all that a resumed run needs is on disk.
+            # Last: if it exists, everything that a resumed run needs is on disk.
             write_whole(self.path / "config.json", settings)
         except OSError as reason:
             raise RootnoiseError(
@@ -128,7 +128,7 @@ class RunFolder:
             RootnoiseError: no run, or a finished one.
         """
         if (self.path / "result.json").exists():
-            self.delete_secrets()  # had it been stopped just before
+            self.delete_secrets()  # in case the run was killed just before deleting them
             raise RootnoiseError(f"out must hold an unfinished run, got a finished one {self.path}")
         try:
             saved = json.loads((self.path / "config.json").read_bytes())
@@ -139,14 +139,14 @@ class RunFolder:
         return saved
 
     def reopen(self, config: Mapping[str, Any]) -> None:
-        """Check that an unfinished run of the same settings is here, each file as it wrote it.
+        """Check that an unfinished run with these settings is here, and its files are unchanged.
 
         Args:
-            config: the settings that must be those of the run; any part of them.
+            config: all or some settings, which must equal those of the run.
 
         Raises:
-            RootnoiseError: no run, a finished one, one in use, one of which a file was changed, or
-                one with other settings.
+            RootnoiseError: no run, a finished one, one in use, one with a changed file, or one with
+                other settings.
         """
         saved = self.config()
         self._acquire()
@@ -161,7 +161,7 @@ class RunFolder:
     def changed(self) -> Iterator[str]:
         """Yield a line for each file of an unfinished run that is not as the run wrote it.
 
-        The ledger is compared where it is reopened, step by step (`Ledger.keep`).
+        The ledger is compared step by step when it is reopened (`Ledger.keep`).
         """
         try:
             self._metrics(self.checkpoint().get("history", []))
@@ -193,7 +193,7 @@ class RunFolder:
             if contents["privacy.json"] == statement.as_json(stated):
                 found["privacy.json"] = _hash(statement.as_json(statement.begun(stated)))
         except RootnoiseError:
-            pass  # then it is compared as it is
+            pass  # then the file is compared as it stands
         return found
 
     def _acquire(self) -> None:
@@ -203,7 +203,7 @@ class RunFolder:
             raise RootnoiseError(f"out must not be in use by another run, got {self.path}")
 
     def mechanism(self) -> Mechanism:
-        """Read the run's mechanism, recomputed and compared.
+        """Read the run's mechanism, recompute it and compare.
 
         Raises:
             RootnoiseError: it is missing, or it was edited.
@@ -227,16 +227,16 @@ class RunFolder:
         return key
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint (mode 0600) in one move: a crash leaves the old or the new."""
+        """Replace the checkpoint (mode 0600) atomically: a crash leaves the old or the new one."""
         content = _serialised({"files": self._bound, "run": dict(state)})
         digest = _digest(content, self.key())
         write_whole(self.path / "checkpoint.pt", content + digest, 0o600)
 
     def checkpoint(self) -> dict[str, Any]:
-        """Read the checkpoint, tensors and primitives only.
+        """Read the checkpoint: tensors and primitives only.
 
         Raises:
-            RootnoiseError: it is missing, damaged, or not of this run and its key.
+            RootnoiseError: it is missing, damaged, or does not belong to this run and its key.
         """
         try:
             content = (self.path / "checkpoint.pt").read_bytes()
@@ -254,7 +254,7 @@ class RunFolder:
         return state
 
     def _unbound(self, key: Key, size: int) -> str:
-        """Say which is not the run's, checkpoint or key: privacy.json has the key's name."""
+        """Say whether checkpoint or key is not the run's: privacy.json has the key's identifier."""
         try:
             named = self.statement().get("key_id", key.id)
         except RootnoiseError:
@@ -267,17 +267,17 @@ class RunFolder:
         )
 
     def write_metrics(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write all evaluations of the checkpoint, one JSON object a line.
+        """Write all evaluations of the checkpoint, one JSON object per line.
 
         Raises:
-            RootnoiseError: the file is missing, or another evaluation is there already: an older
-                checkpoint was put in place, and its run would use the noise of released steps once
-                more.
+            RootnoiseError: the file is missing, or already holds other evaluations: an older
+                checkpoint was put in place, and continuing from it would reuse the noise of
+                released steps.
         """
         write_whole(self.path / "metrics.jsonl", self._metrics(history))
 
     def _metrics(self, history: Sequence[Mapping[str, Any]]) -> bytes:
-        """Return what metrics.jsonl must hold; a crash may leave it one evaluation behind."""
+        """Return the expected metrics.jsonl; a crash may leave the file one evaluation behind."""
         lines = [as_json(entry, indent=None) + b"\n" for entry in history]
         whole, found = b"".join(lines), _content(self.path / "metrics.jsonl")
         if found is None:
@@ -296,10 +296,7 @@ class RunFolder:
         stated: Statement,
         ledger: Ledger | None,
     ) -> None:
-        """Write the final weights, what the run says about its privacy and the result.
-
-        The secrets are deleted after that.
-        """
+        """Write the final weights, privacy statement and result, then delete the secrets."""
         write_whole(self.path / "model.pt", _serialised(weights))
         last = as_json(result)
         files = {name: (self.path / name).read_bytes() for name in self.evidence()}
@@ -308,7 +305,7 @@ class RunFolder:
         self.delete_secrets()
 
     def evidence(self) -> list[str]:
-        """Return the names of the files that `privacy.json` vouches for, in order."""
+        """Return the names of the files whose hashes `privacy.json` holds, in order."""
         names = (file.name for file in self.path.iterdir() if not file.name.startswith("."))
         return sorted(set(names) - {*SECRETS, "privacy.json", "privacy.md"})
 
@@ -318,7 +315,7 @@ class RunFolder:
         return f"rootnoise train --resume --out {shlex.quote(str(self.path))}"
 
     def statement(self) -> Statement:
-        """Read what the run says about its privacy.
+        """Read the run's privacy statement.
 
         Raises:
             RootnoiseError: it is missing, or it was edited.
@@ -330,7 +327,7 @@ class RunFolder:
         write_whole(self.path / "privacy.md", statement.as_markdown(stated))
 
     def delete_secrets(self) -> None:
-        """Remove the key and the checkpoint, which holds noise; and the lock, which has no use."""
+        """Delete the key, the checkpoint, which holds noise, and the lock, no longer needed."""
         for name in (partial(self.path / "checkpoint.pt").name, *SECRETS, ".lock"):
             (self.path / name).unlink(missing_ok=True)
 
@@ -342,7 +339,7 @@ def _serialised(state: Mapping[str, Any]) -> bytes:
 
 
 def as_json(value: Mapping[str, Any], indent: int | None = 1) -> bytes:
-    """Return a JSON object; ValueError where it would hold NaN or infinity."""
+    """Return a JSON object; raises ValueError if it would hold NaN or infinity."""
     return json.dumps(value, indent=indent, allow_nan=False).encode()
 
 

@@ -1,8 +1,8 @@
-"""Small models for the lab, all of them with per-sample gradients (no BatchNorm).
+"""Small models for runs, all of which allow per-sample gradients (no BatchNorm).
 
-A BatchNorm layer mixes the examples of a batch, so no gradient would belong to one person alone.
-Parameters come from a generator of their own: `build` is a pure function of its arguments and
-neither reads nor moves the global one, nor the default dtype.
+A BatchNorm layer mixes the examples of a batch, so that no gradient belongs to one person alone.
+Parameters are drawn from a separate generator: `build` is a pure function of its arguments, and
+neither uses nor changes the global generator or the default dtype.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def build(name: str, input_shape: Sequence[int], n_classes: int, seed: int) -> n
 
     - `logistic`: one linear layer on the flattened input.
     - `mlp`: one hidden layer of 128 tanh units.
-    - `cnn`: two tanh convolutions for (channels, height, width), from 6x6 pixels on.
+    - `cnn`: two tanh convolutions for (channels, height, width), at least 6x6 pixels.
     - `resnet18`: the residual network of He et al. (2016) with group normalisation (Wu & He 2018)
-      for BatchNorm and, under 64 pixels, a 3x3 first layer without pooling.
+      instead of BatchNorm and, below 64 pixels, a 3x3 first layer without pooling.
     - `transformer`: two encoder blocks of width 32 and four heads on the patches of an image, or on
       the single features of a (features,) input.
 
-    Weights and biases are uniform in +-1/sqrt(fan_in), PyTorch's default, drawn from `seed` alone
-    in the order of the layers, on the CPU in float32; normalisations start as the identity.
+    Weights and biases are uniform in +-1/sqrt(fan_in), PyTorch's default. They are drawn from
+    `seed` alone, in layer order, on the CPU in float32; normalisations start as the identity.
 
     Raises RootnoiseError for an unknown name, a shape the model cannot take, n_classes < 2 or a
     seed outside [0, 2^63).
@@ -83,8 +83,8 @@ def _mlp(shape: Shape, n_classes: int) -> nn.Module:
 def _cnn(shape: Shape, n_classes: int) -> nn.Module:
     """Return the tanh CNN of Papernot et al. (2021), "Tempered Sigmoid Activations".
 
-    Its 8x8 and 4x4 kernels of stride 2 shrink 28x28 to 4x4. Inputs under 16 pixels get 3x3
-    kernels, the first of stride 1, which leave 2x2 of the 8x8 digits.
+    Its 8x8 and 4x4 kernels of stride 2 reduce 28x28 to 4x4. Inputs below 16 pixels get 3x3 kernels,
+    the first of stride 1, which reduce the 8x8 digits to 2x2.
     """
     if len(shape) != 3 or min(shape[1:]) < 6:
         rule = "(channels, height, width) of at least 6x6 pixels"
@@ -103,7 +103,7 @@ def _cnn(shape: Shape, n_classes: int) -> nn.Module:
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions and a way around them, by a 1x1 convolution where shapes change."""
+    """Two 3x3 convolutions with a skip connection, a 1x1 convolution where shapes change."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -166,11 +166,11 @@ class _Encoder(nn.Module):
 
 
 class _Transformer(nn.Module):
-    """Tokens of the input, places, encoder blocks, and all tokens read out.
+    """Input tokens with position embeddings, encoder blocks, and a linear layer on all tokens.
 
-    Few tokens, read out one by one, are what a short run can train: on the digits 4 patches a side
-    reach 97 % in 10 epochs without privacy, 32 % where the mean token is read, and 8 patches a side
-    10 to 20 % either way (SGD, lr 0.05, momentum 0.9).
+    A short run can only train few tokens that are all read out: on the digits, 4 patches a side
+    reach 97 % in 10 epochs without privacy, 32 % if only the mean token is read out, and 8 patches
+    a side 10 to 20 % either way (SGD, lr 0.05, momentum 0.9).
     """
 
     def __init__(self, shape: Shape, n_classes: int, width: int = 32, heads: int = 4) -> None:
@@ -200,13 +200,13 @@ class _Transformer(nn.Module):
             x = nn.functional.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
         else:
             x = x[:, :, None]
-        # One row of places an example, for per-sample gradients.
+        # One row of positions per example, for per-sample gradients.
         places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
         tokens = self.blocks(self.embed(x) + self.places(places))
         return torch.as_tensor(self.read(tokens))
 
 
-# Channels are multiples of it, from 64 to 512.
+# Divides all numbers of channels, 64 to 512.
 GROUPS = 16
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {

@@ -1,4 +1,4 @@
-"""The pictures of a run's report, as SVG that takes its colours from the page."""
+"""The pictures of a run's report, as SVG that takes its text colour from the page."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
     from rootnoise.mechanism import Mechanism
 
-# Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008); readable on black and white.
+# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008), on black and on white.
 COLOURS = ("#0072B2", "#D55E00", "#888888", "#009E73")
-INK = "#010203"  # becomes the colour of the page's text
+INK = "#010203"  # placeholder, replaced by the colour of the page's text
 SIZE = (5.0, 3.2)  # inches: on a phone of 360 pixels, labels of 9 points are 9 pixels high
 CORNER = 48  # rows and columns of C^-1 that are drawn
 LAGS = 40
-STEPS = 256  # into the run, at most, where the autocorrelation is read
-POINTS = 400  # of a curve
-RECORDS = 8  # whose steps are drawn
+STEPS = 256  # the autocorrelation is that of this step, or of the last one of a shorter run
+POINTS = 400  # most points of a curve
+RECORDS = 8  # records whose steps are drawn
 
 
 def drawn(alt: str, draw: Callable[[Axes], None]) -> str:
-    """Return a picture as an SVG element that says in words what it shows.
+    """Return a picture as an SVG element with a text alternative.
 
     Args:
-        alt: what is to be seen, for those who cannot see it.
+        alt: describes the picture for readers who cannot see it.
         draw: draws on the axes that it is given.
     """
     extra("matplotlib.figure", "plots", "a picture")
@@ -57,7 +57,7 @@ def drawn(alt: str, draw: Callable[[Axes], None]) -> str:
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # Ids are the page's: those of two pictures must differ.
+    # Ids are global to the page, so those of two pictures must differ.
     tag = f"p{abs(hash_of(alt)):x}"
     svg = re.sub(r'\bid="', f'id="{tag}-', svg)
     svg = re.sub(r"url\(#", f"url(#{tag}-", svg)
@@ -67,12 +67,12 @@ def drawn(alt: str, draw: Callable[[Axes], None]) -> str:
 
 
 def hash_of(text: str) -> int:
-    """Return a short number that differs from text to text, the same in every process."""
+    """Return a short hash of a text, the same in every process."""
     return zlib.crc32(text.encode())
 
 
 def accuracy(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Draw test accuracy by step, of one run or several by label."""
+    """Draw test accuracy by step, for one run or for several by label."""
     ends = "; ".join(
         f"{label} ends at {100 * history[-1]['test_accuracy']:.1f} % after {history[-1]['step']} "
         "steps"
@@ -95,7 +95,7 @@ def accuracy(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def privacy(mechanism: Mechanism, stated: Sequence[Mapping[str, float]]) -> str:
-    """Draw epsilon over delta; where it is sampled, the stated points alone."""
+    """Draw epsilon over delta; for Monte Carlo accounting, only at the stated points."""
     deltas = np.geomspace(mechanism.delta / 100, min(0.1, mechanism.delta * 1e4), 13)
     points = [(cost["delta"], cost["epsilon"]) for cost in stated]
     if mechanism.privacy.monte_carlo is None:
@@ -117,7 +117,7 @@ def privacy(mechanism: Mechanism, stated: Sequence[Mapping[str, float]]) -> str:
 
 
 def errors(mechanism: Mechanism, lower_bound: float | None) -> str:
-    """Draw the expected error of every step's iterate, beside independent noise and the bound."""
+    """Draw each step's expected error, with that of independent noise and the lower bound."""
     own = error.per_step(_split(mechanism).decoder, mechanism.sensitivity.value)
     plain = factorize(mechanism.workload, mechanism.participation, "identity")
     other = error.per_step(plain.decoder, plain.sensitivity(mechanism.participation).value)
@@ -152,7 +152,7 @@ def corner(mechanism: Mechanism, m: int) -> np.ndarray[Any, np.dtype[np.float64]
 
 
 def heatmap(mechanism: Mechanism) -> str:
-    """Draw the first rows and columns of C^-1: what each step's noise takes from each draw."""
+    """Draw the first rows and columns of C^-1: the weight of each draw in each step's noise."""
     entries = corner(mechanism, CORNER)
     most = float(np.abs(entries).max())
     from matplotlib.colors import LinearSegmentedColormap
@@ -178,7 +178,7 @@ def heatmap(mechanism: Mechanism) -> str:
 
 
 def autocorrelation(mechanism: Mechanism) -> str:
-    """Draw the correlation of a step's noise with that of the steps before it."""
+    """Draw the correlation of a step's noise with the noise of the steps before it."""
     rows = corner(mechanism, STEPS)
     last, lags = rows[-1], np.arange(min(LAGS, len(rows)))
     norms = np.linalg.norm(rows, axis=1)
@@ -199,7 +199,7 @@ def autocorrelation(mechanism: Mechanism) -> str:
 
 
 def participation(mechanism: Mechanism) -> str:
-    """Draw at which steps some records may take part: the plan, not who did."""
+    """Draw the steps at which some records may take part: as planned, not as it happened."""
     who, n = mechanism.participation, mechanism.n_steps
     n_shown = min(n, 5 * who.period) if isinstance(who, FixedCycle) else min(n, 100)
     period = who.period if isinstance(who, FixedCycle) else None

@@ -1,7 +1,7 @@
-"""One self-contained page of HTML about a run, or about several: nothing is loaded from elsewhere.
+"""One self-contained page of HTML about one or several runs: it loads nothing from elsewhere.
 
-It is drawn from what the run has released and from the mechanism; never from the ledger, which
-under random sampling must not be shown, nor from the training set.
+It shows what the run has released, and the mechanism. It never uses the training set, nor the
+ledger, which must stay secret under random sampling.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.runs import pictures, statement
 from rootnoise.runs.config import RunConfig
 
-# Steps up to which `diagnose` answers within seconds.
+# Most steps for which `diagnose` takes only seconds.
 DIAGNOSED = 2048
 
 STYLE = """
@@ -69,15 +69,15 @@ TRUST = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a report is made of.
+    """The contents of a report.
 
     Attributes:
-        name: what to call the run.
+        name: the run's name.
         config: its settings.
-        stated: what it says about its privacy.
-        mechanism: None without privacy.
+        stated: its privacy statement.
+        mechanism: its mechanism, None without privacy.
         history: its evaluations.
-        result: None before its end.
+        result: its result, None until it has ended.
     """
 
     name: str
@@ -92,7 +92,7 @@ def read(folder: Path) -> Run:
     """Read the run in a folder.
 
     Raises:
-        RootnoiseError: no run, or a file that is not as it was sealed.
+        RootnoiseError: no run, or a file that has changed since it was sealed.
     """
     try:
         config = RunConfig(**json.loads((folder / "config.json").read_bytes()))
@@ -160,7 +160,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def command(config: RunConfig) -> str:
-    """Return the command that makes a run of these settings, those at their defaults left out."""
+    """Return the command for a run with these settings, leaving out those at their defaults."""
     words = ["rootnoise", "train"]
     for field in fields(config):
         value = getattr(config, field.name)

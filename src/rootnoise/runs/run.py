@@ -1,7 +1,7 @@
-"""One training run: refuse what does not fit, train, and keep its folder.
+"""One training run: check its settings, train, and keep its folder.
 
-Reported are accuracies on the test set alone. Loss and accuracy on the training set are computed
-from the raw data, and epsilon does not cover them.
+Only accuracies on the test set are reported. Loss and accuracy on the training set would be
+computed from raw data, and epsilon would not cover them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from rootnoise.training import PrivateOptimizer
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gives; None where there is no privacy.
+    """The result of a run; privacy fields are None without privacy.
 
     `accuracy` is on the test set after the last step, `private` says whether `epsilon` is claimed,
-    and `seconds` is the time of training, over all resumptions.
+    and `seconds` is the training time over all resumptions.
     """
 
     dataset: str
@@ -65,23 +65,23 @@ def run(
     checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
 ) -> Result:
-    """Train and evaluate, or continue to; all that can be refused is refused before `out` is made.
+    """Train and evaluate, or resume a run; invalid settings are refused before `out` is created.
 
     Args:
-        config: dataset, model and mechanism by name: those of `factorize`, dpsgd (independent noise
-            under Poisson sampling), or none (no clipping, no noise). With sampling "auto", dpsgd
-            samples by Poisson and everything else runs in fixed cycles. `seed` fixes the order of
-            the data and the first weights. Noise comes from OS entropy, unless
+        config: dataset, model and mechanism by name. Mechanisms are those of `factorize`, dpsgd
+            (independent noise under Poisson sampling), and none (no clipping, no noise). With
+            sampling "auto", dpsgd uses Poisson sampling and all others fixed cycles. `seed` fixes
+            the order of the data and the initial weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
         out: a new or empty folder; `runs.folder` lists its files.
-        data_dir: where the data set's files are [default: as `config` says, or the run in `out`].
-            A resumed run takes any folder that holds the same training set.
+        data_dir: folder of the data set's files [default: that of `config`, or of the run in
+            `out`]. A resumed run accepts any folder that holds the same training set.
         resume: continue the unfinished run in `out`, with the same config.
-        checkpoint_every: steps between two checkpoints; there is one after each epoch anyway.
+        checkpoint_every: steps between two checkpoints; there is always one after each epoch.
         on_step: called after every step.
 
     Raises:
-        RootnoiseError: settings that do not fit each other, the data or the folder.
+        RootnoiseError: settings that do not fit together, or do not fit the data or the folder.
     """
     if checkpoint_every is not None:
         integer("checkpoint_every", checkpoint_every, 1)
@@ -94,7 +94,7 @@ def run(
             name = Path(reason.filename).name if reason.filename else str(folder.path)
             rule, got = f"{name} must be writable", reason.strerror
         except RootnoiseError as reason:
-            # Of the ledger, which cannot be written.
+            # Only the error of a ledger that cannot be written is rephrased.
             if not isinstance(reason.__context__, OSError) and "full disk" not in str(reason):
                 raise
             rule, got = "ledger.bin must be writable", str(reason).rsplit(": ", 1)[-1]
@@ -108,10 +108,10 @@ def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
 
     Args:
         out: its folder.
-        given: settings that must be those of the run, by name.
+        given: settings by name, which must equal those of the run.
 
     Raises:
-        RootnoiseError: no unfinished run, one of which a file was changed, or other settings.
+        RootnoiseError: no unfinished run, one with a changed file, or one with other settings.
     """
     with RunFolder(out) as folder:
         folder.reopen(given)
@@ -145,7 +145,7 @@ def _to_the_end(
 def _begin(
     config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
 ) -> tuple[Trainer, Statement]:
-    """Return the new or resumed run, its checkpoint on disk, and what it states."""
+    """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement."""
     settings = asdict(config)
     known = settings.pop("data_dir")
     where = data_dir or known
@@ -182,10 +182,11 @@ def _begin(
 
 
 def _refuse_other_future(path: Path, trainer: Trainer) -> None:
-    """Refuse a ledger whose steps past the checkpoint are not the ones that will be made anew.
+    """Refuse a ledger whose steps past the checkpoint differ from those that will be repeated.
 
-    There are some where a crash came between two checkpoints. One is written at the end of each
-    epoch before a step of the next, so that a ledger that reaches further had a later one.
+    A crash between two checkpoints leaves such steps. Since a checkpoint is written at the end of
+    each epoch, before the next one begins, a ledger that reaches into a later epoch belonged to a
+    later checkpoint.
     """
     journal, sampler, t = Journal(path), trainer.sampler, trainer.t
     later = islice(journal.records(), t, None)  # `keep` has compared those before

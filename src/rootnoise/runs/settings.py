@@ -1,6 +1,6 @@
-"""Every setting of a run once: its type, its default and what `rootnoise train --help` says of it.
+"""Every setting of a run, defined once: its type, default and text in `rootnoise train --help`.
 
-Imports nothing heavy, so that help is quick. `config.RunConfig` checks the values.
+Imports nothing heavy, so that help is quick. `runs.config.RunConfig` checks the values.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
-# lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise wants less: 0.1
-# was best for bsr on the digits at epsilon 1.
+# lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise needs a smaller
+# rate: 0.1 was best for bsr on the digits at epsilon 1.
 DEFAULT_LR = 0.5
 
 
 def setting(default: Any, text: str, **how: Any) -> Any:
-    """Return a field; `how` is for `typer.Option`, but for its `flags` and the `kind` typed."""
+    """Return a field; `how` goes to `typer.Option`, except `flags` and `kind`, its input type."""
     return field(default=default, metadata={"help": text, **how})
 
 
@@ -25,7 +25,7 @@ def _own(text: str, **how: Any) -> Any:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of all mechanisms together; each takes some, and refuses the others."""
+    """The options of all mechanisms together; each mechanism takes some and refuses the others."""
 
     bands: int | str | None = _own(
         "Diagonals p of a banded strategy (auto: the best, for bsr and bisr) "

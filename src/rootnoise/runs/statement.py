@@ -1,11 +1,12 @@
-"""What a run says about its privacy: `privacy.json` for machines, `privacy.md` for people.
+"""A run's statement about its privacy: `privacy.json` for machines, `privacy.md` for people.
 
-Both are written before the first step, and once more at the end with the steps made, the digest of
+Both are written before the first step, and again at the end with the number of steps, the digest of
 the ledger and the hash of every other file. Their last line, the seal, is a hash of all the rest.
-Keep it elsewhere, and no later edit of the folder, however consistent, goes unseen.
+If it is kept elsewhere, any later edit of the folder, however consistent, is detected.
 
-No statistic of the run's own noise is among it: whoever knew as much as the length of Z could tell
-with and without a person apart by the length of what remains of the release.
+The statement has no statistic of the run's own noise. Even the norm of Z alone would let an
+adversary tell whether a person took part: subtract a guess of the sums from the release, and
+compare the norm of what remains.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ SCHEMA = 2
 PACKAGES = ("numpy", "scipy", "torch", "opacus")
 # Epsilon is stated at the run's delta, and at delta times each of these.
 FACTORS = (100.0, 0.01)
-# A lower bound takes a few seconds up to these steps; `rootnoise factorize` gives it beyond.
+# Up to this many steps a lower bound takes a few seconds; for more use `rootnoise factorize`.
 MOST_STEPS = 1024
-# How the condition that no test of the batches can show is held: `PrivateOptimizer` probes it.
+# The condition that the ledger cannot check; `PrivateOptimizer` probes it.
 INDEPENDENCE = (
     "That each example's gradient depends on no other example of its batch is probed at steps 0, "
     "1, 2, 4, 8, ... of each start, before their release; a step that mixes examples ends the run."
@@ -46,7 +47,7 @@ Statement = dict[str, Any]
 def statement(
     config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
 ) -> Statement:
-    """Return what can be said before the first step."""
+    """Return the statement of a run before its first step."""
     stated: Statement = {
         "schema": SCHEMA,
         **_facts(config, sampler, mechanism, key),
@@ -61,7 +62,7 @@ def statement(
 def _facts(
     config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
 ) -> dict[str, Any]:
-    """Return what a statement says at once about the parts that train."""
+    """Return the facts about sampler, key and mechanism that are known before training."""
     facts = {
         "claim": claim(config, mechanism),
         "private": mechanism is not None and config.insecure_noise_seed is None,
@@ -80,10 +81,10 @@ def _facts(
 def refuse_other(
     stated: Statement, config: RunConfig, sampler: Sampler, mechanism: Mechanism | None, key: Key
 ) -> None:
-    """Refuse a statement that does not speak of the parts that a resumed run trains with.
+    """Refuse a statement about other parts than those that a resumed run trains with.
 
     Raises:
-        RootnoiseError: another claim, sampler, key or mechanism, or one beyond the budget.
+        RootnoiseError: another claim, sampler, key or mechanism, or a mechanism beyond the budget.
     """
     facts = _facts(config, sampler, mechanism, key)
     for name, value in facts.items():
@@ -108,14 +109,14 @@ def refuse_other(
 
 
 def begun(stated: Statement) -> Statement:
-    """Return the statement as it was before the first step: what `completed` adds is taken away."""
+    """Return the statement as it was before the first step, without what `completed` adds."""
     added = ("files", "ledger")
     rest = {name: value for name, value in stated.items() if name not in added}
     return sealed(rest | {"steps_made": 0})
 
 
 def completed(stated: Statement, ledger: Ledger | None, files: Mapping[str, bytes]) -> Statement:
-    """Return the statement of a run that has made all its steps and left these files."""
+    """Return the statement of a run that has taken all its steps and left these files."""
     done = stated | {
         "steps_made": stated["sampler"]["n_steps"],
         "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
@@ -148,7 +149,7 @@ def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any
 
 
 def error_of(mechanism: Mechanism) -> dict[str, float | None]:
-    """Return rmse, lower bound and gap; the last two None where they take long."""
+    """Return rmse, lower bound and gap; the last two are None where they would take long."""
     if mechanism.n_steps > MOST_STEPS:
         return {"rmse": mechanism.rmse, "lower_bound": None, "gap": None}
     bound = mechanism.certificate()
@@ -160,7 +161,7 @@ def error_of(mechanism: Mechanism) -> dict[str, float | None]:
 
 
 def versions() -> dict[str, str]:
-    """Return what computed this."""
+    """Return the versions of the software that computed this."""
     own = {"rootnoise": rootnoise.__version__, "python": platform.python_version()}
     return own | {name: version(name) for name in PACKAGES}
 
@@ -173,7 +174,7 @@ def sealed(stated: Statement) -> Statement:
 
 
 def read(path: Path) -> Statement:
-    """Return the statement of a `privacy.json` as it was sealed.
+    """Return the statement in a `privacy.json`, after checking its seal.
 
     Raises:
         RootnoiseError: the file cannot be read, or its seal is broken.
@@ -231,7 +232,7 @@ def _epsilons(stated: Statement) -> list[str]:
 
 
 def _rows(mechanism: Mapping[str, Any]) -> dict[str, str]:
-    """Return the fields of `described` as words, epsilons left out."""
+    """Return the fields of `described` in words, without the epsilons."""
     rows = {}
     for name, value in mechanism.items():
         if name == "privacy":

@@ -38,8 +38,8 @@ class Trainer:
     """Model, batches and optimizer of one run, step by step.
 
     Attributes:
-        t: steps made.
-        history: one entry an evaluation, of "epoch", "step", "test_accuracy" and "seconds".
+        t: steps taken.
+        history: one entry per evaluation: "epoch", "step", "test_accuracy" and "seconds".
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Trainer:
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
             with warnings.catch_warnings():
-                # The workload is that of these settings; the schedule is set by `_step`.
+                # The noise is planned for these settings; `_step` sets the schedule.
                 warnings.simplefilter("ignore", UnplannedOptimizerWarning)
                 self.optimizer = PrivateOptimizer(
                     sgd, wrapped, mechanism, sampler, key, decay=config.decay
@@ -81,15 +81,15 @@ class Trainer:
         self._seconds = 0.0
 
     def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
-        """Refuse a run whose noise and clipping may not fit; on a GPU it will say so.
+        """Refuse a run whose noise and clipping may not fit into memory; a GPU raises by itself.
 
-        Clipping takes at most a gradient an example, in layers whose gradients are small.
+        Clipping takes at most one gradient per example, in layers whose gradients are small.
         """
         if self._device.type != "cpu":
             return
         size = sum(p.numel() for p in self.model.parameters())
         rows = mechanism.noising.state_size
-        # float32; a checkpoint holds the rows once more, in the state and in its bytes.
+        # float32; a checkpoint holds the rows twice more, in its state and in its bytes.
         most = min(config.batch_size, self._micro)
         needed = 4.0 * size * (3 * rows + most)
         what = f"{rows} rows of noise and {most} gradients of {size} parameters"
@@ -97,19 +97,19 @@ class Trainer:
 
     @property
     def t(self) -> int:
-        """Steps made."""
+        """Steps taken."""
         return self.optimizer.t
 
     @property
     def epoch_end(self) -> int:
-        """The steps made when the epoch of the next step ends."""
+        """Number of steps taken when the epoch of the next step ends."""
         per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
         return min((self.t // per_epoch + 1) * per_epoch, self.sampler.n_steps)
 
     def epoch(self, on_step: OnStep | None = None, most: int | None = None) -> None:
         """Train to the end of the epoch, evaluate on the test set, and add to `history`.
 
-        With `most`, stop after that many steps if the epoch does not end before.
+        With `most`, stop after that many steps unless the epoch ends before.
         """
         start, end = time.perf_counter(), self.epoch_end
         stop = end if most is None else min(self.t + most, end)
@@ -162,7 +162,7 @@ class Trainer:
         return float((guesses == self.data.test_labels).double().mean())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that a resumed run needs, but the key."""
+        """Return everything that a resumed run needs except the key."""
         return {
             "version": 1,
             "data": self._data,
@@ -203,14 +203,14 @@ class Trainer:
 
 
 def environment(device: torch.device) -> str:
-    """Return what the last bits of a run depend on besides its settings, in one line."""
+    """Return, in one line, what besides its settings the last bits of a run depend on."""
     cpu, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     line = f"torch {torch.__version__}, NumPy {np.__version__}, {cpu}, {threads} threads"
     return line if device.type == "cpu" else f"{line}, {torch.cuda.get_device_name(device)}"
 
 
 def _device(name: str) -> torch.device:
-    """Return a device by name, or refuse one that is not here."""
+    """Return a device by name, or refuse one that this machine does not have."""
     device = torch.device(name)
     n_gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
@@ -220,7 +220,7 @@ def _device(name: str) -> torch.device:
 
 
 class _PlainOptimizer:
-    """The twin of PrivateOptimizer without clipping and noise: same divisor, same decay."""
+    """PrivateOptimizer without clipping and noise: same divisor, same decay."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, sampler: Sampler, decay: float) -> None:
         self.optimizer, self.sampler, self.decay, self.t = optimizer, sampler, decay, 0
@@ -229,7 +229,7 @@ class _PlainOptimizer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def accumulate(self, indices: object) -> None:
-        """Leave the gradients where torch has added them up."""
+        """Do nothing: torch has already added up the gradients."""
 
     def step(self, indices: object) -> None:
         with torch.no_grad():

@@ -1,6 +1,6 @@
-"""Is the noise planned for this optimizer? What it costs, in error, if it is not.
+"""Whether the noise is planned for this optimizer, and how much larger the error is if not.
 
-Privacy does not depend on it: whatever an optimizer makes of noised gradients is post-processing.
+Privacy does not depend on it: what an optimizer does with noised gradients is post-processing.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import SGD, Workload, from_optimizer
 
-ALIKE = 1e-6  # sine of the angle between what two workloads make of one sequence
-SLIGHT = 0.01  # a smaller part of the error is not worth a word
-MOST_STEPS = 10_000  # beyond, the error is not computed: it would take longer than a second
+ALIKE = 1e-6  # sine of the angle between the outputs of two workloads for the same input
+SLIGHT = 0.01  # no warning for a smaller relative loss
+MOST_STEPS = 10_000  # for more steps the error is not computed: it would take over a second
 
 
 def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str:
-    """Return what to warn of if the noise was planned for another optimizer; nothing if it suits.
+    """Return a warning if the noise was planned for another optimizer, or an empty string.
 
-    The loss is how much smaller the rmse would be, at the same noise multiplier, with a banded
-    square root of as many bands of the optimizer's own workload; other mechanisms may gain more.
-    Independent noise suits every optimizer as well, and an optimizer that already has a scheduler
-    of its own is not judged: its rates are not known.
+    The loss compares the rmse, at the same noise multiplier, with that of a banded square root of
+    the optimizer's own workload with as many bands; other mechanisms may gain more. Independent
+    noise suits every optimizer equally. An optimizer that already has a scheduler is not judged,
+    because its rates are not known.
 
     Args:
-        mechanism: whose workload was planned.
-        optimizer: a torch optimizer of the model's parameters; it stays as it is.
-        decay: alpha by which parameters are multiplied before each step, as `PrivateOptimizer` has.
+        mechanism: its workload is what the noise was planned for.
+        optimizer: a torch optimizer of the model's parameters; it is not changed.
+        decay: factor alpha on the parameters before each step, as in `PrivateOptimizer`.
 
     >>> import torch
     >>> from rootnoise.participation import FixedCycle
@@ -65,7 +65,7 @@ def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str
 
 
 def _workload(optimizer: Any, n: int, decay: float) -> Workload | None:
-    """Return what optimizer and decay make of gradients, or None if that is not known."""
+    """Return the workload of optimizer and decay, or None if it is not known."""
     if decay == 1:
         return from_optimizer(optimizer, n)
     group: dict[str, Any] = optimizer.param_groups[0]
@@ -75,7 +75,7 @@ def _workload(optimizer: Any, n: int, decay: float) -> Workload | None:
 
 
 def _alike(planned: Workload, actual: Workload) -> bool:
-    """Whether the two maps are the same up to a factor, told by what they make of one sequence."""
+    """Whether two workloads agree up to a factor, judged by their outputs for one random input."""
     g = np.random.default_rng(0).standard_normal((planned.n_steps, 1))
     a, b = (w.matrix.apply(g) / np.linalg.norm(w.matrix.apply(g)) for w in (planned, actual))
     return bool(min(np.linalg.norm(a - b), np.linalg.norm(a + b)) < ALIKE)
@@ -87,6 +87,6 @@ def _rmse(mechanism: Mechanism, strategy: Any, actual: Workload) -> float:
 
 
 def _best(mechanism: Mechanism, actual: Workload) -> float:
-    """Return the rmse of the strategy to compare with."""
+    """Return the rmse of the strategy that a mechanism is compared with."""
     own = factorize(actual, mechanism.participation, "bsr", bands=mechanism.strategy.bands)
     return error.rmse(own.decoder, sensitivity(own.strategy, mechanism.participation).value)

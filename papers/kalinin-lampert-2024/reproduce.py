@@ -1,4 +1,4 @@
-"""Kalinin & Lampert (2024), computed again: `python reproduce.py --help`."""
+"""Reproduce the results of Kalinin & Lampert (2024): `python reproduce.py --help`."""
 
 from __future__ import annotations
 
@@ -44,10 +44,11 @@ def reproduce(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data sets' files.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compute what Kalinin & Lampert (2024) claim, and judge each claim.
+    """Recompute the results of Kalinin & Lampert (2024), and judge each of their claims.
 
-    OUT gets one CSV file a table, the figures, and README.md with all parts that are there so far.
-    Accuracy appends each finished run to runs.jsonl and skips those: run it again to go on.
+    OUT gets one CSV file per table, the figures, and README.md with all parts computed so far. The
+    accuracy part appends each finished run to runs.jsonl and skips those in it: to continue, start
+    it again.
     """
     try:
         names = chosen(part, study or [])
@@ -78,7 +79,7 @@ def chosen(part: str, studies: list[str]) -> list[str]:
     """Return the names of the parts to run.
 
     Raises:
-        RootnoiseError: an unknown part, or studies for a part that has none.
+        RootnoiseError: an unknown part, or studies for a part without studies.
     """
     if part not in ("all", *PARTS):
         raise RootnoiseError(f"part must be one of {', '.join(PARTS)}, got {part!r}")
@@ -88,7 +89,7 @@ def chosen(part: str, studies: list[str]) -> list[str]:
 
 
 def run(name: str, settings: Settings, report: Report) -> None:
-    """Run one part: its tables as CSV, its figures as PNG, and the page anew.
+    """Run one part: write its tables as CSV and its figures as PNG, and update the page.
 
     Raises:
         RootnoiseError: a folder that cannot be written.
@@ -110,7 +111,7 @@ def run(name: str, settings: Settings, report: Report) -> None:
 
 @contextmanager
 def progress() -> Iterator[Report]:
-    """Show a bar on standard error and yield its update; silent unless at a terminal."""
+    """Show a bar on standard error and yield its update; only at a terminal."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=None)

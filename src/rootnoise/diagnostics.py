@@ -1,4 +1,4 @@
-"""WHAT IS WRONG with a mechanism, in numbers, and what would help."""
+"""What could be better about a mechanism, in numbers, and how to improve it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from rootnoise.workload import SGD, MatrixWorkload, Workload, from_optimizer
 
 # Strategies of p bands whose error falls with p up to the separation b.
 BANDED = ("bsr", "bsr-gamma", "banded")
-# Mechanisms that take the workload as it is, or nothing from it.
+# Mechanisms that fit any workload, or do not depend on it.
 ANY_WORKLOAD = ("bandmf", "dense", "epoch-scaled", "identity", "workload")
-# Less than this part is no reason to change anything, nor told from rounding and PLD grids.
+# A smaller relative gain is not worth a change, and may be an effect of rounding or of PLD grids.
 SLIGHT = 0.01
 # A workload farther than this from Toeplitz is reported.
 FAR = 0.1
-# Up to here a workload is compared entry by entry, in 0.2 GB; beyond by its norms.
+# Up to this many steps workloads are compared by entries, in 0.2 GB; beyond by norms.
 ENTRIES = 2048
 # Sine of the angle between what two workloads make of one sequence, where they count as the same.
 ALIKE = 1e-6
@@ -61,41 +61,41 @@ def diagnose(
     allowed_gap: float = 0.25,
     effort: Effort | str = Effort.FAST,
 ) -> list[Finding]:
-    """Return what could be better about a mechanism; an empty list is good news.
+    """Return what could be better about a mechanism; an empty list means that nothing was found.
 
-    bands-too-few: the `gap` to the certified optimum is above `allowed_gap` and `bands` are fewer
-    than the separation. `remedy_bands` is the least p found that closes the gap, or the separation
-    where none does; `remedy_gap` is the gap with that p. Toeplitz workloads only.
+    bands-too-few: the `gap` to the certified lower bound is above `allowed_gap`, and there are
+    fewer `bands` than the separation. `remedy_bands` is the smallest p found that closes the gap,
+    or the separation if none does; `remedy_gap` is the gap with that p. Toeplitz workloads only.
 
-    sensitivity-is-a-bound: the sensitivity is not exact. `ratio` is the bound over what one person
-    certainly reaches, so the noise is too large by at most that factor.
+    sensitivity-is-a-bound: the sensitivity is not exact. `ratio` is the upper bound divided by a
+    lower bound, so the noise is too large by at most that factor.
 
-    workload-structure: a strategy made for a Toeplitz workload serves one that is not. `distance`
-    is min_c |A - c T|_F / |A|_F, where T is the neighbour that the strategy is made for; for a
-    matrix, c T is the nearest Toeplitz matrix. Beyond 2048 steps it is a lower bound.
+    workload-structure: a strategy made for a Toeplitz workload is used for one that is not.
+    `distance` is min_c |A - c T|_F / |A|_F, where T is the neighbour that the strategy is made for;
+    for a matrix, c T is the nearest Toeplitz matrix. Beyond 2048 steps it is a lower bound.
 
-    noise-swamps-gradient (needs `batch_size` and `n_parameters`): `run_ratio` is how far n equal
-    mean gradients of norm `gradient_norm` move the iterates over how far the noise does, both as
-    root mean square over the steps. Where A has no negative entries no other gradients of that norm
-    move them farther, so that below 1 noise wins. `step_ratio` is the same for one step alone; it
-    may be small in a run that works, because noise averages out.
+    noise-swamps-gradient (needs `batch_size` and `n_parameters`): `run_ratio` is the displacement
+    of the iterates by n equal mean gradients of norm `gradient_norm`, divided by that by the noise,
+    both as root mean square over the steps. If A has no negative entries, no other gradients of
+    that norm give a larger displacement, so that below 1 noise dominates. `step_ratio` is the same
+    for a single step; it may be small in a run that works, because noise averages out.
 
     amplification-would-win (needs `batch_size` and `n_examples`): `ratio` is the rmse of this
-    mechanism over that of DP-SGD with Poisson batches of that mean size, at the same epsilon,
+    mechanism divided by that of DP-SGD with Poisson batches of that mean size, at the same epsilon,
     delta, clip norm and number of steps.
 
     Args:
-        mechanism: what to look at.
+        mechanism: the mechanism to examine.
         batch_size: examples in a batch, the divisor of the mean.
         n_examples: examples in the data set.
         n_parameters: trainable parameters d.
         gradient_norm: typical l2 norm of the mean of the clipped gradients (default: its largest
             value, the clip norm).
         allowed_gap: largest gap to the optimum that is not reported.
-        effort: of the lower bound, as in `lower_bound`.
+        effort: effort for the lower bound, as in `lower_bound`.
 
     Raises:
-        RootnoiseError: a value out of range, or one whose companion is missing.
+        RootnoiseError: a value out of range, or one that needs another which is missing.
 
     >>> from rootnoise.workload import prefix_sum
     >>> cycle = FixedCycle(period=16, epochs=4)
@@ -182,7 +182,7 @@ def _sensitivity_is_a_bound(m: Mechanism) -> Finding | None:
     steps = np.arange(who.max_participations) * who.min_sep
     person = np.zeros(m.n_steps)
     person[steps] = 1.0
-    # Over all signs of the contributions |C u|^2 averages to the columns' squares: some reach it.
+    # Averaged over random signs, |C u|^2 is the sum of the squared column norms: some u reach it.
     signed = float(np.linalg.norm(m.strategy.column_norms()[steps]))
     reached = max(float(np.linalg.norm(m.strategy.apply(person))), signed)
     ratio = m.sensitivity.value / reached
@@ -199,7 +199,7 @@ def _sensitivity_is_a_bound(m: Mechanism) -> Finding | None:
 
 
 def _irregular(m: Mechanism) -> str:
-    """Say what keeps the theorems from applying."""
+    """Say why the theorems on exact sensitivity do not apply."""
     c = m.strategy.coefficients
     if c is None:
         return "the strategy is not Toeplitz and its columns overlap"
@@ -226,7 +226,7 @@ def _workload_structure(m: Mechanism) -> Finding | None:
 
 
 def _distance(m: Mechanism) -> tuple[float, bool]:
-    """Return the distance to Toeplitz in units of |A|_F, and whether it is more than a bound."""
+    """Return the relative distance to Toeplitz, and whether it is exact, not only a lower bound."""
     matrix, n = m.workload.matrix, m.n_steps
     if isinstance(m.workload, MatrixWorkload):
         a = matrix.dense()
@@ -272,7 +272,7 @@ def _amplification_would_win(m: Mechanism, probability: float) -> Finding | None
         return None
     poisson = CyclicPoisson(1, probability)
     sigma = accounting.noise_multiplier(poisson, m.n_steps, m.epsilon, m.delta, SLIGHT)
-    # Independent noise: C = Id has sensitivity 1 under Poisson sampling, and B = A.
+    # For independent noise C = Id, which has sensitivity 1 under Poisson sampling, and B = A.
     ratio = m.rmse * m.noise_multiplier / (error.rmse(m.workload.matrix, 1.0) * sigma)
     if ratio <= 1 + SLIGHT:
         return None
@@ -286,17 +286,17 @@ def _amplification_would_win(m: Mechanism, probability: float) -> Finding | None
 
 
 def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str:
-    """Return what to warn of if the noise was planned for another optimizer; nothing if it suits.
+    """Return a warning if the noise was planned for another optimizer, or an empty string.
 
-    The loss is how much smaller the rmse would be, at the same noise multiplier, with a banded
-    square root of as many bands of the optimizer's own workload; other mechanisms may gain more.
-    Independent noise suits every optimizer as well, and an optimizer that already has a scheduler
-    of its own is not judged: its rates are not known.
+    The loss compares the rmse, at the same noise multiplier, with that of a banded square root of
+    the optimizer's own workload with as many bands; other mechanisms may gain more. Independent
+    noise suits every optimizer equally. An optimizer that already has a scheduler is not judged,
+    because its rates are not known.
 
     Args:
-        mechanism: whose workload was planned.
-        optimizer: a torch optimizer of the model's parameters; it stays as it is.
-        decay: alpha by which parameters are multiplied before each step, as `PrivateOptimizer` has.
+        mechanism: its workload is what the noise was planned for.
+        optimizer: a torch optimizer of the model's parameters; it is not changed.
+        decay: factor alpha on the parameters before each step, as in `PrivateOptimizer`.
 
     >>> import torch
     >>> from rootnoise.participation import FixedCycle
@@ -331,7 +331,7 @@ def mismatch(mechanism: Mechanism, optimizer: Any, *, decay: float = 1.0) -> str
 
 
 def _of_optimizer(optimizer: Any, n: int, decay: float) -> Workload | None:
-    """Return what optimizer and decay make of gradients, or None if that is not known."""
+    """Return the workload of optimizer and decay, or None if it is not known."""
     if decay == 1:
         return from_optimizer(optimizer, n)
     group: dict[str, Any] = optimizer.param_groups[0]
@@ -341,7 +341,7 @@ def _of_optimizer(optimizer: Any, n: int, decay: float) -> Workload | None:
 
 
 def _alike(planned: Workload, actual: Workload) -> bool:
-    """Whether the two maps are the same up to a factor, told by what they make of one sequence."""
+    """Whether two workloads agree up to a factor, judged by their outputs for one random input."""
     g = np.random.default_rng(0).standard_normal((planned.n_steps, 1))
     a, b = (_direction(w.matrix.apply(g)) for w in (planned, actual))
     return bool(min(np.linalg.norm(a - b), np.linalg.norm(a + b)) < ALIKE)
@@ -359,6 +359,6 @@ def _rmse_for(mechanism: Mechanism, strategy: Any, actual: Workload) -> float:
 
 
 def _best_rmse(mechanism: Mechanism, actual: Workload) -> float:
-    """Return the rmse of the strategy to compare with."""
+    """Return the rmse of the strategy that a mechanism is compared with."""
     own = factorize(actual, mechanism.participation, "bsr", bands=mechanism.strategy.bands)
     return error.rmse(own.decoder, sensitivity(own.strategy, mechanism.participation).value)

@@ -1,8 +1,8 @@
-"""WHICH mechanism to train with: all that fit a job and a memory limit, ranked by expected error.
+"""Which mechanism to train with: all that fit a job and a memory limit, ranked by expected error.
 
-Rows of different sampling have different sensitivities and noise multipliers, so they are compared
-by what is left of both: the noise multiplier times the rmse over the batch size, the expected error
-of the iterates for one unit of clip norm.
+Sensitivities and noise multipliers differ between samplings, so mechanisms are compared by noise
+multiplier times rmse divided by the batch size: the expected error of the iterates per unit of clip
+norm.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from rootnoise.participation import (
 )
 from rootnoise.workload import Workload
 
-# Most steps for which a mechanism is tried: beyond, it would take more than about 10 s.
+# Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
 AFFORDABLE = {
     "dense": 256,
     "bandmf": 256,
@@ -35,19 +35,19 @@ AFFORDABLE = {
     "epoch-scaled": 20_000,
     "banded": 200_000,
 }
-# Most steps of a job: the candidates together take about half a minute there.
+# Most steps of a job, for which all candidates together take about half a minute.
 MOST_STEPS = 100_000
-# Part of epsilon that calibration under sampling may waste, for an answer in seconds.
+# Fraction of epsilon that calibration under sampling may waste, to answer within seconds.
 TOLERANCE = 0.01
-# Fewer bands, and so less memory, than the separation.
+# Bands to try below the separation, for less memory.
 SMALL = (2, 4, 16, 64)
-# Buffers that are enough for blt at any number of steps.
+# Enough buffers for blt at any number of steps.
 BUFFERS = 6
 
-# Mechanisms of one size.
+# Mechanisms without a size to choose.
 UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload", "dense")
 
-# What the privacy claim of a row rests on.
+# What the privacy claim of a row depends on.
 AMPLIFIED = (
     "secret random sampling needed: batches drawn anew and shown to nobody; one record added or "
     "removed"
@@ -62,15 +62,15 @@ Progress = Callable[[int, str], None]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, and what that may cost.
+    """A training job, with its privacy budget and memory limit.
 
     Args:
         n_examples: records in the data set.
-        batch_size: of a step, expected under Poisson sampling.
+        batch_size: records per step, expected ones under Poisson sampling.
         epochs: passes over the data.
         epsilon: privacy loss to spend.
         delta: its failure probability.
-        memory_rows: most noise vectors of the model's size to keep; None is no limit.
+        memory_rows: most noise vectors of the model's size to keep; None for no limit.
 
     Raises:
         RootnoiseError: a value out of range.
@@ -100,7 +100,7 @@ class Job:
 
     @property
     def period(self) -> int:
-        """Steps of an epoch; the last batch of each may be smaller."""
+        """Steps per epoch; the last batch of each may be smaller."""
         return -(-self.n_examples // self.batch_size)
 
     @property
@@ -115,16 +115,16 @@ class Row:
 
     Attributes:
         mechanism: the registered name.
-        options: what `factorize` was given besides, or found: enough to make it again.
+        options: other options of `factorize`, given or found: enough to reproduce it.
         participation: who may take part when.
         bands: diagonals p of the strategy.
         noise_multiplier: sigma; it spends at most epsilon.
-        sensitivity: of the strategy, an upper bound where the note says so.
+        sensitivity: sensitivity of the strategy, an upper bound if the note says so.
         rmse_per_example: sigma * rmse / batch_size, the expected error of the iterates per unit of
             clip norm; rows are ranked by it.
-        gap: how far rmse is, at most, above the best factorization for the same sampling.
-        memory_rows: noise vectors of the model's size that a step must remember.
-        note: what the privacy claim rests on.
+        gap: upper bound on how far rmse is above the best factorization for the same sampling.
+        memory_rows: noise vectors of the model's size that must be kept between steps.
+        note: what the privacy claim depends on.
     """
 
     mechanism: str
@@ -140,7 +140,7 @@ class Row:
 
     @property
     def sampling(self) -> str:
-        """How batches are made: "fixed-cycle", "poisson", "cyclic-poisson" or "balls-in-bins"."""
+        """How batches are drawn: "fixed-cycle", "poisson", "cyclic-poisson" or "balls-in-bins"."""
         match self.participation:
             case CyclicPoisson(groups=1):
                 return "poisson"
@@ -152,9 +152,9 @@ class Plan:
     """All rows, the best first.
 
     Attributes:
-        rows: within the memory limit, by rmse_per_example.
-        left_out: what was not tried or does not fit, and why, by mechanism.
-        findings: of `diagnose`, on the best row that does not need secret batches.
+        rows: those within the memory limit, sorted by rmse_per_example.
+        left_out: mechanisms that were not tried or do not fit, and why.
+        findings: those of `diagnose` for the best row that does not need secret batches.
     """
 
     rows: tuple[Row, ...]
@@ -168,16 +168,16 @@ def plan(
     """Return every mechanism that fits the job and its memory, ranked by expected error.
 
     All are tried in fixed cycles, where every record is in one batch of each epoch. Independent
-    noise is tried with Poisson sampling too, and strategies of p bands with cyclic Poisson sampling
-    of p groups: amplification by sampling beats correlation where epsilon is small or batches are a
-    small part of the data, but it needs batches that are random and secret.
+    noise is also tried with Poisson sampling, and strategies of p bands with cyclic Poisson
+    sampling of p groups: amplification by sampling beats correlation if epsilon is small or batches
+    are a small part of the data, but it needs random and secret batches.
 
     Args:
         workload: what the optimizer computes, of `job.n_steps` steps.
         job: data, batches, privacy and memory.
         progress: called before each candidate.
-        bins: try balls-in-bins sampling too, for the best mechanism of a fixed cycle and for the
-            best with one row of memory: their Monte Carlo accounting takes up to half a minute.
+        bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
+            one with one row of memory: Monte Carlo accounting takes up to half a minute.
 
     Raises:
         RootnoiseError: a workload of another number of steps.
@@ -227,7 +227,7 @@ def samplings(job: Job) -> list[Participation]:
     """Return the fixed cycle, Poisson sampling, and cyclic Poisson sampling of 2, 4, ... groups.
 
     A group of g has n_examples / g records, each drawn with probability g batch_size / n_examples
-    when its turn comes. Certain draws amplify nothing.
+    in the group's steps. Draws with probability 1 give no amplification, and are left out.
     """
     found: list[Participation] = [FixedCycle(job.period, job.epochs)]
     groups = 1
@@ -239,20 +239,20 @@ def samplings(job: Job) -> list[Participation]:
 
 
 def candidates(job: Job, participation: Participation) -> list[Candidate]:
-    """Return what is tried under one participation, in the sizes that the memory allows."""
+    """Return the candidates for one participation, in the sizes that fit the memory."""
     b = default_bands(job.n_steps, participation)
     if isinstance(participation, CyclicPoisson):
         if b == 1:
             return [("identity", {})]
         return [(name, {"bands": b}) for name in ("bsr", "banded", "bandmf")] + [("dense", {})]
     memory = job.n_steps if job.memory_rows is None else job.memory_rows
-    room = max(2, min(b, memory + 1))  # of one band is independent noise
+    room = max(2, min(b, memory + 1))  # one band would be independent noise
     sizes = sorted({p for p in (*SMALL, room) if 1 < p <= room})
     found: list[Candidate] = [(name, {}) for name in UNSIZED]
     found += [(name, {"bands": p}) for name in ("bsr", "banded", "bisr") for p in sizes]
     if room >= b:  # the best p may be beyond the separation
         found += [("bsr", {"bands": "auto"}), ("bisr", {"bands": "auto"})]
-    found += [("banded-inverse", {"bands": p}) for p in sizes[:3]]  # more of them gain little
+    found += [("banded-inverse", {"bands": p}) for p in sizes[:3]]  # larger sizes gain little
     found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
     found += [(name, {"bands": room}) for name in ("bsr-gamma", "bandmf")]
     scaled = ("column-normalised", "epoch-scaled")
@@ -262,7 +262,7 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
 def _split(
     workload: Workload, job: Job, who: Participation, name: str, options: Mapping[str, Any]
 ) -> Factorization:
-    """Make one candidate, or refuse it: it takes too long, does not fit, or needs more memory."""
+    """Factorize one candidate, or refuse it: too slow, not applicable, or too much memory."""
     if job.n_steps > AFFORDABLE.get(name, job.n_steps):
         raise RootnoiseError(f"n_steps must be at most {AFFORDABLE[name]} for an answer in seconds")
     split = factorize(workload, who, name, **options)
@@ -300,7 +300,7 @@ def _ranked(rows: Iterable[Row]) -> tuple[Row, ...]:
 
 
 def _best_in_cycles(ranked: Iterable[Row]) -> list[Row]:
-    """Return the best row of a fixed cycle, and the best of little memory if it is another."""
+    """Return the best row in fixed cycles, and the best with little memory if it is another one."""
     cycles = [row for row in ranked if row.sampling == "fixed-cycle"]
     light = next(row for row in cycles if row.memory_rows <= 1)  # at least independent noise
     return [cycles[0]] if light is cycles[0] else [cycles[0], light]

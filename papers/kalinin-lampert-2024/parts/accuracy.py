@@ -1,4 +1,4 @@
-"""Accuracy of private training: the studies, and what their runs say beyond one deviation."""
+"""Accuracy of private training: the studies, and differences beyond one standard deviation."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ INTRO = (
 CAPTIONS = {"accuracy.png": "Mean and one standard deviation."}
 
 METHODS = (BSR, AOF, PLAIN, AMPLIFIED, OUTPUT)
-# Where no method gets above this accuracy nothing was learned, and no method is better.
+# If no method gets above this accuracy, nothing was learned and no method counts as better.
 LEARNED = 0.2
 LARGER = ("cnn", "resnet18", "transformer")
 
 
 def check(settings: Settings) -> None:
-    """Load each data set of the studies once, so that a missing one is refused before any work."""
+    """Load each data set of the studies once, to refuse missing ones before any work."""
     from parts.grid import find_data
 
     for name in {study.dataset: None for study in settings.studies}:
@@ -40,7 +40,7 @@ def check(settings: Settings) -> None:
 
 
 def compute(settings: Settings, report: Report) -> Tables:
-    """Run what is missing in runs.jsonl; return "accuracy", the reported cells of all of it."""
+    """Carry out the runs missing in runs.jsonl; return "accuracy", all reported cells."""
     from parts.grid import Grid, read
 
     path = settings.out / "runs.jsonl"
@@ -51,7 +51,7 @@ def compute(settings: Settings, report: Report) -> Tables:
 
 
 def summarise(runs: Iterable[Mapping[str, Any]]) -> list[Row]:
-    """Return mean and sample standard deviation of each cell over the seeds that are reported."""
+    """Return mean and sample standard deviation of each cell over the reported seeds."""
     from parts.grid import TUNING_SEED
 
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
@@ -79,14 +79,14 @@ def summarise(runs: Iterable[Mapping[str, Any]]) -> list[Row]:
 
 
 def settings_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return the settings that differ in more than the method, in order."""
+    """Return the distinct settings, ignoring the method, in order."""
     names = ("study", "dataset", "model", "epochs", "batch_size", "n_steps", "epsilon")
     found = {tuple(row[name] for name in names): None for row in rows}
     return [dict(zip(names, values, strict=True)) for values in found]
 
 
 def compare(rows: Sequence[Row], left: str, right: str) -> list[tuple[float, float]]:
-    """Return, for each setting with both, the gain of left over right and one deviation of it."""
+    """Return, for each setting with both, the gain of left over right and its deviation."""
     gains = []
     for setting in settings_of(rows):
         pair = [where(rows, method=method, **setting) for method in (left, right)]
@@ -139,7 +139,7 @@ def _claim(text: str, rows: Sequence[Row], left: str, right: str) -> Claim | Non
         f"{len(gains)} settings ({by_budget}), worse in {below}, within it in "
         f"{len(gains) - above - below}; on average by {mean:+.1f} points of accuracy."
     )
-    if right == AOF:  # on par is what is not worse, in two settings of three
+    if right == AOF:  # on par: not worse in two settings of three
         holds, partly = below <= len(gains) // 3, False
     else:
         holds, partly = above == len(gains), above > below
@@ -147,12 +147,12 @@ def _claim(text: str, rows: Sequence[Row], left: str, right: str) -> Claim | Non
 
 
 def _beyond(gains: Sequence[tuple[float, float]]) -> tuple[int, int]:
-    """Return how many gains are above one deviation, and how many below minus one."""
+    """Return how many gains are above one deviation, and how many below minus one deviation."""
     return sum(gain > dev for gain, dev in gains), sum(gain < -dev for gain, dev in gains)
 
 
 def views(tables: Tables) -> dict[str, list[Row]]:
-    """Return one table a study: mean, deviation and learning rate of each method."""
+    """Return one table per study: mean, deviation and learning rate of each method."""
     shown: dict[str, list[Row]] = {}
     for setting in settings_of(tables["accuracy"]):
         rows = where(tables["accuracy"], **setting)
@@ -178,7 +178,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
         own = where(rows, study=study)
         if len({row["n_steps"] for row in own}) > 1:
             panels += [(study, "n_steps", eps) for eps in sorted({r["epsilon"] for r in own})]
-        elif len({row["epsilon"] for row in own}) > 1:  # one point is no curve: see the table
+        elif len({row["epsilon"] for row in own}) > 1:  # a single point is left to the table
             panels.append((study, "epsilon", None))
     if not panels:
         panels = [(study, "epsilon", None) for study in {row["study"]: None for row in rows}]

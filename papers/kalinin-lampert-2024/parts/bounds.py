@@ -1,4 +1,4 @@
-"""The theorems' bounds around the measured errors, and the gap that closes as n grows."""
+"""The theorems' bounds with the measured errors between them, and the gap as n grows."""
 
 from __future__ import annotations
 

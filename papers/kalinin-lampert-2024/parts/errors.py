@@ -1,4 +1,4 @@
-"""Expected approximation error over steps and bands, beside the bound on all factorizations."""
+"""Expected approximation error over steps and bands, with the bound on all factorizations."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ AOF, OURS = "AOF (dense)", ("bsr-gamma", "epoch-scaled bsr-gamma")
 def methods(kind: str, n: int, dense: int) -> dict[str, tuple[str, dict[str, object]]]:
     """Return the mechanism and the options of each method that reaches n steps, by label.
 
-    The dense optimum goes to `dense` steps.
+    The dense optimum is computed up to `dense` steps.
     """
     chosen: dict[str, tuple[str, dict[str, object]]] = {
         "A·Id (DP-SGD)": ("identity", {}),
@@ -160,7 +160,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 
 
 def pivot(rows: list[Row]) -> list[Row]:
-    """Return one row an n: the bound, and each method's error with its gap in per cent."""
+    """Return one row per n: the bound, and each method's error with its gap in per cent."""
     labels = list(dict.fromkeys(row["method"] for row in rows))
     table: list[Row] = []
     for n in sorted({row["n"] for row in rows}):

@@ -1,4 +1,4 @@
-"""The one look of all pictures: panels with shared labels, a legend above, colours told apart."""
+"""The common style of all figures: panels with shared labels, a legend above, distinct colours."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
 Points = NDArray[np.float64]
-# Told apart by the colour-blind (Okabe & Ito 2008), and by their markers in grey.
+# Distinguishable for the colour-blind (Okabe & Ito 2008), and in grey by their markers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
-# The same method looks the same in every picture.
+# The same method looks the same in every figure.
 STYLES = {
     "BSR": 0, "BSR (p = b)": 0, "BSR (best p)": 0,
     "A·Id": 1, "A·Id (DP-SGD)": 1, "BISR": 1,
@@ -30,7 +30,7 @@ STYLES = {
 
 
 class Panels:
-    """A figure of `rows` x `columns` axes; `done` adds one legend for all."""
+    """A figure of `rows` x `columns` axes; `done` adds a common legend."""
 
     def __init__(self, rows: int, columns: int, x: str, y: str) -> None:
         size = (max(6.4, 3.3 * columns), 3.1 * rows + 0.9)
@@ -49,7 +49,7 @@ class Panels:
         for panel in self.panels:
             handles, labels = panel.get_legend_handles_labels()
             found |= dict(zip(labels, handles, strict=True))
-        # A character takes about a twelfth of an inch, a handle five of them.
+        # A character takes about a twelfth of an inch, a handle as much as five.
         columns = int(12 * self.figure.get_figwidth() / (max(map(len, found)) + 5))
         self.figure.legend(
             found.values(),
@@ -72,7 +72,7 @@ def style(label: str, index: int = 0) -> dict[str, Any]:
 
 
 def line(axes: Axes, x: Points, y: Points, label: str, index: int = 0) -> None:
-    """Draw one line, nothing where there are no points."""
+    """Draw one line, or nothing if there are no points."""
     if len(x):
         axes.plot(x, y, markersize=4, linewidth=1.4, **style(label, index))
 

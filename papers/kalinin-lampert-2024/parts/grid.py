@@ -1,10 +1,10 @@
 """Private training in a grid of methods and budgets, each at its own best learning rate.
 
-The protocol, the same for every method: the learning rate is a power of two. On seeds from
-`TUNING_SEED` on, which no table reports, it is doubled or halved from that of the method's last
-cell for as long as the mean accuracy on the test set grows; then the seeds 0, 1, ... train at that
-rate. Noise comes from the seed too, so that a table can be made again; so none of these models may
-be released.
+The protocol is the same for every method. Learning rates are powers of two. Starting from that of
+the method's previous cell, the rate is doubled or halved as long as the mean accuracy on the test
+set grows, on seeds from `TUNING_SEED` on, which no table reports. Then the seeds 0, 1, ... are
+trained at the best rate. Noise comes from the seed too, so that tables can be reproduced; hence
+none of these models may be released.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from rootnoise.runs.data import Dataset, load
 from rootnoise.runs.trainer import Trainer
 
 TUNING_SEED = 1000
-# Most learning rates tried a cell.
+# Most learning rates tried per cell.
 TRIES = 7
 
 
 class Grid:
-    """Runs studies into a file of one JSON object a run, and skips what the file holds already.
+    """Appends each run of a study to a file as one JSON object, and skips runs already in it.
 
-    `on_run` is called when a run has ended: runs done, those in the study at least, what was run.
+    `on_run` is called after each run with the number of runs done, the least number in the study,
+    and a label.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class Grid:
         self._done = {RunConfig(**run["config"]): run for run in read(path)}
 
     def run(self, study: Study) -> None:
-        """Tune and train every cell of a study that is not in the file yet."""
+        """Tune and train every cell of a study that is not yet in the file."""
         exponents = dict(METHODS.values())
         cells = list(study.cells(self._device))
         self._least = len(cells) * (3 * study.tuning + study.seeds)
@@ -71,7 +72,7 @@ class Grid:
         return sum(self._accuracy(study, cell, exponent, seed) for seed in seeds) / study.tuning
 
     def _accuracy(self, study: Study, cell: RunConfig, exponent: int, seed: int) -> float:
-        """Return the final test accuracy of one run, from the file where it is there."""
+        """Return the final test accuracy of one run, from the file if it is there."""
         config = replace(cell, lr=2.0**exponent, seed=seed, insecure_noise_seed=seed)
         if config not in self._done:
             run = {"study": study.name, "config": asdict(config), **self._train(config)}
@@ -120,10 +121,10 @@ def _mechanism(config: RunConfig, n_examples: int) -> Mechanism:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file, in the order in which they were made; none if it is missing.
+    """Return the runs in a file, in order; none if it is missing.
 
     Raises:
-        RootnoiseError: a line that is no run.
+        RootnoiseError: a line that is not a run.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Where BSR loses: foreign workloads, narrow bands, tight budgets, and later methods."""
+"""Where BSR loses: other workloads, narrow bands, tight budgets, and later methods."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CAPTIONS = {
     "budgets.png": "Error over that of BSR by budget: below 1 is better than BSR.",
 }
 
-# Of 60,000 examples, 600 a step.
+# 60,000 examples, 600 per step.
 EXAMPLES, BATCH = 60_000, 600
 DELTA = 1e-5
 METHODS: dict[str, tuple[str, dict[str, object]]] = {
@@ -55,7 +55,7 @@ NARROW = {
 
 
 def workloads(n: int) -> dict[str, Workload]:
-    """Return what is computed of n steps, from the assumed structure to none."""
+    """Return the workloads of n steps, from the assumed structure to none."""
     t = np.arange(n) / n
     generator = np.random.default_rng(0)
     shuffled = np.tril(generator.uniform(0, 1, (n, n))) + np.eye(n)
@@ -106,7 +106,7 @@ def _structure(label: str, workload: Workload, who: FixedCycle) -> list[Row]:
 
 
 def _mismatch(beta: float, who: FixedCycle) -> list[Row]:
-    """Return what it costs to factorize prefix sums, and then to train with momentum."""
+    """Return what it costs to factorize prefix sums, but to train with momentum."""
     n = who.period * who.epochs
     truth = SGD(n, beta)
     matched = factorize(truth, who, "bsr").rmse(who)
@@ -147,7 +147,7 @@ def _budgets(epochs: int, epsilons: tuple[float, ...]) -> list[Row]:
 
 
 def claims(tables: Tables) -> list[Claim]:
-    """Say what was found at each limit that the paper names."""
+    """Judge each limit that the paper names."""
     gaps = {(r["workload"], r["method"]): r["gap"] for r in tables["structure"]}
     labels = list(dict.fromkeys(row["workload"] for row in tables["structure"]))
     foreign = {label: gaps[label, "BSR"] for label in labels}
@@ -200,7 +200,7 @@ def claims(tables: Tables) -> list[Claim]:
 
 
 def views(tables: Tables) -> dict[str, list[Row]]:
-    """Return the four tables as a reader wants them."""
+    """Return the four tables as shown in README.md."""
     structure: list[Row] = [
         {"workload": label}
         | {r["method"]: percent(r["gap"]) for r in where(tables["structure"], workload=label)}

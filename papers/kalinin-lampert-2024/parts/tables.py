@@ -1,4 +1,4 @@
-"""Tables as lists of rows: chosen from, in CSV files, and in Markdown."""
+"""Tables as lists of rows: selecting rows, CSV files, and Markdown."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def percent(gap: float) -> str:
-    """Return a gap as a reader wants it.
+    """Format a gap for readers.
 
     >>> percent(0.0123), percent(0.123), percent(12.3)
     ('+1.23 %', '+12.3 %', '+1,230 %')
@@ -85,7 +85,7 @@ def percent(gap: float) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return one value as a reader wants it.
+    """Format one value for readers.
 
     >>> cell(0.00012345), cell(123456.7), cell(20), cell(None)
     ('0.0001234', '123,457', '20', '-')

@@ -23,7 +23,7 @@ from rootnoise.cli.train import train
 
 
 class _PlainFlags:
-    """Shows flags without a type: they take no value."""
+    """Shows flags without a type in the help, since they take no value."""
 
     def get_params(self, context: Any) -> list[Any]:
         found: list[Any] = super().get_params(context)  # type: ignore[misc]
@@ -80,14 +80,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except RootnoiseError as refusal:
         return _refuse(str(refusal))
-    except (typer.Abort, KeyboardInterrupt):  # some releases of typer return 130 themselves
+    except (typer.Abort, KeyboardInterrupt):  # some releases of typer return 130 instead
         return 130
     except MemoryError as reason:
         return _refuse(f"memory must suffice (a shorter run needs less), got {reason}")
     except OSError as reason:  # a full disk, a closed pipe
         _drop_output()
         return _refuse(f"output must be writable, got {reason.filename or ''} {reason.strerror}")
-    except Exception as usage:  # click's; typer has it in another place from release to release
+    except Exception as usage:  # click's error, whose place in typer differs between releases
         if not hasattr(usage, "format_message"):
             raise
         return _refuse(usage.format_message())
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _drop_output() -> None:
-    """Let nothing be written at exit to an output that cannot be: Python would say so once more."""
+    """Drop unwritten output, since Python would report a second error when it flushes at exit."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""`rootnoise factorize --offline`: symmetric workloads, which do not stream."""
+"""`rootnoise factorize --offline`: symmetric workloads, whose noise cannot be streamed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_OFFLINE, MOST_ABLATION = 2048, 512
 def values(
     work: Options, who: Who, split: Split, others: Mapping[str, Any], *, ablation: bool
 ) -> dict[str, Any]:
-    """Return the errors of A^(1/2), or of its bands, and of what is broken on purpose."""
+    """Return the errors of A^(1/2) or its bands, and of the requested ablations."""
     from rootnoise.factorization import symmetric
 
     given = {**vars(work), **vars(who), **vars(split), **others}

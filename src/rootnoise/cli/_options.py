@@ -1,4 +1,4 @@
-"""Options that several commands share, and the values they stand for."""
+"""Options that several commands share, and the values that they describe."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 def saved(path: Path) -> Mechanism:
-    """Read a mechanism; a device, which may never end, is refused."""
+    """Read a mechanism; device files, which may never end, are refused."""
     from rootnoise.mechanism import Mechanism
 
     if path.is_char_device():
@@ -32,9 +32,10 @@ def saved(path: Path) -> Mechanism:
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """Let a command take dataclasses of options: each becomes the options that are its fields.
+    """Let a command take dataclasses of options: each field becomes an option.
 
-    The `panel` of such a class is their heading in the help; settings of a run bring their own.
+    The `panel` of such a class is the heading of its options in the help; a run's settings have
+    their own.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {n: hint for n, hint in hints.items() if is_dataclass(hint)}
@@ -94,7 +95,7 @@ class Who:
     ] = None
     min_sep: Annotated[
         int | None,
-        typer.Option(help="Steps b between two of one record (period of a fixed cycle)."),
+        typer.Option(help="Least separation b of a record's steps (period of a fixed cycle)."),
     ] = None
     participations: Annotated[
         int | None, typer.Option(help="Most steps k of one record [default: as many as fit].")
@@ -124,10 +125,10 @@ class Who:
 
 @dataclass(frozen=True)
 class Split(Options):
-    """The options of all mechanisms, as they are typed."""
+    """The options of all mechanisms, as typed on the command line."""
 
     def given(self) -> dict[str, Any]:
-        """Return the options as `factorize` takes them, those that were left out apart."""
+        """Return the options in the form that `factorize` takes, without those left out."""
         values = {name: value for name, value in asdict(self).items() if value is not None}
         return values | ({"bands": bands(values["bands"])} if "bands" in values else {})
 

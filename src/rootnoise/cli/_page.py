@@ -1,4 +1,4 @@
-"""One self-contained page of HTML about a plan: nothing is loaded from elsewhere."""
+"""One self-contained page of HTML about a plan: it loads nothing from elsewhere."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rootnoise.participation import Participation
     from rootnoise.planner import Row
 
-# Told apart in grey too, and by the colour-blind (Okabe & Ito, 2008).
+# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 SAMPLINGS = {
     "fixed-cycle": (BLUE, "o"),
@@ -27,27 +27,27 @@ SAMPLINGS = {
     "poisson": (GREY, "^"),
     "balls-in-bins": ("#009E73", "D"),
 }
-# Rows of so many times the least error are out of sight, so that the good ones are told apart.
+# Rows with more than this many times the least error are not shown, to separate the good ones.
 FARTHEST = 8
-# Coefficients beyond are too small to be seen.
+# Coefficients after this many are too small to be visible.
 SHOWN = 64
 # A curve of more points looks the same.
 POINTS = 2000
 
 
 def save(path: Path, draw: Callable[[str], bytes]) -> None:
-    """Write a picture in the format that the file's name says, PNG where it says none."""
+    """Write a picture in the format of the file's suffix, or as PNG without one."""
     extra("matplotlib.figure", "plots", "a plot")
     try:
         write_whole(path, draw(path.suffix[1:] or "png"))
-    except (OSError, ValueError) as reason:  # ValueError: a format that there is not
+    except (OSError, ValueError) as reason:  # ValueError: an unknown format
         raise RootnoiseError(
             f"plot must be a picture that can be written, got {path}: {reason}"
         ) from None
 
 
 def factorization(made: Factorization, who: Participation, kind: str) -> bytes:
-    """Draw the first columns of C and C^-1, and every step's error beside that of identity."""
+    """Draw the first columns of C and C^-1, and every step's error with that of identity."""
     from rootnoise.factorization import error, factorize
 
     figure, (left, right) = _figure(2)
@@ -82,7 +82,7 @@ def plan(rows: Sequence[Row], kind: str) -> bytes:
             x, y = [row.memory_rows for row in own], [row.rmse_per_example for row in own]
             axes.scatter(x, y, s=22, color=colour, marker=marker, alpha=0.75, label=sampling)
     for row in sorted(rows, key=lambda row: (row.memory_rows, row.rmse_per_example)):
-        if row.rmse_per_example < best * 0.98:  # no less memory does as well
+        if row.rmse_per_example < best * 0.98:  # nothing with less memory is as good
             best = row.rmse_per_example
             axes.annotate(
                 row.mechanism,
@@ -119,7 +119,7 @@ def _figure(panels: int, width: float = 4.8, height: float = 3.6) -> tuple[Any, 
 
 
 def _finished(figure: Any, panels: tuple[Axes, ...], kind: str) -> bytes:
-    """Give all panels one look, and return the picture."""
+    """Give all panels the same style, and return the picture."""
     for axes in panels:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

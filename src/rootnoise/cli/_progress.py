@@ -19,7 +19,7 @@ from rich.progress import (
 
 @contextmanager
 def search(title: str, quiet: bool) -> Iterator[Callable[[int, float | str], None]]:
-    """Show a line and yield its update(tried, least error or name); silent but at a terminal."""
+    """Show a line and yield its update(tried, least error or name); only at a terminal."""
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(
@@ -36,7 +36,7 @@ def search(title: str, quiet: bool) -> Iterator[Callable[[int, float | str], Non
 
 @contextmanager
 def busy(title: str, quiet: bool) -> Iterator[None]:
-    """Show a line with the time so far, of work that cannot say how far it is; silent likewise."""
+    """Show a line with the elapsed time, for work of unknown length; only at a terminal."""
     with search(title, quiet):
         yield
 
@@ -45,9 +45,9 @@ def busy(title: str, quiet: bool) -> Iterator[None]:
 def pieces(
     title: str, quiet: bool, keep: bool = False
 ) -> Iterator[Callable[[int, int, str], None]]:
-    """Show a bar with the time left, and yield its update(done, of, what); silent likewise.
+    """Show a bar with the time left, and yield its update(done, of, what); only at a terminal.
 
-    The bar goes when all is done, unless it is to `keep`.
+    The bar disappears when all is done, unless `keep` is set.
     """
     console = Console(stderr=True)
     columns = (
@@ -70,7 +70,7 @@ def pieces(
 
 @contextmanager
 def steps(title: str, quiet: bool) -> Iterator[Callable[[int, int, float | None], None]]:
-    """Show a bar that stays and yield its update(step, n_steps, accuracy); silent likewise."""
+    """Show a bar that stays and yield its update(step, n_steps, accuracy); only at a terminal."""
     with pieces(title, quiet, keep=True) as bar:
         yield lambda step, n_steps, accuracy: bar(
             step, n_steps, "" if accuracy is None else f"test accuracy {accuracy:.3f}"

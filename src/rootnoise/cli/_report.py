@@ -1,4 +1,4 @@
-"""Tables for people, one JSON object for machines."""
+"""Print results: tables for people, one JSON object for machines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-# Characters of a table's first column that are enough where there is no room for more.
+# Width in characters of a table's first column in a narrow terminal.
 NARROW = 10
 
 
@@ -36,7 +36,7 @@ def table(
 ) -> None:
     """Print rows under headings; columns after the second are numbers. Only the first may wrap.
 
-    Where the terminal is too narrow, columns are left out, the first of `spare` first.
+    In a narrow terminal columns are left out, in the order of `spare`.
     """
     console, grid = Console(), Table(title=title, title_justify="left")
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
@@ -58,7 +58,7 @@ def table(
 
 
 def percent(value: float) -> str:
-    """Format a part of one.
+    """Format a fraction as a percentage.
 
     >>> percent(0.0512), percent(13.05), percent(1.5e-7)
     ('5.1%', '1305.0%', '1.5e-05%')

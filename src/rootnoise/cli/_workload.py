@@ -38,7 +38,7 @@ class Options:
 
     momentum: Annotated[
         float | None,
-        typer.Option(help="Momentum beta of SGD, beta1 of Adam [default: 0; 0.9 for Adam]."),
+        typer.Option(help="Momentum beta of SGD or beta1 of Adam [default: 0; 0.9 for Adam]."),
     ] = None
     decay: Annotated[
         float | None,
@@ -48,7 +48,7 @@ class Options:
         str | None,
         typer.Option(
             metavar="<cosine|linear|exponential|step|FILE>",
-            help="Learning-rate schedule, or a file with one rate a step.",
+            help="Learning-rate schedule, or a file with one rate per step.",
         ),
     ] = None
     warmup: Annotated[
@@ -84,7 +84,7 @@ class Options:
     ] = None
 
     def value(self, steps: int | None) -> Workload:
-        """Return the workload, of `steps` steps where these are given."""
+        """Return the workload, with `steps` steps if given."""
         from rootnoise.workload import SGD, ScheduledSGD
 
         if steps is not None:
@@ -134,7 +134,7 @@ class Options:
                 )
 
     def _rates(self, steps: int | None) -> Array | None:
-        """Return the learning rates relative to --lr, None without a schedule."""
+        """Return the learning rates relative to --lr, or None without a schedule."""
         from rootnoise.workload import learning_rates
 
         if self.schedule is None:
@@ -152,7 +152,7 @@ class Options:
         return learning_rates(self.schedule, steps, self.warmup or 0, self.final)
 
     def _torch(self, n: int, rates: Array | None) -> Workload:
-        """Return what the torch optimizer does, under these learning rates."""
+        """Return the workload of the torch optimizer with these learning rates."""
         if self.optimizer not in OPTIMIZERS:
             rule = f"one of {', '.join(OPTIMIZERS)}"
             raise RootnoiseError(f"optimizer must be {rule}, got {self.optimizer!r}")
@@ -181,12 +181,12 @@ class Options:
 
 
 def is_file(schedule: str) -> bool:
-    """Whether a schedule is given by the name of a file."""
+    """Whether a schedule is given as the name of a file."""
     return Path(schedule).suffix in (".npy", ".npz", ".csv", ".json")
 
 
 def read(path: Path) -> Array:
-    """Return the numbers that a file holds, or refuse it."""
+    """Return the numbers in a file, or refuse it."""
     _refuse_size(path)
     try:
         found: Any = _READERS[path.suffix](path)
@@ -206,7 +206,7 @@ def read(path: Path) -> Array:
 
 
 def _refuse_size(path: Path) -> None:
-    """Refuse a file whose numbers do not fit into memory, before they are read."""
+    """Refuse a file whose numbers do not fit into memory, before reading them."""
     try:
         size = _size(path)
     except (OSError, ValueError, IndexError, zipfile.BadZipFile):
@@ -215,19 +215,19 @@ def _refuse_size(path: Path) -> None:
 
 
 def _size(path: Path) -> float:
-    """Return the bytes that reading a file takes at most."""
+    """Return the most memory, in bytes, that reading a file takes."""
     if path.suffix == ".npy":
         with path.open("rb") as file:
             return _array_size(file)
     if path.suffix == ".npz":
         with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
             return _array_size(file)
-    # A number is two characters at least, and 8 bytes, or as a list's item up to 40.
+    # A number has at least two characters and takes 8 bytes, or up to 40 as an item of a list.
     return path.stat().st_size * (24.0 if path.suffix == ".json" else 8.0)
 
 
 def _array_size(file: IO[bytes]) -> float:
-    """Return the bytes of an array, as stored and as float64."""
+    """Return the bytes of an array, both as stored and as float64."""
     form = np.lib.format
     first = form.read_magic(file) == (1, 0)
     read_header = form.read_array_header_1_0 if first else form.read_array_header_2_0
@@ -251,7 +251,7 @@ _READERS: dict[str, Callable[[Path], Any]] = {
 
 
 def _from_file(path: Path) -> Workload:
-    """Return a file's workload: a dictionary of `Workload.to_dict`, a matrix, or coefficients."""
+    """Return a file's workload: from `Workload.to_dict`, a matrix, or coefficients."""
     from rootnoise.workload import MatrixWorkload, ToeplitzWorkload
 
     if path.suffix == ".json":
@@ -275,7 +275,7 @@ def _from_file(path: Path) -> Workload:
 
 
 def _described(path: Path) -> Workload | None:
-    """Return the workload of a JSON object; None where the file holds something else."""
+    """Return the workload of a JSON object, or None if the file holds something else."""
     from rootnoise.workload import from_dict
 
     _refuse_size(path)

@@ -1,4 +1,4 @@
-"""`rootnoise account`: (epsilon, delta) to noise multiplier, and back."""
+"""`rootnoise account`: convert (epsilon, delta) to a noise multiplier, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is given: one of them."""
+    """The given quantity: exactly one of these."""
 
     panel: ClassVar[str] = "Exactly one of"
 
@@ -48,7 +48,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which steps of a person are random, and the strategy where it matters."""
+    """How a person's steps are drawn at random, and the strategy if it matters."""
 
     panel: ClassVar[str] = "Random steps"
 
@@ -63,12 +63,12 @@ class Sampling:
     min_sep: Annotated[
         int | None,
         typer.Option(
-            help="b-min-sep Poisson: who sat out b - 1 steps joins with --sampling-probability."
+            help="b-min-sep Poisson: after b - 1 steps off, join with --sampling-probability."
         ),
     ] = None
     bins: Annotated[
         int | None,
-        typer.Option(help="Balls in bins: each record in one random bin of so many, every cycle."),
+        typer.Option(help="Balls in bins: each record in one of this many bins, every cycle."),
     ] = None
     mechanism_file: Annotated[
         Path | None,
@@ -83,7 +83,7 @@ class Sampling:
     mc_seed: Annotated[int, typer.Option(help="Seed of the Monte Carlo samples.")] = 0
 
     def value(self) -> tuple[Participation, int, CausalMatrix | None]:
-        """Return who takes part when, the steps, and the strategy where there is one."""
+        """Return the participation, the steps, and the strategy if there is one."""
         import numpy as np
 
         from rootnoise.causal import Toeplitz
@@ -143,9 +143,9 @@ def account(
     """Convert between epsilon and the noise multiplier, or rho, or mu.
 
     Without random steps the whole run is one Gaussian mechanism, for every factorization and
-    participation: their difference is in the sensitivity, which scales the noise. With Poisson
+    participation: they differ only in the sensitivity, which scales the noise. With Poisson
     sampling the steps are composed, and epsilon is an upper bound. With balls in bins and b-min-sep
-    Poisson it is an upper confidence bound by Monte Carlo, for the strategy of --mechanism-file.
+    Poisson it is an upper confidence bound by Monte Carlo, for the strategy in --mechanism-file.
     """
     from rootnoise import accounting
 
@@ -178,9 +178,9 @@ def account(
         if who.amplified
         else "zeroed out (everybody else's steps unchanged)"
     )
-    # What was asked for is met; a total variation below delta would be epsilon 0.
+    # If the cost is 0 (total variation below delta) the epsilon that was asked for is shown.
     epsilon = up(cost.epsilon or goal.epsilon or 0.0)
-    # A noise multiplier that was given is shown as it is, one that was found never below.
+    # A given noise multiplier is shown exactly; a computed one is rounded up.
     noise = accounting.exactly(sigma) if goal.noise_multiplier is not None else up(sigma, 9)
     claim = (
         f"({epsilon}, {accounting.exactly(delta)})-differential privacy for one record "

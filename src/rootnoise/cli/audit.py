@@ -21,10 +21,10 @@ def audit(
     ] = None,
     empirical: Annotated[
         bool,
-        typer.Option("--empirical", help="Also attack the mechanism with canaries: seconds."),
+        typer.Option("--empirical", help="Also attack the mechanism with canaries (seconds)."),
     ] = False,
     canaries: Annotated[
-        int, typer.Option(help="People made up for the attacks; more see more.")
+        int, typer.Option(help="Synthetic records to attack; more give a tighter bound.")
     ] = 4000,
     attack_seed: Annotated[int, typer.Option(help="Fixes the attacks.")] = 0,
     json: _options.Json = False,
@@ -32,9 +32,9 @@ def audit(
     """Recompute what a run claims from its files; exit 0 only if all of it holds, else 1.
 
     Each file is compared with its hash; sensitivity, noise, epsilon, error and lower bound are
-    computed again by a second route; the ledger is replayed person by person. With --empirical the
-    real optimizer runs again with canaries, and what can be told about them bounds epsilon from
-    below: a bound above the claim refutes it.
+    recomputed by a second route; the ledger is replayed person by person. With --empirical the real
+    optimizer runs again with canaries, and how well they can be detected gives a lower bound on
+    epsilon: a bound above the claim refutes it.
     """
     from rootnoise.runs import audit as auditor
 
@@ -50,10 +50,10 @@ def audit(
         table = Table(title=f"audit of {run_dir}", title_justify="left")
         for name in ("check", "held", "stated", "found"):
             table.add_column(name, overflow="fold")
-        for check in sorted(checks, key=lambda check: check.held):  # those that fail are first
+        for check in sorted(checks, key=lambda check: check.held):  # failures first
             mark = "yes" if check.held else "[bold red]NO[/]"
             both = (check.stated, check.found)
-            if check.name == "gap":  # a per cent wherever it is read by people
+            if check.name == "gap":  # shown as a percentage
                 both = (f"{100 * float(check.stated):.9g}%", f"{100 * float(check.found):.9g}%")
             table.add_row(check.name, mark, *both)
         Console().print(table)

@@ -17,13 +17,13 @@ from rootnoise.cli._report import text
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for curves.png, claim.txt and result.json.")],
-    seed: Annotated[int, typer.Option(help="Fixes data order and first weights, not noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Fixes data order and initial weights, not noise.")] = 0,
     json: _options.Json = False,
 ) -> None:
-    """Train one model three ways, without privacy and with independent and correlated noise.
+    """Train one model three ways: without privacy, with independent and with correlated noise.
 
-    Same data, batches, first weights, epsilon and delta; each way at its own best learning rate,
-    three times. rmse is the expected error of the iterates at noise multiplier 1.
+    All use the same data, batches, initial weights, epsilon and delta; each way runs three times at
+    its own best learning rate. rmse is the expected error of the iterates at noise multiplier 1.
     """
     from rootnoise.runs.demo import DELTA, REPETITIONS
     from rootnoise.runs.demo import demo as compare

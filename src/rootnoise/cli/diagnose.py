@@ -1,4 +1,4 @@
-"""`rootnoise diagnose`: what could be better about a mechanism, and how."""
+"""`rootnoise diagnose`: find what could be better about a mechanism, and how."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def diagnose(
     ] = None,
     json: _options.Json = False,
 ) -> None:
-    """Say what could be better about a mechanism, each with its numbers and a remedy.
+    """List what could be better about a mechanism, each with its numbers and a remedy.
 
-    Looked for are too few bands, a sensitivity that is only a bound and a workload that the
-    strategy is not made for; with --batch-size also noise that swamps the gradients (--parameters),
-    and whether DP-SGD would win at this epsilon (--dataset-size).
+    It looks for too few bands, a sensitivity that is only a bound, and a workload that the strategy
+    is not made for; with --batch-size also for noise that swamps the gradients (--parameters), and
+    whether DP-SGD would win at this epsilon (--dataset-size).
     """
     from rootnoise import diagnostics
 

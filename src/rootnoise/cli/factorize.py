@@ -1,4 +1,4 @@
-"""`rootnoise factorize`: split a workload and say how good the split is."""
+"""`rootnoise factorize`: factorize a workload and say how good the factorization is."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def factorize(
 ) -> None:
     """Factorize a workload and print sensitivity, expected error and its gap.
 
-    rmse and max_error are at noise multiplier 1 and clip norm 1. Sensitivity is exact, or an upper
-    bound that says so. No factorization of any kind can have a smaller rmse than lower_bound; gap
-    is how far above it this one is, so it is an upper bound on what is left to gain.
+    rmse and max_error are at noise multiplier 1 and clip norm 1. Sensitivity is exact unless marked
+    as an upper bound. No factorization can have a smaller rmse than lower_bound; gap is how far
+    above it this one is, an upper bound on what is left to gain.
 
-    The workload is SGD over --steps steps unless --schedule, --optimizer or --workload say more.
+    The workload is SGD over --steps steps unless --schedule, --optimizer or --workload is given.
     """
     start = time.perf_counter()
     if effort not in ("none", "fast", "tight"):
@@ -112,7 +112,7 @@ def _values(result: Factorization, who: Participation, effort: str) -> dict[str,
     errors = error.per_step(result.decoder, sens.value)
     rmse = float((errors**2).mean() ** 0.5)
     bound = worst = None if effort == "none" else lower_bound(result.workload, who, effort)
-    if bound and bound.witness:  # longer runs know no better bound of the worst step
+    if bound and bound.witness:  # longer runs have no bound on the worst step
         worst = lower_bound(result.workload, who, effort, "max")
     coefficients = result.strategy.coefficients
     return {

@@ -33,7 +33,7 @@ def plan(
     balls_in_bins: Annotated[
         bool,
         typer.Option(
-            "--balls-in-bins", help="Try balls-in-bins sampling too: up to half a minute longer."
+            "--balls-in-bins", help="Also try balls-in-bins sampling: up to half a minute longer."
         ),
     ] = False,
     work: _workload.Options,
@@ -46,7 +46,7 @@ def plan(
         int | None,
         typer.Option(
             metavar="<row>",
-            help="Print nothing but the command that trains with this row; the best is 1.",
+            help="Print only the command that trains with this row; the best row is 1.",
         ),
     ] = None,
     json: _options.Json = False,
@@ -90,7 +90,7 @@ def plan(
 
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
-    """Return the words of the command that trains with a row; DATASET and OUT are to fill in."""
+    """Return the words of the command that trains with a row; DATASET and OUT are placeholders."""
     given = {
         name: getattr(work, name)
         for name in ("momentum", "decay", "schedule", "warmup", "final", "lr")
@@ -103,7 +103,7 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
         "delta": job.delta,
         "batch_size": job.batch_size,
         "epochs": job.epochs,
-        "momentum": 0.0,  # of a plan; runs have another default
+        "momentum": 0.0,  # the default of `plan`, not that of `train`
         **given,
         "mechanism": row.mechanism,
         **row.options,
@@ -118,7 +118,7 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
 
 
 def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
-    """Refuse, before the work, a row or a workload for which there is no command."""
+    """Refuse, before any work, a row or a workload for which there is no command."""
     integer("train-args", row, 1)
     if json:
         raise RootnoiseError(f"json must be left out with --train-args, got --train-args {row}")
@@ -135,12 +135,12 @@ def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
 
 
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
-# What a narrow terminal can do without, the first first.
+# Columns to leave out in a narrow terminal, in this order.
 SPARE = ("bands", "noise", "memory", "batches")
 
 
 def cells(made: Plan) -> list[tuple[str, ...]]:
-    """Return the rows as text; a star stands for batches that must stay secret."""
+    """Return the rows as text; a star marks batches that must stay secret."""
     return [
         (
             _name(row),
@@ -156,7 +156,7 @@ def cells(made: Plan) -> list[tuple[str, ...]]:
 
 
 def notes(made: Plan) -> list[str]:
-    """Return what the claims rest on, what was left out, and what could be better."""
+    """Return what the claims depend on, what was left out, and what could be better."""
     lines = [
         f"{'*' if _is_amplified(row) else ' '} {row.note}."
         for row in {_is_amplified(row): row for row in reversed(made.rows)}.values()

@@ -14,7 +14,7 @@ from rootnoise._files import write_whole
 def report(
     run_dir: Annotated[Path, typer.Argument(help="Folder of a run of `train`.")],
     out: Annotated[
-        Path | None, typer.Option(help="The page [default: RUN_DIR with .html behind its name].")
+        Path | None, typer.Option(help="The page [default: the name of RUN_DIR plus .html].")
     ] = None,
 ) -> None:
     """Write one self-contained page about a run: claim, curves, noise, diagnostics.

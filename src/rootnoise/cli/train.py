@@ -1,4 +1,4 @@
-"""`rootnoise train`: train a model, privately or not, and keep what it leaves in a folder."""
+"""`rootnoise train`: train a model, privately or not, and keep the run in a folder."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def train(
     ] = False,
     json: _options.Json = False,
 ) -> None:
-    """Train a model and state its accuracy on the test set and its privacy.
+    """Train a model and report its accuracy on the test set and its privacy.
 
     OUT keeps settings, mechanism, claim, metrics, curve and final weights. While the run is
-    unfinished it also holds noise.key and checkpoint.pt: keep them as secret as the data, for with
-    them the noise can be subtracted. They are deleted when the run ends. Loss and accuracy on the
-    training set are not reported: epsilon does not cover them.
+    unfinished it also holds noise.key and checkpoint.pt: keep them as secret as the data, because
+    the noise can be subtracted with them. They are deleted when the run ends. Loss and accuracy on
+    the training set are not reported: epsilon does not cover them.
     """
     from rootnoise.runs.config import RunConfig
     from rootnoise.runs.folder import RunFolder
@@ -69,6 +69,6 @@ def train(
 
 
 def _given(context: typer.Context, name: str) -> bool:
-    """Whether an option was typed, and is not just at its default."""
+    """Whether an option was given, rather than left at its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name != "DEFAULT"

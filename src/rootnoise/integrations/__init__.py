@@ -1,1 +1,1 @@
-"""Private training inside other libraries: one file and one extra each, imported only when used."""
+"""Private training in other libraries: one file and one optional extra each, imported on use."""

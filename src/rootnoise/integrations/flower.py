@@ -1,12 +1,12 @@
 """Flower 1.42: a strategy whose rounds are those of a `PrivateAggregator`.
 
-    start              counts rounds from where the run's folder stands
+    start              counts rounds from the state of the run's folder
     configure_train    invites a cohort by user ids, which stay when node ids change
-    aggregate_train    a reply's weights less the round's are one update; then noise, step, save
-    evaluation         none by clients unless it is asked for: their metrics are raw
+    aggregate_train    a reply's weights minus the round's are one update; then noise, step, save
+    evaluation         by clients only on request: their metrics come from raw data
 
-A server app says who its users are (`by_key`, `AskedOnce`) and changes its strategy, no more. A
-client sends back its whole weights, one ArrayRecord, as for FedAvg; what else it sends is dropped.
+A server app only has to say who its users are (`by_key`, `AskedOnce`) and to change its strategy.
+A client replies with its whole weights in one ArrayRecord, as for FedAvg; all else is dropped.
 """
 
 from __future__ import annotations
@@ -25,39 +25,40 @@ try:
     from flwr.serverapp import Grid
     from flwr.serverapp.strategy import Result, Strategy
 
-    # What the SuperLink says in a client's stead. Any other error is the client's own answer.
+    # Errors that the SuperLink reports for a client. Any other error is the client's own reply.
     ABSENT = {
         ErrorCode.MESSAGE_UNAVAILABLE,
         ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
         ErrorCode.NODE_UNAVAILABLE,
     }
-except ImportError:  # what is built below asks for the extra
+except ImportError:  # the constructors below then ask for the extra
     Strategy = object
 
 Users = Callable[["Grid"], Mapping[int, ClientId]]
 
-LONGEST_NAME = 200  # characters of a name that a client gives itself
+LONGEST_NAME = 200  # most characters in a name that a client gives itself
 
 
 class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flower is not installed
     """User-level differential privacy with correlated noise, for `flwr.serverapp`.
 
     Clipping, noise, the server's optimizer, the ledger of users and the folder are those of the
-    aggregator. Of several nodes of one user, one is asked in a round, by turns. A client that
-    raises an exception has answered: it counts as zero and as its user's turn, like other garbage.
-    Whom the SuperLink does not reach, or who is late, has not.
+    aggregator. If a user has several nodes, one of them is asked per round, in turn. A client that
+    raises an exception counts as having replied: its update is zero, and its user's turn is used
+    up, as for any malformed reply. A client that the SuperLink does not reach, or that is late, has
+    not replied.
 
-    Nothing raw comes out: no training metrics, no reasons of errors, and unless `evaluation` is
-    given no client evaluates.
+    Nothing raw is returned: no training metrics and no error messages, and no client evaluates
+    unless `evaluation` is given.
 
     Args:
-        server: the run. Its weights are what is trained, and where it stands is where `start` goes
-            on; call its `finish` after the last round.
-        users: from a grid to the user of each node that is there, {node id: user id}. Node ids are
-            not users: a SuperNode without a key of its own has another one after each start, and a
-            simulation deals all of them again. See `by_key` and `AskedOnce`.
-        evaluation: a Flower strategy (a FedAvg, say) that asks clients to evaluate and averages
-            what they answer. Its metrics come from raw data and are NOT covered by the guarantee.
+        server: the run. Its weights are trained, and `start` continues from its last round; call
+            its `finish` after the last one.
+        users: maps a grid to the user of each available node, {node id: user id}. Node ids do not
+            identify users: a SuperNode without its own key gets a new id at each start, and a
+            simulation assigns all ids anew. See `by_key` and `AskedOnce`.
+        evaluation: a Flower strategy (such as FedAvg) that asks clients to evaluate and averages
+            their replies. Its metrics come from raw data and are NOT covered by the guarantee.
 
     Raises:
         RootnoiseError: Flower is not installed.
@@ -81,24 +82,24 @@ class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flowe
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Train until `num_rounds` rounds are released in all, those of earlier processes included.
+        """Train until `num_rounds` rounds are released in total, including earlier processes.
 
         Args:
-            grid: Flower's.
-            initial_arrays: need not be given. If they are, a run that begins must begin with them.
-            num_rounds: all that the mechanism is made for when None. A round that is skipped uses
-                up one of them: then fewer are released, and `start` may be called again.
-            timeout: seconds until a client that has not answered is late.
+            grid: Flower's grid.
+            initial_arrays: optional. If given, they must equal the initial weights of a new run.
+            num_rounds: all rounds of the mechanism when None. A skipped round uses up one of them:
+                then fewer are released, and `start` may be called again.
+            timeout: seconds after which a client that has not replied is late.
             train_config: sent to clients, with "server-round" (from 1) added.
             evaluate_config: sent to clients that evaluate.
-            evaluate_fn: from the number of rounds released and their weights to metrics of the
-                server's own, public, data.
+            evaluate_fn: maps the number of rounds released and their weights to metrics on the
+                server's own public data.
 
         Returns:
             The released weights, and metrics by the number of rounds released.
 
         Raises:
-            RootnoiseError: more rounds than the mechanism has, other initial arrays than the
+            RootnoiseError: more rounds than the mechanism has, initial arrays that differ from the
                 server's, or what `PrivateAggregator` refuses.
         """
         server, begun = self.server, self.server.t
@@ -141,7 +142,7 @@ class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flowe
     ) -> Iterable[Message]:
         """Return a message for each client of the cohort, or none if too few may take part.
 
-        The weights sent are the aggregator's, which are `arrays` unless somebody changed them.
+        The weights that are sent are the aggregator's, not `arrays`.
         """
         nodes: dict[ClientId, list[int]] = {}
         for node, user in sorted(self.users(grid).items()):
@@ -166,7 +167,7 @@ class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flowe
     ) -> tuple[ArrayRecord | None, None]:
         """Return the round's noised weights once they are on disk; no metrics.
 
-        None for the weights if the round is skipped, since fewer than `least` clients answered.
+        The weights are None if the round is skipped because fewer than `least` clients replied.
         """
         for reply in replies:
             self._take(reply)
@@ -181,7 +182,7 @@ class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flowe
         if reply.has_error() and reply.error.code in ABSENT:
             return
         t = int(meta.group_id) if meta.group_id.isdecimal() else -1
-        # No node but those asked has a user here: the aggregator drops the others' replies.
+        # Only nodes that were asked have a user here: the aggregator drops the others' replies.
         user: Any = self._asked.get(meta.src_node_id)
         self.server.receive_weights(t, user, _weights(reply))
 
@@ -199,7 +200,7 @@ class PrivateStrategy(Strategy):  # type: ignore[misc] # of type Any where Flowe
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Return nothing, or what `evaluation` makes of the replies."""
+        """Return nothing, or the metrics that `evaluation` computes from the replies."""
         if self.evaluation is None:
             return None
         return self.evaluation.aggregate_evaluate(server_round, replies)
@@ -218,21 +219,21 @@ def _weights(reply: Message) -> Any:
     try:
         (record,) = reply.content.array_records.values()
         return {name: array.numpy() for name, array in record.items()}
-    except Exception:  # noqa: BLE001 - whatever a client's bytes make NumPy raise, they are malformed
+    except Exception:  # noqa: BLE001 - a client's bytes may make NumPy raise anything
         return None
 
 
 def by_key(grid: Grid) -> dict[int, str]:
-    """Return {node id: its public key}: users who keep the key of their SuperNode.
+    """Return {node id: public key}: each user is the key of a SuperNode.
 
-    SuperNodes must have been given keys (`--auth-supernode-private-key`): one that was not makes
-    itself a new key at each start, which is a new user with all its rounds ahead.
+    SuperNodes must be started with a key (`--auth-supernode-private-key`). Without one a SuperNode
+    creates a new key at each start, and counts as a new user who has not taken part yet.
     """
     return {node.node_id: node.public_key.hex() for node in grid.get_nodes()}
 
 
 class AskedOnce:
-    """Asks each new node for the name of its user, which the client app answers by `name_of`.
+    """Asks each new node for the name of its user; the client app replies with `name_of`.
 
     In the client app::
 
@@ -240,12 +241,12 @@ class AskedOnce:
         def user(message, context):
             return Message(name_of(context.node_config["partition-id"]), reply_to=message)
 
-    A client that names itself anew after each start loses its own guarantee, and one that takes
-    another's name takes that user's turns; nobody else's guarantee changes. A node that does not
-    answer, or with no proper name, is not there.
+    A client that changes its name at each start loses its own guarantee, and one that uses another
+    user's name takes up that user's turns; nobody else's guarantee changes. A node that does not
+    reply, or not with a valid name, counts as unavailable.
 
     Args:
-        timeout: seconds to wait for the answers of new nodes.
+        timeout: seconds to wait for the replies of new nodes.
 
     Raises:
         RootnoiseError: Flower is not installed, or timeout <= 0.
@@ -257,7 +258,7 @@ class AskedOnce:
         self._names: dict[int, str] = {}
 
     def __call__(self, grid: Grid) -> dict[int, str]:
-        """Return {node id: user's name} of those who are there and have answered."""
+        """Return {node id: user's name} of the available nodes that have replied."""
         nodes = set(grid.get_node_ids())
         new = sorted(nodes - self._names.keys())
         messages = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
@@ -269,7 +270,7 @@ class AskedOnce:
 
 
 def name_of(user: str | int) -> RecordDict:
-    """Return the content of a client's answer to `AskedOnce`; 7 and "7" are one user."""
+    """Return the content of a client's reply to `AskedOnce`; 7 and "7" are the same user."""
     extra("flwr", "flower", "an answer to Flower's server")
     return RecordDict({"user": ConfigRecord({"name": str(user)})})
 

@@ -1,9 +1,9 @@
 """Private training with the Trainer of Hugging Face transformers: `PrivateTrainer`.
 
-Trainer keeps its loop. What goes in and what comes out is replaced: batches are the sampler's,
-the loss is each example's own, the optimizer is that of `make_private`, and of all that Trainer
-computes from raw data (loss, gradient norm, counts of tokens) nothing is logged. Written against
-the internals of transformers 5.24 and accelerate 1.15.
+Trainer keeps its loop, but its parts are replaced: the sampler draws the batches, the loss is a
+mean of per-example terms, the optimizer is that of `make_private`, and nothing that Trainer
+computes from raw data (loss, gradient norm, token counts) is logged. Written against the internals
+of transformers 5.24 and accelerate 1.15.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ from rootnoise.keys import Key
 from rootnoise.planner import Job
 from rootnoise.workload import Workload, from_optimizer
 
-STATE = "rootnoise.pt"  # in a checkpoint's folder, beside Trainer's own files
+STATE = "rootnoise.pt"  # in a checkpoint's folder, next to Trainer's own files
 VERSION = 1
-RAW = ("loss", "train_loss", "grad_norm", "total_flos")  # logs that are made of raw data
+RAW = ("loss", "train_loss", "grad_norm", "total_flos")  # logs computed from raw data
 
 
 class UnnoisedWarning(UserWarning):
-    """Something is logged that epsilon does not cover."""
+    """Something that epsilon does not cover is logged."""
 
 
 @dataclass
 class PrivacyArguments:
-    """What `PrivateTrainer` needs beside TrainingArguments; HfArgumentParser reads it too.
+    """What `PrivateTrainer` needs in addition to TrainingArguments; works with HfArgumentParser.
 
-    Batch size, epochs, optimizer and scheduler are those of TrainingArguments:
-    `per_device_train_batch_size` is the batch of one private step.
+    Batch size, epochs, optimizer and scheduler come from TrainingArguments:
+    `per_device_train_batch_size` is the batch size of a private step.
 
     >>> PrivacyArguments(epsilon=8, delta=1e-5).clip_norm
     1.0
@@ -60,9 +60,9 @@ class PrivacyArguments:
         default=1.0, metadata={"help": "Largest l2 norm of one example's gradient."}
     )
     mechanism: str = field(
-        default="auto", metadata={"help": "A name of rootnoise.mechanisms(), or the planner's."}
+        default="auto", metadata={"help": "A name from rootnoise.mechanisms(), or auto."}
     )
-    bands: int | None = field(default=None, metadata={"help": "Of a banded mechanism by name."})
+    bands: int | None = field(default=None, metadata={"help": "Bands, for a banded mechanism."})
     sampling: str = field(default="auto", metadata={"help": "How batches are drawn."})
     memory_rows: int = field(
         default=64, metadata={"help": "Most noise vectors of the trained size, for auto."}
@@ -82,21 +82,21 @@ class PrivacyArguments:
 class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read by the type checker
     """`transformers.Trainer` whose training is differentially private.
 
-    With another trainer, such as Seq2SeqTrainer, it is the first of two bases:
+    To combine it with another trainer, such as Seq2SeqTrainer, put it first:
     `class Mine(PrivateTrainer, Seq2SeqTrainer): ...`. One step is one batch of
     `per_device_train_batch_size` examples, in one process.
 
-    The loss is the mean over examples of each example's own mean over its labels, made of the
-    model's `logits` and the batch's `labels`; it is checked against the model's own loss of one
-    example. With `compute_loss_func`, or `compute_loss` overridden, it is yours: a mean over
-    examples of one term each.
+    The loss is the mean over examples of each example's own mean over its labels, computed from the
+    model's `logits` and the batch's `labels`; it is checked against the model's own loss on one
+    example. With `compute_loss_func`, or an overridden `compute_loss`, the loss is yours: it must
+    be a mean over examples of one term each.
 
     Args:
-        args: as Trainer's. `max_grad_norm` is not used: each example is clipped to
-            `privacy.clip_norm`, and nothing after the noise.
-        privacy: epsilon, delta and what else is private.
+        args: as for Trainer. `max_grad_norm` is not used: each example is clipped to
+            `privacy.clip_norm`, and nothing is clipped after the noise.
+        privacy: epsilon, delta and the other private settings.
         key: fixes the noise; fresh from OS entropy when None. Keep it secret.
-        kwargs: of Trainer.
+        kwargs: passed to Trainer.
 
     Attributes:
         private: the optimizer of the run, once `train` has begun: `private.epsilon_spent()`.
@@ -130,11 +130,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> TrainOutput:
-        """Train as Trainer does, once; the training loss is NaN unless it is to be released.
+        """Train as Trainer does, once; the training loss is NaN unless it may be released.
 
         Raises:
             RootnoiseError: settings, data or a model that cannot be trained privately, a second
-                call, or a checkpoint that is not whole or of another run.
+                call, or a checkpoint that is incomplete or of another run.
         """
         if self.private is not None:
             raise RootnoiseError(
@@ -162,7 +162,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     # ------------------------------------------------------------------------------ before training
 
     def _check_settings(self) -> None:
-        """Refuse what would break the guarantee, or the loop that it needs."""
+        """Refuse settings that would break the guarantee, or the loop that it needs."""
         args, privacy = self.args, self.privacy
         if not isinstance(privacy, PrivacyArguments):
             raise RootnoiseError(f"privacy must be PrivacyArguments, got {type(privacy).__name__}")
@@ -184,7 +184,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             raise RootnoiseError(f"{rule}, got {args.include_num_input_tokens_seen!r}")
 
     def _check_evaluated(self, dataset: Any) -> None:
-        """Refuse un-noised metrics of the training set."""
+        """Refuse metrics of the training set, which would have no noise."""
         if dataset is None or dataset is not self.train_dataset or self.privacy.release_unnoised:
             return
         raise RootnoiseError(
@@ -196,7 +196,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         """Return the private batches; `make_private` is called here, where Trainer's loop begins.
 
         Raises:
-            RootnoiseError: as `train`.
+            RootnoiseError: as for `train`.
         """
         args, privacy, dataset = self.args, self.privacy, self.train_dataset
         if isinstance(self.optimizer, AcceleratedOptimizer):
@@ -205,11 +205,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             kind = type(dataset).__name__
             raise RootnoiseError(f"train_dataset must be a data set of known length, got {kind}")
         collate = self.data_collator
-        if hasattr(dataset, "column_names"):  # of the datasets library
+        if hasattr(dataset, "column_names"):  # from the datasets library
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
-        # With its own generator an epoch that begins moves no global one, nor does a resumed one.
+        # With its own generator, starting or resuming an epoch does not advance the global one.
         loader: DataLoader[Any] = DataLoader(
             dataset,
             batch_size=args.train_batch_size,
@@ -245,7 +245,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             workload=workload,
         )
         self._module, self.private = module, loop
-        # Accelerate would take its state apart, and put it together again on the device.
+        # Otherwise accelerate would take its state apart and rebuild it on the device.
         self.optimizer = AcceleratedOptimizer(loop, device_placement=False)
         self.optimizer._is_accelerate_prepared = True
         return DataLoader(
@@ -256,7 +256,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         )
 
     def _epochs(self, period: int) -> int:
-        """Return the passes that TrainingArguments ask for."""
+        """Return the number of epochs that TrainingArguments ask for."""
         steps, epochs = self.args.max_steps, self.args.num_train_epochs
         if steps > 0:
             if steps % period:
@@ -281,7 +281,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return build
 
     def _workload(self, optimizer: torch.optim.Optimizer, n_steps: int) -> Workload:
-        """Return that of the largest group: Trainer's spare biases and norms the weight decay."""
+        """Return the workload of the largest group; Trainer exempts biases and norms from decay."""
         largest = max(optimizer.param_groups, key=lambda g: sum(p.numel() for p in g["params"]))
         alike = copy.copy(optimizer)
         alike.param_groups = [largest]
@@ -289,11 +289,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     @torch.no_grad()
     def _rehearse(self, dataset: Any, collate: Any) -> None:
-        """Try one example, in evaluation mode: rows of layers, and the loss.
+        """Run one example in evaluation mode, to check the layers' rows and the loss.
 
         Raises:
-            RootnoiseError: a collator that does not give a row an example, a layer that gets none,
-                or a loss that is not the model's.
+            RootnoiseError: a collator or a layer without one row per example, or a loss that
+                differs from the model's.
         """
         model, seen = self.model, {}
         with torch.random.fork_rng():
@@ -302,7 +302,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
                 inputs = collate([dataset[0] for _ in range(rows)])
                 seen[rows] = self._prepare_inputs(self._checked(inputs, rows))
             run = self._own_mean if self._own_loss else self.compute_loss
-            run(model, dict(seen[1]))  # finds the loss, where it is ours
+            run(model, dict(seen[1]))  # finds the form of the loss, if it is computed here
             for rows, inputs in seen.items():
                 with Shapes(model) as shapes:
                     run(model, dict(inputs))
@@ -312,16 +312,16 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     @torch.no_grad()
     def _find_loss(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether logits predict the next label: as the model's own loss of one example.
+        """Return whether logits predict the next label, by the model's own loss on one example.
 
         Raises:
-            RootnoiseError: the model's own is neither.
+            RootnoiseError: the model's own loss matches neither case.
         """
         one = {k: x[:1] if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
         if one["labels"].is_floating_point():
             orders = [False]
         else:
-            one["labels"] = one["labels"].clamp(min=0)  # with all of them predicted
+            one["labels"] = one["labels"].clamp(min=0)  # so that all of them are predicted
             orders = [self._loss_shifts_labels, not self._loss_shifts_labels]
         with torch.random.fork_rng():
             training = self.model.training
@@ -333,7 +333,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
                 if own is None or math.isclose(float(own), float(ours), rel_tol=1e-2, abs_tol=1e-3):
                     self.model.train(training)
                     return shift
-        raise RootnoiseError(  # without the two numbers, which are made of raw data
+        raise RootnoiseError(  # without the two numbers, which come from raw data
             "loss of one example must be the model's own (or give compute_loss_func), got another "
             f"from {type(self.model).__name__}"
         )
@@ -342,24 +342,24 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     @property
     def _own_loss(self) -> bool:
-        """Whether the loss is made here, and by nobody else."""
+        """Whether the loss is computed here, and not overridden."""
         overridden = type(self).compute_loss is not PrivateTrainer.compute_loss
         return self.compute_loss_func is None and not overridden
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
-        """Return the next batch, and no number of items, by which examples would be coupled."""
-        if self._generators is not None:  # of a resumed run, before its first batch is collated
+        """Return the next batch without a number of items, whose use would couple examples."""
+        if self._generators is not None:  # in a resumed run, before its first batch is collated
             super()._load_rng_state(self._generators)
             self._generators = None
         return super().get_batch_samples(*args, **kwargs)[0], None
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer does it after the first batch, whose collator may have drawn; see above."""
+        """Do nothing: Trainer would do it after collating the first batch; see above."""
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward of one batch; return its loss if that may be logged, or zero."""
+        """Run forward and backward of one batch; return its loss if it may be logged, else zero."""
         assert self.private is not None, "training_step is a part of train"  # noqa: S101
         rows, nothing = self.private.rows, torch.zeros((), device=self.args.device)
         if rows == 0:  # a step of noise alone
@@ -368,7 +368,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return loss if self.privacy.release_unnoised else nothing
 
     def _checked(self, inputs: Any, rows: int) -> Any:
-        """Refuse a batch in which an example is not one row, or moves with the others' length."""
+        """Refuse a batch without one row per example, or whose padding shifts an example."""
         if not isinstance(inputs, Mapping):
             kind = type(inputs).__name__
             raise RootnoiseError(f"data_collator must return a dict of tensors, got {kind}")
@@ -393,14 +393,14 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the mean of the examples' own losses; in evaluation, or of your own, Trainer's."""
+        """Return the mean of per-example losses; for evaluation or a loss of yours, Trainer's."""
         if self.compute_loss_func is not None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, None)
         loss, outputs = self._own_mean(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def _own_mean(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-        """Return the mean of the examples' own losses, and what the model returned."""
+        """Return the mean of per-example losses, and what the model returned."""
         labels = inputs.get("labels")
         if not isinstance(labels, torch.Tensor):
             got = ", ".join(inputs)
@@ -414,7 +414,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     def _made(
         self, model: nn.Module, inputs: Mapping[str, Any], shift: bool, smoothing: float
     ) -> tuple[torch.Tensor, Any]:
-        """Return it without asking the model for its own."""
+        """Return the mean loss and output without asking the model for its own loss."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
         if self._is_encoder_decoder and "decoder_input_ids" not in inputs:
@@ -436,15 +436,15 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
-        """Clip nothing: gradients here are raw, and each example is clipped by itself."""
+        """Do nothing: gradients here are raw, and each example is clipped separately."""
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> None:
-        """Return none: the norm is of the raw gradient."""
+        """Return None: the norm would be that of the raw gradient."""
 
     # ----------------------------------------------------------------------------- what is released
 
     def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Log what is not made of raw data, with the epsilon spent so far."""
+        """Log what does not come from raw data, with the epsilon spent so far."""
         if not self.privacy.release_unnoised:
             kept = self._released(logs)
             logs.clear()
@@ -458,11 +458,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         return {name: value for name, value in logs.items() if name not in RAW}
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """Return 0 unless it may be released: it counts the tokens of raw batches."""
+        """Return 0 unless raw logs are allowed: the number counts the tokens of raw batches."""
         return int(super().floating_point_ops(inputs)) if self.privacy.release_unnoised else 0
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Return Trainer's; metrics of the training set are refused."""
+        """Return Trainer's loader; metrics of the training set are refused."""
         named = isinstance(eval_dataset, str)
         self._check_evaluated(self.eval_dataset[eval_dataset] if named else eval_dataset)
         loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
@@ -471,7 +471,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     # ---------------------------------------------------------------------------------- checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write the private state into one file, readable by its owner alone."""
+        """Write the private state to one file, readable by its owner alone."""
         assert self.private is not None, "checkpoints are a part of train"  # noqa: S101
         private, buffer = self.private.private, io.BytesIO()
         content = {
@@ -488,7 +488,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         write_whole(Path(output_dir) / "scheduler.pt", buffer.getvalue())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Continue where the checkpoint stands: noise, batches, ledger and scheduler."""
+        """Continue from a checkpoint: noise, batches, ledger and scheduler."""
         if checkpoint is None:
             return
         assert self.private is not None, "loading is a part of train"  # noqa: S101
@@ -517,7 +517,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
 
 def _refusals(args: Any) -> Iterator[tuple[str, bool, str]]:
-    """Yield names of TrainingArguments, whether they are refused, and what they must be."""
+    """Yield names of TrainingArguments, whether to refuse them, and what they must be."""
     yield "world_size", args.world_size > 1, "be 1: PrivateTrainer runs in one process"
     yield "n_gpu", args.n_gpu > 1, "be at most 1 (set CUDA_VISIBLE_DEVICES)"
     yield "deepspeed", bool(args.deepspeed), "be off: PrivateTrainer runs in one process"
@@ -563,10 +563,10 @@ def _refusals(args: Any) -> Iterator[tuple[str, bool, str]]:
 
 
 class _Epoch(Dataset[Any]):
-    """The steps of an epoch as Trainer reads them: the next one is all that can be read.
+    """The steps of an epoch as Trainer reads them: only the next one can be read.
 
-    A DataLoader of it can be cut by accelerate's `skip_first_batches`: a resumed run then begins in
-    the middle of an epoch, and so does `PrivateLoader`.
+    Accelerate's `skip_first_batches` can shorten a DataLoader of it: a resumed run then begins in
+    the middle of an epoch, as `PrivateLoader` does.
     """
 
     def __init__(self, batches: PrivateLoader) -> None:
@@ -584,13 +584,13 @@ class _Epoch(Dataset[Any]):
 
 
 def _only(batches: list[Any]) -> Any:
-    """Return the one batch, which is collated already."""
+    """Return the one batch, which is already collated."""
     return batches[0]
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a checkpoint holds of a private run."""
+    """The private part of a checkpoint."""
 
     key: Key
     fingerprint: str

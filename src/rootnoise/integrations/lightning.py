@@ -1,10 +1,10 @@
-"""Private training by Lightning's Trainer: a callback, two lines of a script.
+"""Private training with Lightning's Trainer: a callback, two lines in a script.
 
     from rootnoise.integrations.lightning import PrivacyCallback
     trainer = Trainer(max_epochs=3, callbacks=[PrivacyCallback(epsilon=8, delta=1e-5)])
 
-When `fit` begins it takes the optimizer, its scheduler and the training data of the trainer, and
-puts in their places what `make_private` makes of them.
+When `fit` begins, the callback replaces the trainer's optimizer, scheduler and training data with
+the private ones from `make_private`.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ EPSILON = "privacy_epsilon"
 
 
 class PrivacyCallback(Callback):
-    """Makes the fit of a Trainer private; its epochs or steps are those of the trainer.
+    """Makes a Trainer's `fit` private; the number of epochs or steps is the trainer's.
 
-    Automatic and manual optimization both work; one process, one optimizer, one step a batch. The
-    `training_step` must call the module that is trained once: either itself, `self(x)`, or its one
-    child that holds all trainable parameters. `privacy_epsilon` is in the progress bar and in the
-    logs after each epoch.
+    Automatic and manual optimization both work, with one process, one optimizer, and one step per
+    batch. The `training_step` must call the trained module once: either itself, `self(x)`, or its
+    one child that holds all trainable parameters. The progress bar shows `privacy_epsilon`, which
+    is logged after each epoch.
 
-    A checkpoint of the trainer holds the key of the noise and the seed of the batches, so that
-    `fit(ckpt_path=...)` goes on bit by bit: keep it as secret as the data. To publish, save
+    A checkpoint of the trainer holds the noise key and the batches' seed, so that
+    `fit(ckpt_path=...)` continues bit for bit: keep it as secret as the data. To publish, save
     `module.state_dict()`, or a checkpoint with `weights_only=True`.
 
     Args:
         epsilon: privacy loss of the whole run, for one record.
         delta: its failure probability.
         clip_norm: largest l2 norm of one record's gradient.
-        options: of `rootnoise.make_private`: mechanism, sampling, loss_reduction, key and so on.
+        options: passed to `rootnoise.make_private`: mechanism, sampling, loss_reduction, key etc.
 
     Attributes:
         optimizer: the private optimizer, once fit has begun; its `claim()` is the guarantee.
@@ -104,7 +104,7 @@ class PrivacyCallback(Callback):
                 raise RootnoiseError(f"{name} must be {rule}, got {got}")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put private optimizer and loader in the places of those of the trainer."""
+        """Replace the trainer's optimizer and loader with the private ones."""
         fit, strategy = trainer.fit_loop, trainer.strategy
         if len(strategy.optimizers) != 1:
             n = len(strategy.optimizers)
@@ -124,7 +124,7 @@ class PrivacyCallback(Callback):
         model.register_forward_pre_hook(self._call)
         strategy.optimizers = [self._loop]
         fit._data_source.instance = loader
-        fit._combined_loader = None  # it may have been asked for how many steps there are
+        fit._combined_loader = None  # the trainer may have built it to count steps
 
     def _call(self, model: nn.Module, args: Any) -> None:
         self._called = self._called or model.training
@@ -146,7 +146,7 @@ class PrivacyCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Say once that metrics of training are not covered."""
+        """Warn once that epsilon does not cover training metrics."""
         if self._told:
             return
         logged = {name.partition(".")[2] for name in trainer.fit_loop._results} - {EPSILON}
@@ -160,22 +160,22 @@ class PrivacyCallback(Callback):
             )
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what has been spent."""
+        """Log the epsilon spent so far."""
         pl_module.log(EPSILON, self.optimizer.epsilon_spent(), prog_bar=True)
 
     # ------------------------------------------------------------------------- of checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the key, without which a run cannot go on."""
+        """Return the key, without which a run cannot be resumed."""
         return {"key": self.optimizer.private.stream.key.secret.hex()} if self._loop else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the key of the run that goes on."""
+        """Take the key of the run to resume."""
         self.settings["key"] = Key(bytes.fromhex(state_dict["key"]))
 
 
 def _epochs(trainer: Trainer, period: int) -> int:
-    """Return how many epochs of so many steps the trainer makes at most."""
+    """Return the largest number of epochs, of `period` steps each, that the trainer may run."""
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         limits.append(trainer.max_epochs)
@@ -203,7 +203,7 @@ def _schedule(trainer: Trainer) -> dict[str, Any]:
 
 
 def _trained(pl_module: LightningModule) -> nn.Module:
-    """Return what `training_step` calls: the one child that is trained, or the whole module."""
+    """Return the module that `training_step` calls: the one trained child, or the whole module."""
     holders = [c for c in pl_module.children() if any(p.requires_grad for p in c.parameters())]
     own = any(p.requires_grad for p in pl_module.parameters(recurse=False))
     if own or len(holders) != 1 or isinstance(holders[0], nn.ModuleList | nn.ModuleDict):

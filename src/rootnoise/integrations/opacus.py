@@ -1,9 +1,9 @@
-"""Opacus's calls with the noise of rootnoise: in an Opacus script only the import changes.
+"""Opacus's interface with rootnoise's noise: an Opacus script only changes its import.
 
     from rootnoise.integrations.opacus import PrivacyEngine    # was: from opacus import ...
 
-Batches are drawn, gradients clipped and the ledger kept as by `make_private`. What Opacus does that
-this cannot do, or that would void epsilon, is refused in one line.
+Batches are drawn, gradients clipped and the ledger kept as by `make_private`. Features of Opacus
+that are not supported here, or that would void epsilon, are refused with a one-line error.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from rootnoise._files import write_whole
 from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
 from rootnoise.keys import Key
 
-# Epochs for which independent noise is planned where a script does not say how many it makes, and
-# the steps that they may have. Such noise does not depend on their number, but more are refused.
+# Most epochs and steps of a run with independent noise whose script does not say how many it will
+# run. Such noise does not depend on their number, but more are refused.
 OPEN_EPOCHS, OPEN_STEPS = 200, 100_000
-VERSION = 1  # of a checkpoint
+VERSION = 1  # version of the checkpoint format
 
-# Ways to make per-sample gradients in Opacus. Here there is one, whatever the name.
+# Opacus's ways to compute per-sample gradients. Here there is one way, whatever the name.
 MODES = ("hooks", "ew", "functorch", "ghost")
 MICRO_BATCHES = "a batch cannot be split into physical ones yet: make batch_size smaller"
-# What of Opacus's options has one value here, and why.
+# Options of Opacus that have only one allowed value here, and why.
 ONLY = {
     "batch_first": (True, "a row an example"),
     "clipping": ("flat", "a norm that follows the data, or the layer, is not what epsilon means"),
     "noise_generator": (None, "give key=Key.from_seed(...) to repeat an experiment"),
     "rand_on_empty": (False, "a step that drew nobody has a batch of no rows"),
 }
-# What an Opacus optimizer has besides, and why it is not here.
+# Attributes of Opacus's optimizer that are not supported here, and what applies instead.
 REFUSED = {
     "signal_skip_step": MICRO_BATCHES,
     "virtual_step": MICRO_BATCHES,
@@ -55,15 +55,15 @@ REFUSED = {
 
 
 class PrivacyEngine:
-    """Makes one run private, by Opacus's calls.
+    """Makes one run private, with Opacus's interface.
 
-    Without `mechanism` a run made by `make_private` has Opacus's own guarantee and noise: Poisson
-    batches, independent noise of standard deviation noise_multiplier * max_grad_norm. One made by
-    `make_private_with_epsilon` has the best noise that the planner knows for this optimizer and
-    this many epochs. Epsilon is always that of rootnoise's accountant, for one record.
+    Without `mechanism`, `make_private` gives Opacus's own sampling and noise: Poisson batches, and
+    independent noise of standard deviation noise_multiplier * max_grad_norm.
+    `make_private_with_epsilon` uses the best noise that the planner finds for this optimizer and
+    number of epochs. Epsilon always comes from rootnoise's accountant, for one record.
 
     Args:
-        accountant: "prv", "rdp" or "gdp", as scripts give it; it changes nothing.
+        accountant: "prv", "rdp" or "gdp", accepted for compatibility; it has no effect.
         secure_mode: must be False: finite-precision attacks are not covered.
 
     Raises:
@@ -124,23 +124,24 @@ class PrivacyEngine:
         Args:
             module: plain, in training mode.
             optimizer: of all its trainable parameters.
-            data_loader: of which data set, batch size, collate function and workers are taken; q
-                is batch_size / n_examples exactly.
-            noise_multiplier: standard deviation of Z over max_grad_norm and the largest column norm
-                of C: Opacus's own, for independent noise.
+            data_loader: gives data set, batch size, collate function and workers; q is exactly
+                batch_size / n_examples.
+            noise_multiplier: standard deviation of Z divided by max_grad_norm and by the largest
+                column norm of C; for independent noise this is Opacus's own definition.
             max_grad_norm: largest l2 norm of one record's gradient.
-            mechanism: a name of `mechanisms()`; any but identity needs `epochs`.
-            epochs: passes over the data; without it independent noise has 200 of them at most, and
-                at most 100,000 steps.
-            delta: at which the run's claim is stated; `get_epsilon` takes any.
-            options: Opacus's other ones, and those of `rootnoise.make_private`. `poisson_sampling`
-                False draws fixed cycles, each record once an epoch, and accounts for them so.
-                `grad_sample_mode` ghost returns the criterion too, before the loader. `wrap_model`
-                False returns `Hooks` in place of the module, and the loop calls the module itself.
+            mechanism: a name from `mechanisms()`; any but identity needs `epochs`.
+            epochs: passes over the data; without it a run with independent noise may have at most
+                200 epochs and at most 100,000 steps.
+            delta: the delta of the run's claim; `get_epsilon` takes any.
+            options: Opacus's other options, and those of `rootnoise.make_private`.
+                `poisson_sampling=False` draws fixed cycles, each record once an epoch, and accounts
+                for them accordingly. `grad_sample_mode="ghost"` also returns the criterion, before
+                the loader. `wrap_model=False` returns `Hooks` in place of the module, and the loop
+                calls the module itself.
 
         Raises:
-            RootnoiseError: what Opacus can and this cannot, or what `rootnoise.make_private`
-                refuses.
+            RootnoiseError: a feature of Opacus that is not supported, or what
+                `rootnoise.make_private` refuses.
         """
         if epochs is None and mechanism != "identity":
             raise RootnoiseError(
@@ -170,18 +171,18 @@ class PrivacyEngine:
 
         Args:
             module: plain, in training mode.
-            optimizer: for whose momentum and learning rates the noise is planned.
-            data_loader: which data, and how many a batch.
+            optimizer: the noise is planned for its momentum and learning rates.
+            data_loader: gives the data and the batch size.
             target_epsilon: privacy loss of the whole run.
             target_delta: its failure probability.
             epochs: passes over the data; more are refused.
             max_grad_norm: largest l2 norm of one record's gradient.
-            mechanism: "auto", the planner's choice of noise and sampling, or a name of
+            mechanism: "auto", the planner's choice of noise and sampling, or a name from
                 `mechanisms()`.
-            options: as of `make_private`.
+            options: as for `make_private`.
 
         Raises:
-            RootnoiseError: as of `make_private`.
+            RootnoiseError: as for `make_private`.
         """
         goal = {"epsilon": target_epsilon, "delta": target_delta}
         parts = (module, optimizer, data_loader, max_grad_norm, mechanism, epochs)
@@ -223,7 +224,7 @@ class PrivacyEngine:
         self._optimizer = EngineOptimizer(loop.private, loop.rates)
         batches = EngineLoader(loader.dataset, self._optimizer, loader.period, loader.loading)
         given = private if wrap else Hooks()
-        vars(private)["_module"] = private  # scripts ask Opacus's wrapper for it, to save weights
+        vars(private)["_module"] = private  # scripts read this of Opacus's wrapper to save weights
         if mode == "ghost":
             return given, self._optimizer, criterion or nn.CrossEntropyLoss(), batches
         return given, self._optimizer, batches
@@ -240,7 +241,7 @@ class PrivacyEngine:
         """Refuse a module that Opacus's checks find something wrong with.
 
         Raises:
-            RootnoiseError: the first thing that they find.
+            RootnoiseError: the first problem that they find.
         """
         errors = ModuleValidator.validate(module)
         if errors:
@@ -262,20 +263,20 @@ class PrivacyEngine:
         checkpoint_dict: dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
-        """Write all that `load_checkpoint` needs; keep it as secret as the data.
+        """Write everything that `load_checkpoint` needs; keep it as secret as the data.
 
-        A file is written whole or not at all, readable by its owner alone.
+        The file is written atomically, readable by its owner alone.
 
         Args:
-            path: of the file, or a binary file that is open.
-            module: whose weights to save.
-            optimizer: whose noise, ledger and key to save.
-            checkpoint_dict: what else, tensors and plain values.
+            path: path of the file, or an open binary file.
+            module: its weights are saved.
+            optimizer: its noise, ledger and key are saved.
+            checkpoint_dict: other contents: tensors and plain values.
             options: `module_state_dict_kwargs` and `torch_save_kwargs` as in Opacus.
 
         Raises:
             RootnoiseError: another optimizer than the engine's, a scheduler of noise or clipping, a
-                step that was broken off, or a file that cannot be written.
+                step that failed midway, or a file that cannot be written.
         """
         self._check_own(optimizer)
         how, also = (
@@ -311,17 +312,17 @@ class PrivacyEngine:
         optimizer: LoopOptimizer,
         **options: Any,
     ) -> dict[str, Any]:
-        """Go on, bit by bit, with the run that was saved, and return what else the file holds.
+        """Continue the saved run bit for bit, and return the file's other contents.
 
         Args:
-            path: of `save_checkpoint`.
-            module: made private by the same call as then.
-            optimizer: that it returned, before its first step.
+            path: the file of `save_checkpoint`.
+            module: made private by the same call as the saved one.
+            optimizer: the one which that call returned, before its first step.
             options: `module_load_dict_kwargs` and `torch_load_kwargs` as in Opacus.
 
         Raises:
-            RootnoiseError: a file that cannot be read or is of another mechanism, or an optimizer
-                that has made a step.
+            RootnoiseError: a file that cannot be read or is for another mechanism, or an optimizer
+                that has taken a step.
         """
         self._check_own(optimizer)
         how = {"map_location": "cpu"} | (options.pop("torch_load_kwargs", None) or {})
@@ -369,12 +370,12 @@ class EngineOptimizer(LoopOptimizer):
 
     @property
     def original_optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer inside."""
+        """The inner optimizer."""
         return self.private.optimizer
 
     @property
     def noise_multiplier(self) -> float:
-        """That of the mechanism, for the whole run; it stays."""
+        """The mechanism's noise multiplier for the whole run; it is fixed."""
         return self.private.mechanism.noise_multiplier
 
     @noise_multiplier.setter
@@ -383,7 +384,7 @@ class EngineOptimizer(LoopOptimizer):
 
     @property
     def max_grad_norm(self) -> float:
-        """That of one record's gradient; it stays."""
+        """The clip norm of one record's gradient; it is fixed."""
         return self.private.mechanism.clip_norm
 
     @max_grad_norm.setter
@@ -392,11 +393,11 @@ class EngineOptimizer(LoopOptimizer):
 
     @property
     def expected_batch_size(self) -> int:
-        """By which every sum is divided."""
+        """The divisor of every sum."""
         return self.private.sampler.batch_size
 
     def __getattr__(self, name: str) -> Any:
-        """Say why something of Opacus is not here."""
+        """Explain why an attribute of Opacus's optimizer is not supported."""
         if name in REFUSED:
             raise RootnoiseError(f"{name} must not be used: {REFUSED[name]}")
         raise AttributeError(name)
@@ -407,7 +408,7 @@ class EngineLoader(PrivateLoader):
 
     @property
     def sample_rate(self) -> float:
-        """Part of the records that a step takes, on average."""
+        """Fraction of the records in a step, on average."""
         return self.batch_size / len(self.dataset)
 
     @property

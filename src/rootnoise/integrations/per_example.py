@@ -1,4 +1,4 @@
-"""What models of transformers need so that every example has a gradient, and a loss, of its own."""
+"""Per-example losses, and checks that transformers models give per-example gradients."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from rootnoise._check import RootnoiseError
 
-IGNORED = -100  # Hugging Face's label of what is not to be predicted
+IGNORED = -100  # Hugging Face's label for positions that are not predicted
 
 
 def example_losses(
@@ -25,10 +25,10 @@ def example_losses(
     Args:
         logits: (batch, ..., classes).
         labels: (batch, ...) class numbers, -100 where nothing is to be predicted; or real numbers:
-            targets of a regression, or of several yes-or-no questions.
-        shift: logits predict the next label, as in causal language models.
-        problem_type: of the model's config; read off the shapes when None.
-        smoothing: of the labels, in [0, 1).
+            targets of a regression or of a multi-label classification.
+        shift: whether logits predict the next label, as in causal language models.
+        problem_type: as in the model's config; inferred from shapes and types when None.
+        smoothing: label smoothing, in [0, 1).
 
     >>> logits = torch.zeros(2, 3, 4)
     >>> example_losses(logits, torch.tensor([[0, 1, 2], [3, -100, -100]]))
@@ -61,7 +61,7 @@ def example_losses(
 
 
 def check_shared(model: nn.Module) -> None:
-    """Refuse a layer that holds a parameter of a layer inside it, as BERT's head its bias."""
+    """Refuse a layer that also holds a parameter of a layer inside it, as BERT's head does."""
     for name, layer in model.named_modules():
         inside = {id(p) for child in layer.children() for p in child.parameters()}
         for leaf, p in layer.named_parameters(recurse=False):
@@ -75,10 +75,10 @@ def check_shared(model: nn.Module) -> None:
 
 
 class Rows:
-    """Gives embeddings that are looked up once for the whole batch a row an example.
+    """Expands embeddings that are looked up once for the whole batch to one row per example.
 
-    BERT, GPT-2 and others look their positions up as (1, length) and add them to every example: the
-    gradient would have one row for all.
+    BERT, GPT-2 and others look up positions as (1, length) and add them to every example: the
+    gradient would have a single row for all of them.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -107,7 +107,7 @@ class Rows:
 
 
 class Shapes:
-    """The shapes of what trainable layers get and give in a forward, by name."""
+    """The shapes of inputs and outputs of trainable layers in a forward, by layer name."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -131,7 +131,7 @@ class Shapes:
             handle.remove()
 
     def check(self, rows: int) -> None:
-        """Refuse a layer that gets or gives anything but one row an example."""
+        """Refuse a layer whose inputs or outputs do not have one row per example."""
         for name, shapes in self.of.items():
             for kind, got in shapes:
                 if got[:1] != (rows,):

@@ -1,4 +1,4 @@
-"""lab.data: tiny files of every format, the user's own data, and every refusal."""
+"""runs.data: tiny files of every format, the user's own data, and every refusal."""
 
 import gzip
 import itertools

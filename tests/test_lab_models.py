@@ -1,4 +1,4 @@
-"""lab.models: shapes, seeds, the global generator left alone, and per-sample gradients."""
+"""runs.models: shapes, seeds, the global generator left alone, and per-sample gradients."""
 
 from typing import Any
 

@@ -173,7 +173,7 @@ def test_non_finite_gradients_count_as_zero():
 
 @pytest.mark.parametrize("decay", [1.0, 0.97])
 def test_matched_sgd_releases_the_workload(decay):
-    """theta_t = alpha^t theta_0 - lr (A g)_t, THEORY section 1."""
+    """theta_t = alpha^t theta_0 - lr (A g)_t, Kalinin & Lampert (2024)."""
     x, y = examples(7)
     optimizer = make(decay=decay)
     first = flat(optimizer, "data")

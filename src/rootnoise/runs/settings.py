@@ -33,13 +33,13 @@ class Options:
         metavar="<int|auto>",
         kind=str | None,
     )
-    buffers: int | None = _own("Buffers of blt [default: while each gains 0.1 %].")
+    buffers: int | None = _own("Buffers of blt [default: as long as each gains 0.1 %].")
     gamma: float | None = _own("Power of bsr-gamma, in [0, 1] [default: the best].")
     lam: float | None = _own("Coefficient of lambda-cgd [default: the best].")
     base: str | None = _own(
-        "Strategy that epoch-scaled and column-normalised scale [default: bsr]."
+        "Strategy to scale, for epoch-scaled and column-normalised [default: bsr]."
     )
-    estimator: str | None = _own("Of tree: full, online or naive [default: full].")
+    estimator: str | None = _own("Estimator of tree: full, online or naive [default: full].")
     tolerance: float | None = _own("Gap at which dense stops [default: 1e-6].")
 
 
@@ -62,17 +62,17 @@ class Settings(Options):
     )
     delta: float = setting(1e-5, "Failure probability, in (0, 1).")
     epochs: int = setting(4, "Passes over the training set.")
-    batch_size: int = setting(500, "Examples a step (expected ones under Poisson sampling).")
+    batch_size: int = setting(500, "Examples per step (on average under Poisson sampling).")
     micro_batch_size: int | None = setting(
-        None, "Examples at a time, for less memory [default: the whole batch]."
+        None, "Examples processed at a time, to save memory [default: the whole batch]."
     )
-    lr: float = setting(DEFAULT_LR, "Learning rate of SGD: less where there is more noise.")
+    lr: float = setting(DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.")
     momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).")
     decay: float = setting(1.0, "Factor alpha on the parameters at each step; 1 is no decay.")
     clip_norm: float = setting(
         1.0, "Largest l2 norm of one gradient.", flags=("--clip-norm", "--clip")
     )
-    weight_decay: float = setting(0.0, "Part of the parameters that is added to the gradient (L2).")
+    weight_decay: float = setting(0.0, "Multiple of the parameters added to the gradient (L2).")
     schedule: str | None = setting(None, "cosine, linear, exponential or step [default: constant].")
     warmup: int = setting(0, "Steps of linear warm-up before the schedule.")
     final: float | None = setting(
@@ -86,15 +86,15 @@ class Settings(Options):
     )
     groups: int = setting(
         1,
-        "Groups of cyclic Poisson sampling, or least separation of min-sep-poisson; a "
+        "Groups of cyclic Poisson sampling, or least separation of min-sep-poisson; the "
         "mechanism has as many bands.",
     )
-    seed: int = setting(0, "Fixes the order of the data and first weights.")
+    seed: int = setting(0, "Fixes the order of the data and the initial weights.")
     insecure_noise_seed: int | None = setting(
         None, "Makes the noise repeatable. Then no privacy is claimed: experiments only."
     )
     device: str = setting(
-        "cpu", "Where models train: cpu, cuda, or cuda:N. On a GPU so is the noise."
+        "cpu", "Where models train: cpu, cuda, or cuda:N. The noise is drawn there too."
     )
     data_dir: str | None = setting(
         None, "Folder of the data set's files; --resume remembers it.", metavar="<path>"

@@ -84,6 +84,7 @@ class PrivateOptimizer:
 
     >>> from rootnoise.factorization import factorize
     >>> from rootnoise.batches.samplers import FixedCycleSampler
+    >>> from rootnoise.training import privatize
     >>> from rootnoise.workload import SGD
     >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
     >>> workload, cycle = SGD(sampler.n_steps, momentum=0.9), sampler.participation
@@ -247,7 +248,8 @@ class PrivateOptimizer:
 
         >>> from rootnoise.batches.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
-        >>> from rootnoise.workload import SGD
+        >>> from rootnoise.training import privatize
+    >>> from rootnoise.workload import SGD
         >>> sampler = FixedCycleSampler(n_examples=12, batch_size=6, epochs=1, seed=0)
         >>> split = factorize(SGD(sampler.n_steps), sampler.participation, "identity")
         >>> mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=2.0, delta=1e-5)

@@ -249,7 +249,7 @@ class PrivateOptimizer:
         >>> from rootnoise.batches.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.training import privatize
-    >>> from rootnoise.workload import SGD
+        >>> from rootnoise.workload import SGD
         >>> sampler = FixedCycleSampler(n_examples=12, batch_size=6, epochs=1, seed=0)
         >>> split = factorize(SGD(sampler.n_steps), sampler.participation, "identity")
         >>> mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=2.0, delta=1e-5)

@@ -62,6 +62,7 @@ def run(folder: Path, log: Path, life: int = 0) -> None:
         weights = aggregator.close()
         assert weights is not None
         show(log, aggregator.t, weights)
+    show(log, aggregator.t, aggregator.weights)  # the life before may have died in the last round
     aggregator.leave()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.cli._options import Split, Who
 from rootnoise.cli._workload import Options, read
@@ -30,6 +31,7 @@ def values(
     if bands == "auto":
         raise RootnoiseError("bands must be an integer with --offline, got auto")
     a = read(work.workload)
+    _limits.dense(len(a))
     most, what = (MOST_ABLATION, "ablation") if ablation else (MOST_OFFLINE, "offline")
     integer(f"n_steps of --{what}", len(a), 1, most)
     made = symmetric.offline_factorization(a, bands)

@@ -210,8 +210,8 @@ MUTATIONS = [
     Mutation(
         "a backward that was dropped still counts",
         "training/guards.py",
-        "        self._discard()\n        if self._observer",
-        "        if self._observer",
+        "            one.dropped = True",
+        "            one.dropped = False",
         "guards",
     ),
     Mutation(
@@ -684,8 +684,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer does not tell what was drawn",
         "training/optimizer.py",
-        "None if own else self.sampler.batch(self.t)\n",
-        "None\n",
+        "batch, None if own else self.sampler.batch(self.t))",
+        "batch, None)",
         "batches",
     ),
     Mutation(

@@ -57,7 +57,7 @@ MUTATIONS = [
         "training/clipping.py",
         "finite = norms.isfinite()",
         "finite = norms == norms",
-        "fail_closed",
+        "clipping",
     ),
     Mutation(
         "norms of float32 sums over long rows",
@@ -71,7 +71,7 @@ MUTATIONS = [
         "training/clipping.py",
         "torch.stack(squares).sum(0).sqrt()",
         "torch.stack(squares).amax(0).sqrt()",
-        "training",
+        "clipping",
     ),
     Mutation(
         "no noise",

@@ -241,7 +241,8 @@ def _distance(m: Mechanism) -> tuple[float, bool]:
 
 
 def _sine(x: Array, y: Array) -> float:
-    """Return min_c |x - c y| / |x|."""
+    """Return min_c |x - c y| / |x|, however small or large x and y are."""
+    x, y = (v / np.abs(v).max() for v in (x, y))
     cosine = float(x @ y) / float(np.linalg.norm(x) * np.linalg.norm(y))
     return math.sqrt(max(0.0, 1 - cosine**2))
 
@@ -342,15 +343,8 @@ def _of_optimizer(optimizer: Any, n: int, decay: float) -> Workload | None:
 
 def _alike(planned: Workload, actual: Workload) -> bool:
     """Whether two workloads agree up to a factor, judged by their outputs for one random input."""
-    g = np.random.default_rng(0).standard_normal((planned.n_steps, 1))
-    a, b = (_direction(w.matrix.apply(g)) for w in (planned, actual))
-    return bool(min(np.linalg.norm(a - b), np.linalg.norm(a + b)) < ALIKE)
-
-
-def _direction(x: Array) -> Array:
-    """Return x at length 1, however small or large it is; zero stays."""
-    x = x / (np.abs(x).max() or 1.0)
-    return np.asarray(x / (np.linalg.norm(x) or 1.0))
+    g = np.random.default_rng(0).standard_normal(planned.n_steps)
+    return _sine(planned.matrix.apply(g), actual.matrix.apply(g)) < ALIKE
 
 
 def _rmse_for(mechanism: Mechanism, strategy: Any, actual: Workload) -> float:

@@ -8,7 +8,6 @@ key. Canaries do not disturb each other: one run is as many independent trials a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,7 +31,7 @@ from rootnoise.participation import (
     MinSeparation,
     MinSepPoisson,
 )
-from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
+from rootnoise.training import PrivateOptimizer, privatize
 
 # A covariance of n steps is learned from at least so many times n canaries that are out.
 LEARN = 20
@@ -194,31 +193,27 @@ def _release(
     """Return the noised gradient sums, (n_steps, canaries), as the optimizer made them."""
     m = len(member)
     torch_member = torch.from_numpy(member)
-    with warnings.catch_warnings():
-        # What the noise was planned for does not matter: the sums themselves are looked at.
-        warnings.simplefilter("ignore", UnplannedOptimizerWarning)
-        module = privatize(nn.Linear(m, 1, bias=False), "sum")
-        sgd = torch.optim.SGD(module.parameters(), lr=1.0)
-        optimizer = PrivateOptimizer(sgd, module, mechanism, sampler, key)
-        if stream is not None:
-            optimizer._stream = stream(mechanism, m, key)
-        (weight,) = module.parameters()
-        rows = []
-        for batch in sampler:
-            optimizer.zero_grad()
-            if batch.size:
-                people = torch.from_numpy(batch)
-                x = torch.zeros(batch.size, m)
-                own = people < m  # the others' gradients are zero
-                place = people[own]
-                x[own.nonzero()[:, 0], place] = (
-                    3 * mechanism.clip_norm * torch_member[place].float()
-                )
-                module(x).sum().backward()
-            optimizer.step(batch)
-            on_step()
-            assert weight.grad is not None  # noqa: S101 - the optimizer has just set it
-            rows.append(weight.grad.flatten().double().numpy() * sampler.batch_size)
+    module = privatize(nn.Linear(m, 1, bias=False), "sum")
+    sgd = torch.optim.SGD(module.parameters(), lr=1.0)
+    optimizer = PrivateOptimizer(sgd, module, mechanism, sampler, key, planned=True)
+    if stream is not None:
+        optimizer._stream = stream(mechanism, m, key)
+    (weight,) = module.parameters()
+    rows = []
+    for batch in sampler:
+        optimizer.zero_grad()
+        if batch.size:
+            people = torch.from_numpy(batch)
+            x = torch.zeros(batch.size, m)
+            own = people < m  # the others' gradients are zero
+            place = people[own]
+            x[own.nonzero()[:, 0], place] = 3 * mechanism.clip_norm * torch_member[place].float()
+            module(x).sum().backward()
+        optimizer.step(batch)
+        on_step()
+        assert weight.grad is not None  # noqa: S101 - the optimizer has just set it
+        rows.append(weight.grad.flatten().double().numpy() * sampler.batch_size)
+
     return np.array(rows)
 
 

@@ -43,7 +43,7 @@ from rootnoise.participation import (
 )
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import Job, plan
-from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
+from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import Workload, from_optimizer
 
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
@@ -189,10 +189,10 @@ def make_private(
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
-    with warnings.catch_warnings():
-        # The noise is planned for this optimizer, or for the workload that the caller chose.
-        warnings.simplefilter("ignore", UnplannedOptimizerWarning)
-        private = PrivateOptimizer(optimizer, module, made, sampler, key, independence=independence)
+    # Planned for this optimizer, or for the workload that the caller chose.
+    private = PrivateOptimizer(
+        optimizer, module, made, sampler, key, independence=independence, planned=True
+    )
     loop = LoopOptimizer(
         private,
         rates if split.strategy.bands > 1 else (),

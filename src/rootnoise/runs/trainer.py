@@ -22,7 +22,7 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.models import build
-from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
+from rootnoise.training import PrivateOptimizer, privatize
 
 # Called after every step with the step's number (from 1), n_steps, and the last test accuracy.
 OnStep = Callable[[int, int, float | None], None]
@@ -71,12 +71,10 @@ class Trainer:
             self._refuse_memory(config, mechanism)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
-            with warnings.catch_warnings():
-                # The noise is planned for these settings; `_step` sets the schedule.
-                warnings.simplefilter("ignore", UnplannedOptimizerWarning)
-                self.optimizer = PrivateOptimizer(
-                    sgd, wrapped, mechanism, sampler, key, decay=config.decay
-                )
+            # Planned for these settings; `_step` sets the schedule.
+            self.optimizer = PrivateOptimizer(
+                sgd, wrapped, mechanism, sampler, key, decay=config.decay, planned=True
+            )
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
 

@@ -73,6 +73,7 @@ class PrivateOptimizer:
             losses that mix examples are refused. "assumed": you vouch for it, and the claim says
             so.
         probe_every: also probe every so many steps; 0 for powers of two alone.
+        planned: the noise is known to be planned for this optimizer: it is not compared.
 
     Attributes:
         t: steps made.
@@ -114,6 +115,7 @@ class PrivateOptimizer:
         process_group: dist.ProcessGroup | None = None,
         independence: str = "probed",
         probe_every: int = 0,
+        planned: bool = False,
     ) -> None:
         if independence not in ("probed", "assumed"):
             raise RootnoiseError(f"independence must be probed or assumed, got {independence!r}")
@@ -143,7 +145,8 @@ class PrivateOptimizer:
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
         self._stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
         self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
-        self._advise()
+        if not planned:
+            self._advise()
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()

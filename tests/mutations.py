@@ -43,14 +43,14 @@ MUTATIONS = [
         "training/clipping.py",
         "(clip.norm / (norms * (1 + SLACK)))",
         "(2 * clip.norm / (norms * (1 + SLACK)))",
-        "training",
+        "clipping",
     ),
     Mutation(
         "never clips",
         "training/clipping.py",
         ".clamp(max=1)\n    return (factor",
         ".clamp(min=1)\n    return (factor",
-        "training",
+        "clipping",
     ),
     Mutation(
         "lets infinite gradients through",
@@ -64,7 +64,7 @@ MUTATIONS = [
         "training/clipping.py",
         "SLACK = 1e-5",
         "SLACK = 0.0",
-        "training",
+        "clipping",
     ),
     Mutation(
         "clips each parameter by itself",
@@ -134,14 +134,14 @@ MUTATIONS = [
         "training/clipping.py",
         "cut.sum(0, dtype=torch.float64)",
         "cut.sum(0)",
-        "clipping training",
+        "clipping",
     ),
     Mutation(
         "sums of more examples than the data set fit",
         "training/clipping.py",
         "largest = max(clip_range(norm) * n_examples,",
         "largest = max(clip_range(norm),",
-        "clipping training",
+        "clipping",
     ),
     # ---------------------------------------------------------------------- what a step relies on
     Mutation(

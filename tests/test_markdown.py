@@ -65,7 +65,7 @@ def check_make(targets: list[str]) -> None:
 def check_pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert words[0] == "install"
-    for extra in re.findall(r"rootnoise\[(.*)\]", " ".join(words[1:])):
+    for extra in re.findall(r"(?:rootnoise|\.)\[(.*)\]", " ".join(words[1:])):
         assert set(extra.split(",")) <= set(project["optional-dependencies"])
 
 

@@ -36,6 +36,20 @@ class Undivided(ClosureResult):
         return super().from_training_step_output(training_step_output, 1)
 
 
+class Calls:
+    """Whether a model was called in training mode, since it was last asked.
+
+    It is a hook that does not hold the callback: the autograd graph keeps hooks alive, out of the
+    garbage collector's sight, and so would keep the optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        self.made = self.made or model.training
+
+
 class PrivacyCallback(Callback):
     """Makes a Trainer's `fit` private; the number of epochs or steps is the trainer's.
 
@@ -70,7 +84,7 @@ class PrivacyCallback(Callback):
             )
         self.settings = {"epsilon": epsilon, "delta": delta, "clip_norm": clip_norm} | options
         self._loop: LoopOptimizer | None = None
-        self._told = self._called = False
+        self._told, self._calls = False, Calls()
         self._parts = 1
 
     @property
@@ -134,20 +148,17 @@ class PrivacyCallback(Callback):
             **self.settings,
             **_schedule(trainer),
         )
-        model.register_forward_pre_hook(self._call)
+        model.register_forward_pre_hook(self._calls)
         strategy.optimizers = [self._loop]
         fit._data_source.instance = loader.divided(Split(self._parts))
         fit.epoch_loop.automatic_optimization.output_result_cls = Undivided
         fit._combined_loader = None  # the trainer may have built it to count steps
 
-    def _call(self, model: nn.Module, args: Any) -> None:
-        self._called = self._called or model.training
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Wait for the forward of this batch, or part of one."""
-        self._called = False
+        self._calls.made = False
         if trainer.accumulate_grad_batches != self._parts:
             raise RootnoiseError(
                 f"accumulate_grad_batches must stay {self._parts}, got "
@@ -156,7 +167,7 @@ class PrivacyCallback(Callback):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, _: Any) -> None:
         """Refuse layers that `training_step` calls one by one, before their backward."""
-        if trainer.training and not self._called:
+        if trainer.training and not self._calls.made:
             raise RootnoiseError(
                 "training_step must call `self(x)`, or the one child that is trained, and no part "
                 "of it alone, got no such call: put its calls into forward"

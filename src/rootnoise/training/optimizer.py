@@ -222,12 +222,18 @@ class PrivateOptimizer:
             f"its batch {seen}."
         )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, keep_parts: bool = False) -> None:
         """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
         Call it once a step, before backward. A forward without backward is kept until the next one.
+
+        Args:
+            keep_parts: keep the sum of `accumulate`, and drop only what came after it.
         """
         self._guard.clear()
+        if keep_parts:
+            self.module.zero_grad()
+            return
         self._place.clear()
         self._taken = self._taken[:0]
 

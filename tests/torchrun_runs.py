@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from processes import die, start
 from rootnoise._check import RootnoiseError
@@ -48,7 +48,7 @@ def command(
     where["TORCHELASTIC_USE_AGENT_STORE"] = True
     if size > 1:
         os.environ |= {name: str(value) for name, value in where.items()}
-    curves.learning_curves = lambda *_: None  # type: ignore[assignment]  # it takes longest
+    curves.learning_curves = lambda *_: None  # it takes longest
     torch.set_num_threads(1)
     written: list[str] = []
 
@@ -117,7 +117,7 @@ class _AtStep:
             if trainer.t == self.step:
                 self.action()
 
-        Trainer._step = step  # type: ignore[method-assign]
+        Trainer._step = step  # type: ignore[method-assign, assignment]
 
 
 def killed() -> None:

@@ -76,29 +76,29 @@ MUTATIONS = [
     Mutation(
         "no noise",
         "training/replicated.py",
-        "total[own] = clip.noised(total[own], noise)",
-        "total[own] = clip.noised(total[own], 0 * noise)",
+        "clip.noised(total[own], noise, out=total[own])",
+        "clip.noised(total[own], 0 * noise, out=total[own])",
         "training",
     ),
     Mutation(
         "noise scaled by the batch",
         "training/replicated.py",
-        "clip.noised(total[own], noise)",
-        "clip.noised(total[own], noise / max(rows, 1))",
+        "clip.noised(total[own], noise, out=total[own])",
+        "clip.noised(total[own], noise / max(rows, 1), out=total[own])",
         "training",
     ),
     Mutation(
         "the divisor is the actual batch size",
         "training/optimizer.py",
-        "total / self.sampler.batch_size",
-        "total / max(part.size, 1)",
+        "total.div_(self.sampler.batch_size)",
+        "total.div_(max(part.size, 1))",
         "training",
     ),
     Mutation(
         "no noise on empty batches",
         "training/optimizer.py",
-        "self._place.write(total / self.sampler.batch_size)",
-        "self._place.write(total * min(part.size, 1) / self.sampler.batch_size)",
+        "self._place.write(total.div_(self.sampler.batch_size))",
+        "self._place.write(total.mul_(min(part.size, 1)).div_(self.sampler.batch_size))",
         "training",
     ),
     Mutation(
@@ -365,8 +365,8 @@ MUTATIONS = [
     Mutation(
         "releases that differ in their order pass for the same",
         "training/reuse.py",
-        "lanes += (bits * weights[:, None]).sum(0)",
-        "lanes += bits.sum(0)",
+        "weighted += sums",
+        "weighted += bits",
         "reuse",
     ),
     Mutation(

@@ -75,9 +75,12 @@ class Clip:
         """Return the clip of a mechanism for a data set of n_examples."""
         return cls.fit(mechanism.clip_norm, n_examples, mechanism.noise_std)
 
-    def noised(self, units: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return the sum in units plus the noise in whole units, float64."""
-        total, size = torch.empty_like(units), PART if units.device.type == "cpu" else len(units)
+    def noised(
+        self, units: torch.Tensor, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the sum in units plus the noise in whole units, float64; `out` may be `units`."""
+        total = torch.empty_like(units) if out is None else out
+        size = PART if units.device.type == "cpu" else len(units)
         for i in range(0, len(units), max(size, 1)):
             part = noise[i : i + size].to(units.device).double().div_(self.grid).round_()
             torch.add(units[i : i + size], part, out=total[i : i + size])

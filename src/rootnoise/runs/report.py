@@ -269,7 +269,8 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "memory", f"{m.noising.state_size} noise vectors of the model's size"
     if run.result is not None:
         yield "seconds of training", f"{run.result['seconds']:.1f}"
-    yield "seal of the folder", str(run.stated["seal"])
+    if "files" in run.stated:  # the page in the folder is under the seal, and cannot tell it
+        yield "seal of the folder", str(run.stated["seal"])
     yield "computed by", ", ".join(f"{k} {v}" for k, v in run.stated["versions"].items())
 
 

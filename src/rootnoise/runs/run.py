@@ -6,21 +6,27 @@ computed from raw data, and epsilon would not cover them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._files import write_whole
 from rootnoise.batches.ledger_file import Journal, pack
-from rootnoise.runs import curves
+from rootnoise.runs import curves, inference
 from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.report import Run, page
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
 from rootnoise.runs.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
+
+# Called when a checkpoint is on disk: what depends on the steps so far may be shown from then on.
+OnCheckpoint = Callable[[Trainer], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ def run(
     resume: bool = False,
     checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    report: bool = False,
 ) -> Result:
     """Train and evaluate, or resume a run; invalid settings are refused before `out` is created.
 
@@ -79,6 +87,9 @@ def run(
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is always one after each epoch.
         on_step: called after every step.
+        on_checkpoint: called with the trainer when a checkpoint is on disk: what it tells may be
+            shown.
+        report: also write report.html (`runs.report`), in about two seconds.
 
     Raises:
         RootnoiseError: settings that do not fit together, or do not fit the data or the folder.
@@ -89,7 +100,9 @@ def run(
     with RunFolder(out) as folder:
         trainer, stated = _begin(config, folder, data_dir, resume)
         try:
-            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+            return _to_the_end(
+                config, folder, trainer, stated, checkpoint_every, on_step, on_checkpoint, report
+            )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
             rule, got = f"{name} must be writable", reason.strerror
@@ -125,21 +138,45 @@ def _to_the_end(
     stated: Statement,
     every: int | None,
     on_step: OnStep | None,
+    on_checkpoint: OnCheckpoint | None,
+    report: bool,
 ) -> Result:
     folder.write_metrics(trainer.history)
     while trainer.t < trainer.sampler.n_steps:
         trainer.epoch(on_step, every)
         folder.save_checkpoint(trainer.state_dict())
         folder.write_metrics(trainer.history)
+        if on_checkpoint is not None:
+            on_checkpoint(trainer)
     title = f"{config.mechanism} on {config.dataset}"
     curve = [entry["test_accuracy"] for entry in trainer.history]
     curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
     optimizer = trainer.optimizer
     ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
     result = _result(config, trainer, folder.path)
+    if report:
+        _report(folder, config, stated, trainer, result)
     weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-    folder.finish(weights, asdict(result), stated, ledger)
+    about = inference.about(config, trainer.data.input_shape, trainer.data.n_classes)
+    folder.finish(weights, about, asdict(result), stated, ledger)
     return result
+
+
+def _report(
+    folder: RunFolder, config: RunConfig, stated: Statement, trainer: Trainer, result: Result
+) -> None:
+    """Write the page, or warn: no picture is worth a run that cannot end."""
+    name, mechanism = folder.path.resolve().name, trainer.mechanism
+    made = Run(name, config, stated, mechanism, trainer.history, asdict(result))
+    try:
+        text = page(made)
+    except Exception as reason:  # noqa: BLE001 - whatever it was, the run is whole
+        line = " ".join(f"{reason}".split())
+        warnings.warn(
+            f"report.html is left out ({line:.120}): rootnoise report may say more", stacklevel=2
+        )
+    else:
+        write_whole(folder.path / "report.html", text.encode())
 
 
 def _begin(

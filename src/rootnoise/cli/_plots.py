@@ -139,7 +139,10 @@ def errors(
     shown = [row for row in rows if row.rmse_per_example <= FARTHEST * least]
     memories = sorted({row.memory_rows for row in shown})
     place = {memory: i for i, memory in enumerate(memories)}
-    low, high = np.log(0.9 * least), np.log(1.2 * shown[-1].rmse_per_example)
+    fixed = next((row for row in rows if row.sampling == "fixed-cycle"), None)
+    bound = None if fixed is None else fixed.rmse_per_example / (1 + fixed.gap)
+    low = np.log(min(0.9 * least, 0.95 * (bound or least)))
+    high = np.log(1.2 * shown[-1].rmse_per_example)
     # In logarithms: a line of text as a part of the height of the axes, about 0.7 of the figure's.
     height = 0.7 * 72 * axes.figure.bbox.height / axes.figure.dpi
     apart = 1.25 * size / height * (high - low)
@@ -167,9 +170,7 @@ def errors(
                 color=colour if coloured else None,
                 arrowprops=LEADER | {"color": colour},
             )
-    fixed = [row for row in rows if row.sampling == "fixed-cycle"]
-    if fixed:
-        bound = fixed[0].rmse_per_example / (1 + fixed[0].gap)
+    if bound is not None:
         label = "no fixed-cycle mechanism is here"
         axes.axhspan(np.exp(low), bound, color=GREY, alpha=0.2, linewidth=0, label=label)
     axes.set_yscale("log")

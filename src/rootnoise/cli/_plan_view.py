@@ -31,10 +31,10 @@ def optimizer(work: Mapping[str, Any]) -> str:
     >>> optimizer({"momentum": 0.9, "schedule": "cosine", "warmup": 50})
     'momentum 0.9, schedule cosine, warmup 50'
     """
-    said = [
-        name.replace("_", " ") + ("" if value is True else f" {value}")
-        for name, value in work.items()
-    ]
+    said = []
+    for name, value in work.items():
+        written = f"{value:g}" if isinstance(value, float) else str(value)
+        said.append(name.replace("_", " ") + ("" if value is True else f" {written}"))
     return ", ".join(said)
 
 

@@ -46,10 +46,11 @@ def table(
         if sum(least[i] + 3 for i in shown) + 1 > console.width:
             shown.remove(headings.index(name))
             hidden.append(name)
+    others = sum(widths[i] + 3 for i in shown if i) + 1
+    widths[0] = max(least[0], min(widths[0], console.width - others - 3))
     for i in shown:
         justify: Literal["left", "right"] = "left" if i < 2 else "right"
-        width = widths[i] if i else None
-        grid.add_column(headings[i], justify=justify, overflow="fold", min_width=width)
+        grid.add_column(headings[i], justify=justify, overflow="fold", width=widths[i])
     for row in rows:
         grid.add_row(*(row[i] for i in shown))
     console.print(grid)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting.rounding import round_up
 from rootnoise.diagnostics import diagnose
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import pages, pictures, statement
@@ -115,7 +116,7 @@ def comparison(runs: Sequence[Run]) -> str:
         (
             label,
             run.config.mechanism,
-            _number(None if run.mechanism is None else run.mechanism.epsilon),
+            "-" if run.mechanism is None else round_up(run.mechanism.epsilon, 5),
             _number(None if run.mechanism is None else run.mechanism.delta),
             _percent(run),
             _number(None if run.mechanism is None else run.mechanism.rmse),
@@ -167,11 +168,9 @@ def _numbers(run: Run) -> Iterator[str]:
     values = {"test accuracy": _percent(run)}
     if run.mechanism is not None:
         m = run.mechanism
-        values |= {"epsilon": f"{m.epsilon:.4g}", "delta": f"{m.delta:g}"}
+        values |= {"epsilon": round_up(m.epsilon, 4), "delta": f"{m.delta:g}"}
         values["noise multiplier"] = f"{m.noise_multiplier:.4g}"
-    made, n = run.stated["steps_made"], run.stated["sampler"]["n_steps"]
-    if run.result is None:
-        made = run.history[-1]["step"] if run.history else 0
+    made, n = run.history[-1]["step"] if run.history else 0, run.stated["sampler"]["n_steps"]
     values["steps"] = f"{made} of {n}"
     for name, value in values.items():
         yield f"<li><b>{escape(value)}</b>{name}</li>"

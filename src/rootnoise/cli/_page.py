@@ -55,7 +55,7 @@ STYLE = """
 figure { max-width: 42rem; margin: 1.5rem 0; }
 .plan th:nth-child(n+4), .plan td:nth-child(n+4), .plan td:first-child, .plan th:first-child {
   text-align: right; }
-.plan td:nth-child(n+4) { white-space: nowrap; overflow-wrap: normal; }
+.plan td:nth-child(n+3) { white-space: nowrap; overflow-wrap: normal; }
 .plan thead th { position: sticky; top: 0; background: Canvas; overflow-wrap: normal; }
 .plan td:first-child { white-space: nowrap; }
 .plan .take { background: #0072B233; font-weight: 600; }
@@ -101,16 +101,16 @@ def _advice(rows: Sequence[Row], take: int) -> str:
     """Say which row to take, and what the best one costs if it is another."""
     row, best = rows[take], rows[0]
     said = (
-        f"Take row {take + 1}, {_plan_view.name(row)} with {_plan_view.batches(row).rstrip('*')} "
-        f"batches: it keeps {row.memory_rows} noise vectors of the model's size."
+        f"Most should take row {take + 1}: {_plan_view.name(row)} with "
+        f"{_plan_view.batches(row).rstrip('*')} batches, which keeps {row.memory_rows} noise "
+        "vectors of the model's size."
     )
     if _plan_view.is_amplified(row):
         said += " Its batches must be drawn at random and stay secret."
     if take:
-        more = _report.percent(row.rmse_per_example / best.rmse_per_example - 1)
+        less = _report.percent(1 - best.rmse_per_example / row.rmse_per_example)
         said += (
-            f" Row 1, {_plan_view.name(best)}, has the least error, by {more}, and keeps "
-            f"{best.memory_rows}."
+            f" Row 1, {_plan_view.name(best)}, has {less} less error and keeps {best.memory_rows}."
         )
     return f"{said} With --train-args {take + 1} plan prints the command that trains with it."
 

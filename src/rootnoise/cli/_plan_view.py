@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
 # Columns to leave out in a narrow terminal, in this order.
 SPARE = ("bands", "noise", "memory", "batches")
-# Most noise vectors that `--mechanism auto` keeps.
-MEMORY_ROWS = 64
+# So much more error is worth less memory, or batches that need not be secret.
+WORTH = 0.05
 
 
 def title(job: Job, work: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def cells(made: Plan) -> list[tuple[str, ...]]:
             str(row.memory_rows),
             sigma,
             error,
-            _report.percent(row.gap),
+            "<0.1%" if 0 < row.gap < 1e-3 else f"{row.gap:.1%}",
         )
         for row, sigma, error in zip(made.rows, noise, errors, strict=True)
     ]
@@ -86,9 +86,14 @@ def is_amplified(row: Row) -> bool:
 
 
 def choice(rows: Sequence[Row]) -> int:
-    """Return the place of the row that most should take: the best of bearable memory."""
-    bearable = (i for i, row in enumerate(rows) if row.memory_rows <= MEMORY_ROWS)
-    return next(bearable, 0)
+    """Return the place of the row that most should take: of the good ones the least demanding.
+
+    Of the rows with nearly the least error, those without secret batches come first, then those
+    with less memory, then those with less error.
+    """
+    most = (1 + WORTH) * rows[0].rmse_per_example
+    good = [i for i, row in enumerate(rows) if row.rmse_per_example <= most]
+    return min(good, key=lambda i: (is_amplified(rows[i]), rows[i].memory_rows, i))
 
 
 def frontier(rows: Sequence[Row]) -> set[int]:

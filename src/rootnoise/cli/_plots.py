@@ -30,8 +30,9 @@ SAMPLINGS = {
 }
 # Rows with more than this many times the least error are not shown, to separate the good ones.
 FARTHEST = 8
-# Points whose errors differ by less share one label, where labels are numbers.
-NEAR = 0.06
+# Points whose errors differ by less share one label of so many letters, where labels are numbers.
+NEAR, LONGEST = 0.06, 7
+TICKS = (1, 1.5, 2, 3, 5, 7)
 LEADER = {"arrowstyle": "-", "linewidth": 0.6, "shrinkB": 1, "relpos": (0, 0.5)}
 # Coefficients after this many are too small to be visible.
 SHOWN = 64
@@ -95,10 +96,12 @@ def numbered(axes: Axes, rows: Sequence[Row]) -> None:
             last = 0.0
             for i, row in enumerate(rows):
                 if (row.memory_rows, row.sampling) == (memory, sampling):
-                    if row.rmse_per_example > last * (1 + NEAR):
+                    near = row.rmse_per_example <= last * (1 + NEAR)
+                    if near and len(ranges([*spots[-1], i + 1])) <= LONGEST:
+                        spots[-1].append(i + 1)
+                    else:
                         last = row.rmse_per_example
-                        spots.append([])
-                    spots[-1].append(i + 1)
+                        spots.append([i + 1])
     errors(axes, rows, [(spot[0] - 1, ranges(spot)) for spot in spots], 9)
 
 
@@ -135,6 +138,8 @@ def errors(
         size: of their letters, in points.
         coloured: write them in the colour of their point, rather than in that of the page.
     """
+    from matplotlib.ticker import NullLocator
+
     least = rows[0].rmse_per_example
     shown = [row for row in rows if row.rmse_per_example <= FARTHEST * least]
     memories = sorted({row.memory_rows for row in shown})
@@ -174,8 +179,11 @@ def errors(
         label = "no fixed-cycle mechanism is here"
         axes.axhspan(np.exp(low), bound, color=GREY, alpha=0.2, linewidth=0, label=label)
     axes.set_yscale("log")
-    for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-        ticks("{x:g}")
+    decades = 10.0 ** np.arange(np.floor(low / np.log(10)), np.ceil(high / np.log(10)))
+    ticks = np.outer(decades, TICKS).ravel()
+    ticks = ticks[(ticks >= np.exp(low)) & (ticks <= np.exp(high))]
+    axes.set_yticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xticks(range(len(memories)), [str(memory) for memory in memories])
     axes.set(
         xlabel="memory: noise vectors of the model's size",

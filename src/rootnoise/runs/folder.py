@@ -312,7 +312,8 @@ class RunFolder:
             ledger: who took part.
         """
         write_whole(self.path / "model.pt", _serialised(weights))
-        write_whole(self.path / "model.safetensors", save(dict(weights), dict(about)))
+        whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+        write_whole(self.path / "model.safetensors", save(whole, dict(about)))
         last = as_json(result)
         files = {name: (self.path / name).read_bytes() for name in self.evidence()}
         self._write_privacy(statement.completed(stated, ledger, files | {"result.json": last}))

@@ -145,10 +145,10 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 LINES = {
     "square_root_upper": ("upper bound of the paper", "--", 1),
     "limit": ("limit and upper bound, sharp (ours)", "-.", 3),
-    "growth": ("law sqrt(k n Σc²/2) b∞", "-.", 3),
+    "growth": ("law sqrt(k n Σc²/2) b∞", ":", 4),
     "certified_lower": ("certified lower bound, any factorization (ours)", "-", 2),
     "any_lower": ("lower bound of the paper, any factorization", "--", 6),
-    "repeated_lower": ("closed lower bound, any factorization", "--", 6),
+    "repeated_lower": ("closed lower bound, any factorization", "-.", 7),
     "square_root_lower": ("lower bound of the paper, square root", ":", 5),
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from rootnoise._check import RootnoiseError, extra
 from rootnoise._files import write_whole
+from rootnoise.runs.palette import BLUE, COLOURS, GREY, MARKERS, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,14 +20,7 @@ if TYPE_CHECKING:
     from rootnoise.participation import Participation
     from rootnoise.planner import Row
 
-# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
-SAMPLINGS = {
-    "fixed-cycle": (BLUE, "o"),
-    "cyclic-poisson": (ORANGE, "s"),
-    "poisson": (GREY, "^"),
-    "balls-in-bins": ("#009E73", "D"),
-}
+SAMPLINGS = ("fixed-cycle", "cyclic-poisson", "poisson", "balls-in-bins")
 # Rows with more than this many times the least error are not shown, to separate the good ones.
 FARTHEST = 8
 # Coefficients after this many are too small to be visible.
@@ -76,7 +70,7 @@ def plan(rows: Sequence[Row], kind: str) -> bytes:
     """Draw the error of each row of a plan against its memory."""
     figure, (axes,) = _figure(1, width=7.2, height=4.2)
     best = float("inf")
-    for sampling, (colour, marker) in SAMPLINGS.items():
+    for sampling, colour, marker in zip(SAMPLINGS, COLOURS, MARKERS, strict=False):
         own = [row for row in rows if row.sampling == sampling]
         if own:
             x, y = [row.memory_rows for row in own], [row.rmse_per_example for row in own]

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,6 +218,15 @@ def test_sampled_epsilons_are_drawn_as_stated():
     made = Mechanism.calibrate(split, who, noise_multiplier=2.0, delta=1e-3)
     said = [{"delta": 1e-5, "epsilon": 3.0}, {"delta": 1e-2, "epsilon": 1.0}]
     assert "from 1 at delta 0.01 to 3 at 1e-05" in pictures.privacy(made, said)
+
+
+def test_every_colour_is_of_the_one_palette():
+    root, palette = Path(__file__).parents[1], Path("src/rootnoise/runs/palette.py")
+    files = [file for top in ("src", "papers", "benchmarks") for file in (root / top).rglob("*.py")]
+    named = re.compile(r"#[0-9A-Fa-f]{6}\b|\btab:\w+")
+    found = {file.relative_to(root): set(named.findall(file.read_text())) for file in files}
+    assert len(found.pop(palette)) == 9
+    assert set().union(*found.values()) == {pictures.INK}  # a placeholder
 
 
 # --------------------------------------------------------------------------------- the end of train

@@ -319,7 +319,7 @@ def test_other_batches_past_the_checkpoint_are_refused(runs, part):
 SECRET = {
     "dpsgd": {"mechanism": "dpsgd"},
     "cyclic": {"mechanism": "banded", "sampling": "poisson", "groups": 2},
-    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "groups": 2},
+    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "separation": 2},
     "bins": {"mechanism": "banded", "sampling": "balls-in-bins"},
 }
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError, extra
 from rootnoise._files import write_whole
+from rootnoise.runs.palette import BLUE, GREEN, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,13 +21,11 @@ if TYPE_CHECKING:
     from rootnoise.participation import Participation
     from rootnoise.planner import Row
 
-# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#777777"
 SAMPLINGS = {
     "fixed-cycle": (BLUE, "o"),
     "cyclic-poisson": (ORANGE, "s"),
     "poisson": (GREY, "^"),
-    "balls-in-bins": ("#009E73", "D"),
+    "balls-in-bins": (GREEN, "D"),
 }
 # Rows with more than this many times the least error are not shown, to separate the good ones.
 FARTHEST = 8

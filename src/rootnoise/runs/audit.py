@@ -26,6 +26,7 @@ from rootnoise.participation import CyclicPoisson, MinSepPoisson
 from rootnoise.runs import settings_file, statement
 from rootnoise.runs.config import RunConfig, claim
 from rootnoise.runs.folder import SECRETS, RunFolder
+from rootnoise.runs.settings import as_of_today
 from rootnoise.runs.statement import Statement
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ class _Audit:
         yield Check("seal", found == "matches", stated["seal"], found)
         try:
             yield from self._files(stated) if finished else self._bound()
-            config = RunConfig(**self._json("config.json"))
+            config = RunConfig(**as_of_today(self._json("config.json")))
             yield from self._settings(config)
             yield from self._finished(stated)
             if config.mechanism == "none":

@@ -52,6 +52,7 @@ from rootnoise.batches.ledger import Ledger
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import settings_file, statement
+from rootnoise.runs.settings import as_of_today
 from rootnoise.runs.statement import Statement
 
 SECRETS = ("checkpoint.pt", "noise.key")
@@ -141,7 +142,7 @@ class RunFolder:
                 raise ValueError
         except (OSError, ValueError):
             raise RootnoiseError(f"out must hold a run's config.json, got {self.path}") from None
-        return saved
+        return as_of_today(saved)
 
     def reopen(self, config: Mapping[str, Any]) -> None:
         """Check that an unfinished run with these settings is here, and its files are unchanged.

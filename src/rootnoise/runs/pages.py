@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from rootnoise.runs.palette import BLUE, ORANGE
+
 STYLE = """
 :root { color-scheme: light dark; --line: #8886; --soft: #8882; }
 * { box-sizing: border-box; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 1.5rem auto; padding: 0 1rem;
   color: CanvasText; background: Canvas; }
 h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.claim { border-left: 4px solid #0072B2; padding: .3rem 1rem; background: var(--soft); }
-.none { border-color: #D55E00; }
+.claim { border-left: 4px solid BLUE; padding: .3rem 1rem; background: var(--soft); }
+.none { border-color: ORANGE; }
 .big { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; padding: 0; list-style: none; }
 .big b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
@@ -28,7 +30,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
   padding: .6rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
 @media print { body { max-width: none; } h2 { break-after: avoid; } }
-"""
+""".replace("BLUE", BLUE).replace("ORANGE", ORANGE)
 
 
 def document(title: str, parts: Sequence[str], style: str = "") -> str:

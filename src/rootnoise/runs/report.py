@@ -20,6 +20,7 @@ from rootnoise.diagnostics import diagnose
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import pages, pictures, statement
 from rootnoise.runs.config import RunConfig
+from rootnoise.runs.settings import as_of_today
 
 # Most steps for which `diagnose` takes only seconds.
 DIAGNOSED = 2048
@@ -71,7 +72,7 @@ def read(folder: Path) -> Run:
         RootnoiseError: no run, or a file that has changed since it was sealed.
     """
     try:
-        config = RunConfig(**json.loads((folder / "config.json").read_bytes()))
+        config = RunConfig(**as_of_today(json.loads((folder / "config.json").read_bytes())))
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [json.loads(line) for line in lines]
         last = folder / "result.json"

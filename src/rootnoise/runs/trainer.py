@@ -130,6 +130,12 @@ class Trainer:
         return self.optimizer.t
 
     @property
+    def mechanism(self) -> Mechanism | None:
+        """The mechanism, None without privacy."""
+        optimizer = self.optimizer
+        return optimizer.mechanism if isinstance(optimizer, PrivateOptimizer) else None
+
+    @property
     def epoch_end(self) -> int:
         """Number of steps taken when the epoch of the next step ends."""
         per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)

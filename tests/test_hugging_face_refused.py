@@ -42,7 +42,6 @@ pytestmark = [
 
 
 SETTINGS = {
-    "gradient_accumulation_steps": (2, "be 1: one batch of per_device_train_batch_size is"),
     "auto_find_batch_size": (True, "be off: the batch size is a part of the guarantee"),
     "torch_compile": (True, "be off: clipping needs the layers as they are"),
     "gradient_checkpointing": (True, "be off: layers would run twice a step"),

@@ -30,7 +30,7 @@ from rootnoise.batches.samplers import (
     Sampler,
 )
 from rootnoise.factorization import Factorization, factorize
-from rootnoise.front_door import saved
+from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
@@ -127,7 +127,8 @@ def make_private(
             with the last. `scheduler` steps with batches alone; one that make_private is not given
             must step unless `optimizer.step_was_skipped`.
         mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
-            `memory_rows`.
+            `memory_rows`; with Adam and the like the first of independent noise, for correlated
+            noise needs a larger learning rate there, and a warning says how much larger.
         sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a
             mechanism given by name.
         scheduler: a learning-rate scheduler of `optimizer`, or a function that makes one; the noise
@@ -178,7 +179,8 @@ def make_private(
     rates: list[float] = []
     if workload is None:
         workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
-    split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
+    by_plan = None if epsilon is None else optimizer
+    split, who = _split(workload, job, mechanism, sampling, options or {}, by_plan)
     made = Mechanism.calibrate(
         split,
         who,
@@ -328,11 +330,11 @@ def _split(
     name: str,
     sampling: str,
     options: Mapping[str, Any],
-    planned: bool,
+    optimizer: torch.optim.Optimizer | None,
 ) -> tuple[Factorization, Participation]:
-    """Return the factorization, planned or as requested, and the participation."""
+    """Return the factorization, planned for an optimizer or as requested, and the participation."""
     if name == "auto":
-        if not planned:
+        if optimizer is None:
             raise RootnoiseError(
                 "mechanism must be given by name with noise_multiplier, for a plan needs epsilon, "
                 "got auto"
@@ -342,7 +344,8 @@ def _split(
         rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
         if not rows:
             raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
-        who, name, options = rows[0].participation, rows[0].mechanism, rows[0].options
+        row = adaptive.choose(rows, workload, optimizer)
+        who, name, options = row.participation, row.mechanism, row.options
     else:
         who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
     return factorize(workload, who, name, **options), who

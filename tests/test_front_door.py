@@ -4,6 +4,8 @@ import copy
 import io
 import random  # noqa: TID251 - data sets use it
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,7 +36,7 @@ from rootnoise import (
     privacy_cost,
     privatize,
 )
-from rootnoise.front_door.adaptive import AdaptiveOptimizerWarning
+from rootnoise.front_door.adaptive import AdaptiveOptimizerWarning, choose
 from rootnoise.front_door.saved import _digest, identity, sealed
 from rootnoise.planner import Job, plan
 
@@ -374,6 +376,20 @@ def test_auto_takes_independent_noise_for_adam_and_says_so():
         warnings.simplefilter("error")
         run = make_private(model, adam, data(), mechanism="bsr", **goal)
     assert run.optimizer.private.mechanism.strategy.bands > 1
+
+
+@pytest.mark.parametrize("gain", [1.04, 1.06])
+def test_a_plan_hardly_better_is_passed_over_in_silence(gain):
+    """Rows of a plan in which independent noise comes second by a factor."""
+    adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    workload, job = from_optimizer(adam, 24), Job(24, BATCH, 8, 64.0, 1e-5)
+    rows = plan(workload, job).rows
+    first, plain = rows[0], next(row for row in rows if row.bands == 1)
+    plain = replace(plain, rmse_per_example=gain * first.rmse_per_example)
+    with pytest.warns(AdaptiveOptimizerWarning) if gain > 1.05 else nullcontext():
+        assert choose([first, plain], workload, adam) is plain
+    assert choose([first], workload, adam) is first
+    assert choose([plain, first], workload, adam) is plain
 
 
 class Stream(IterableDataset):

@@ -30,6 +30,8 @@ ADAPTIVE = (
     optim.RAdam,
     optim.RMSprop,
 )
+# Less error that is not worth a warning.
+SLIGHT = 1.05
 
 
 class AdaptiveOptimizerWarning(UserWarning):
@@ -39,7 +41,7 @@ class AdaptiveOptimizerWarning(UserWarning):
 def choose(rows: Sequence[Row], workload: Workload, optimizer: optim.Optimizer) -> Row:
     """Return the row to train with: the first, or for Adam and the like the first of one band.
 
-    Warns if the two differ, and says which learning rate the first would need.
+    Warns if the first has clearly less error, and says which learning rate the first would need.
 
     Args:
         rows: of a plan, the best first; not empty.
@@ -50,8 +52,10 @@ def choose(rows: Sequence[Row], workload: Workload, optimizer: optim.Optimizer) 
     plain = next((row for row in rows if row.bands == 1), first)
     if not isinstance(optimizer, ADAPTIVE) or first.bands == 1 or plain.bands > 1:
         return first
-    ratio = _step_noise(first, workload) / _step_noise(plain, workload)
     gain = plain.rmse_per_example / first.rmse_per_example
+    if gain < SLIGHT:
+        return plain
+    ratio = _step_noise(first, workload) / _step_noise(plain, workload)
     kind, best = type(optimizer).__name__, f"{first.mechanism} ({first.sampling})"
     warnings.warn(
         f"mechanism auto takes independent noise for {kind}, whose steps shrink with the noise of "

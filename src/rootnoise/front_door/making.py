@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -54,7 +54,8 @@ SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that scheduler
 # How many noise vectors of the model's size `mechanism="auto"` may keep by default.
 MEMORY_ROWS = 64
 
-_MADE: WeakSet[nn.Module] = WeakSet()  # models that are already private
+# Models that are already private, and their training data.
+_MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _KINDS = {
     "model": "a torch module",
     "optimizer": "a torch optimizer",
@@ -198,7 +199,7 @@ def make_private(
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
-    _MADE.add(model)  # from here on it has hooks, even if something is refused below
+    _MADE[model] = dataset  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, who, seed)
@@ -213,6 +214,12 @@ def make_private(
         loop.load_state_dict(before.optimizer)
         _load(module, before.weights)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading, split_by))
+
+
+def is_training_set(model: nn.Module, data: Any) -> bool:
+    """Whether `data`, a data set or a loader of one, is what a model was made private for."""
+    trained = _MADE.get(model)
+    return trained is not None and (data is trained or getattr(data, "dataset", None) is trained)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

@@ -20,6 +20,7 @@ from parts.part import (
 )
 from parts.tables import Row, Tables, cell, column, percent, where, workloads
 from rootnoise import SGD, factorize, lower_bound
+from rootnoise.runs.palette import GREY
 
 TITLE = "Expected approximation error"
 INTRO = (
@@ -192,7 +193,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
         for label in SCANNED:
             own = where(scanned, alpha=alpha, beta=beta, method=label)
             line(axes, column(own, "bands"), 100 * column(own, "gap"), label)
-        axes.axvline(SEPARATION, color="#999999", linewidth=1, linestyle=":")
+        axes.axvline(SEPARATION, color=GREY, linewidth=1, linestyle=":")
         axes.set(xscale="log", yscale="log", title=f"α = {alpha:g}, β = {beta:g}")
         plain(axes.yaxis, (5, 10, 20, 50, 100, 200, 500))
     return {"errors.png": errors.done(), "bandwidth.png": bandwidth.done()}

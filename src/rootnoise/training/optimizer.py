@@ -345,7 +345,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total / self.sampler.batch_size)
+            self._place.write(total.div_(self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)

@@ -26,7 +26,7 @@ from rootnoise.bounds.theorems import (
     square_root_lower,
     square_root_upper,
 )
-from rootnoise.runs.palette import BLACK, GREEN, ORANGE, PURPLE, SKY
+from rootnoise.runs.palette import AMBER, BLACK, BROWN, GREEN, ORANGE, PURPLE, SKY
 
 TITLE = "The theorems' bounds"
 INTRO = (
@@ -146,10 +146,10 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 LINES = {
     "square_root_upper": ("upper bound of the paper", "--", ORANGE),
     "limit": ("limit and upper bound, sharp (ours)", "-.", PURPLE),
-    "growth": ("law sqrt(k n Σc²/2) b∞", "-.", PURPLE),
+    "growth": ("law sqrt(k n Σc²/2) b∞", ":", AMBER),
     "certified_lower": ("certified lower bound, any factorization (ours)", "-", GREEN),
     "any_lower": ("lower bound of the paper, any factorization", "--", BLACK),
-    "repeated_lower": ("closed lower bound, any factorization", "--", BLACK),
+    "repeated_lower": ("closed lower bound, any factorization", "-.", BROWN),
     "square_root_lower": ("lower bound of the paper, square root", ":", SKY),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import deque
@@ -19,6 +20,7 @@ from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import saved
 from rootnoise.keys import Key
 from rootnoise.training import PrivateOptimizer
+from rootnoise.training.ranks import SAVING
 from rootnoise.training.reuse import Releases
 
 RATE_TOLERANCE = 1e-6  # schedulers round
@@ -241,10 +243,14 @@ class LoopOptimizer(torch.optim.Optimizer):
         that contains the step. Resume from a file only once: two runs resumed from the same file
         share noise. The first call reads a `TensorDataset` whole, to recognise it on resume.
 
+        In several processes every rank must call it; rank 0 writes the file, which any number of
+        processes can resume, with shards or without.
+
         Raises:
-            RootnoiseError: a step failed midway or its batch is not whole, or the file cannot be
-                written.
+            RootnoiseError: a step failed midway or its batch is not whole, the file cannot be
+                written, or a rank does something else.
         """
+        self.private._ranks.agree(SAVING)
         if self._identity is None:
             self._identity = saved.identity(self.dataset, self.private.stream.key)
         saved.write(Path(path), self.private, self._identity)
@@ -340,7 +346,8 @@ class PrivateLoader:
             together: all micro-batches of a batch may be drawn before the first is stepped on.
         """
         parts = (self.dataset, self._optimizer, self.period, self.loading)
-        return type(self)(*parts, split, together=together)
+        own = dataclasses.replace(split, rank=self.split.rank, size=self.split.size)
+        return type(self)(*parts, own, together=together)
 
     @property
     def batch_size(self) -> int:

@@ -219,8 +219,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs except the key, on any number of ranks."""
-        private = isinstance(self.optimizer, PrivateOptimizer)
-        inner = whole.state_dict(self.optimizer) if private else self.optimizer.state_dict()
+        if isinstance(self.optimizer, PrivateOptimizer):
+            inner = whole.state_dict(self.optimizer)
+        else:
+            inner = self.optimizer.state_dict()
         return {
             "version": 1,
             "data": self._data,

@@ -13,7 +13,7 @@ from rootnoise.batches.ledger_file import Journal, pack, unpack
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import audit as audit_module
-from rootnoise.runs import report, statement
+from rootnoise.runs import inference, report, statement
 from rootnoise.runs.audit import audit
 from rootnoise.runs.folder import RunFolder, as_json
 from rootnoise.runs.run import run, stored
@@ -341,4 +341,5 @@ def test_a_folder_from_before_the_separation_had_a_name_goes_on(tmp_path, sampli
         assert folder.config() == today
     run(stored(out, bands), out, resume=True)
     assert failures(out) == []
+    assert inference.settings(out) == config
     assert "--" + "".join(bands) + " 4" in report.page(report.read(out))

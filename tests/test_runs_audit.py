@@ -294,6 +294,12 @@ def test_the_command_can_attack_too(copy, capsys):
     assert checks["attack: one run"]["found"].startswith("epsilon > ")
 
 
+def test_a_missing_page_is_named(copy):
+    (copy / "privacy.md").unlink()
+    found = [check for check in audit(copy) if not check.held]
+    assert [(check.name, check.found) for check in found] == [("privacy.md", "missing")]
+
+
 def test_what_is_no_folder_is_refused(tmp_path, capsys):
     with pytest.raises(RootnoiseError, match=r"^run must be a folder, got .*none$"):
         audit(tmp_path / "none")

@@ -101,9 +101,7 @@ def run(
     with RunFolder(out) as folder:
         trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
-            return _to_the_end(
-                config, folder, trainer, stated, checkpoint_every, on_step, ranks.rank == 0
-            )
+            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step, ranks.rank == 0)
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
             rule, got = f"{name} must be writable", reason.strerror

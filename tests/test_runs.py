@@ -23,7 +23,7 @@ from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)
 LEFT = {"config.json", "claim.txt", "metrics.jsonl", "model.pt", "curves.png", "result.json"}
-LEFT |= {"privacy.json", "privacy.md"}
+LEFT |= {"privacy.json", "privacy.md", "run.toml", "model.safetensors"}
 PRIVATE = LEFT | {"mechanism.json", "ledger.bin"}
 
 

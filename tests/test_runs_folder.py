@@ -26,7 +26,15 @@ from test_runs_audit import edited, leaves
 
 CONFIG = with_(insecure_noise_seed=5)
 JSON = ("config.json", "mechanism.json", "privacy.json")
-BYTES = ("claim.txt", "privacy.md", "metrics.jsonl", "checkpoint.pt", "noise.key", "ledger.bin")
+BYTES = (
+    "run.toml",
+    "claim.txt",
+    "privacy.md",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "noise.key",
+    "ledger.bin",
+)
 
 
 def files(out):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from weakref import WeakSet
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import (
     DataLoader,
@@ -22,7 +24,7 @@ from torch.utils.data import (
 )
 
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.batches.loader import WHOLE, Split, refuse_mixing, refuse_repeats
+from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.batches.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
@@ -32,6 +34,7 @@ from rootnoise.batches.samplers import (
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
+from rootnoise.front_door.several import compare, together
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
@@ -43,7 +46,8 @@ from rootnoise.participation import (
 )
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import Job, plan
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training import PrivateOptimizer, privatize, whole
+from rootnoise.training.ranks import Ranks
 from rootnoise.workload import Workload, from_optimizer
 
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
@@ -105,6 +109,11 @@ def make_private(
     `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
     examples, each example's term a function of that example alone.
 
+    In several processes that have met (`torch.distributed.init_process_group`), the loop is the
+    same on each, with the same arguments and data: the loader gives each its part of every batch,
+    and the ledger checks the joined batch. The model may be plain, of `DistributedDataParallel`
+    (the one inside is returned), or cut by `fully_shard`.
+
     Args:
         model: in training mode; each output row must depend on its own input row alone.
         optimizer: any torch optimizer of the model's parameters; the noise is planned for how it
@@ -164,12 +173,11 @@ def make_private(
     (6, 8.0)
     """
     _check_parts(model, optimizer, data)
+    model, ranks = together(model)
     _check_kind("options", options or {}, Mapping)
     _check_kind("resume", resume or "", str | os.PathLike)
     dataset, batch, loading = _data(data, batch_size)
-    split_by = WHOLE
-    if micro_batch_size is not None:
-        split_by = Split(most=integer("micro_batch_size", micro_batch_size, 1))
+    split_by = _micro_batches(model, ranks, micro_batch_size)
     refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
     if sum(value is not None for value in goal.values()) != 1:
@@ -178,19 +186,32 @@ def make_private(
     rates: list[float] = []
     if workload is None:
         workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
-    split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
-    made = Mechanism.calibrate(
-        split,
-        who,
-        epsilon=epsilon,
-        noise_multiplier=_of_the_run(noise_multiplier, split, who),
-        delta=delta,
-        clip_norm=clip_norm,
-    )
-    before = None if resume is None else saved.read(Path(resume), made, dataset)
-    if before is not None:
-        if key is not None:
-            raise RootnoiseError("key must be left out on resume, which reads it from the file")
+    settings: dict[str, Any] = goal | {
+        "epochs": epochs,
+        "delta": delta,
+        "clip_norm": clip_norm,
+    }
+    settings |= {"batch_size": batch}
+    settings |= {"mechanism": mechanism, "sampling": sampling, "memory_rows": memory_rows}
+    settings |= {"options": options, "loss_reduction": loss_reduction, "resume": resume is None}
+    settings |= {"independence": independence, "learning rates": rates}
+    compare(ranks, dataset, settings)
+
+    def calibrated() -> Mechanism:
+        split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
+        return Mechanism.calibrate(
+            split,
+            who,
+            epsilon=epsilon,
+            noise_multiplier=_of_the_run(noise_multiplier, split, who),
+            delta=delta,
+            clip_norm=clip_norm,
+        )
+
+    made = ranks.by_first(calibrated)
+    before = None
+    if resume is not None:
+        before = ranks.by_first(lambda: _before(Path(resume), made, dataset, key))
         key = before.key
     collate = loading.get("collate_fn", default_collate)
     if independence == "probed" and collate is not default_collate:
@@ -199,18 +220,42 @@ def make_private(
     _MADE.add(model)  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    sampler = _sampler(job, who, seed)
+    sampler = _sampler(job, made.participation, seed)
     # Planned for this optimizer, or for the workload that the caller chose.
     private = PrivateOptimizer(
-        optimizer, module, made, sampler, key, independence=independence, planned=True
+        optimizer,
+        module,
+        made,
+        sampler,
+        key,
+        process_group=ranks.group,
+        independence=independence,
+        planned=True,
     )
-    loop = LoopOptimizer(private, rates if split.strategy.bands > 1 else (), dataset)
+    loop = LoopOptimizer(private, rates if made.strategy.bands > 1 else (), dataset)
     if micro_batch_size is not None:
         loop.pace(scheduler)
     if before is not None:
-        loop.load_state_dict(before.optimizer)
+        whole.load_state_dict(private, before.optimizer)
         _load(module, before.weights)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading, split_by))
+
+
+def _micro_batches(model: nn.Module, ranks: Ranks, most: int | None) -> Split:
+    """Return how the loader of this rank divides each batch."""
+    own = Split(rank=ranks.rank, size=ranks.size)
+    if most is None:
+        return own
+    if isinstance(model, FSDPModule):
+        raise RootnoiseError(f"micro_batch_size must be left out for a sharded model, got {most}")
+    return dataclasses.replace(own, most=integer("micro_batch_size", most, 1))
+
+
+def _before(path: Path, made: Mechanism, dataset: Any, key: Key | None) -> saved.Saved:
+    found = saved.read(path, made, dataset)
+    if key is not None:
+        raise RootnoiseError("key must be left out on resume, which reads it from the file")
+    return found
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -233,7 +278,7 @@ def _check_parts(model: Any, optimizer: Any, data: Any) -> None:
 
 def _load(module: nn.Module, weights: dict[str, Any]) -> None:
     try:
-        module.load_state_dict(weights)
+        whole.load_weights(module, weights)
     except (RuntimeError, TypeError) as reason:
         line = " ".join(str(reason).split())
         raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rootnoise._check import extra
+from rootnoise.accounting.rounding import round_up
 from rootnoise.factorization import Factorization, error, factorize
 from rootnoise.participation import CyclicPoisson, FixedCycle
 from rootnoise.runs.palette import BLUE, COLOURS, DASHES, GREY, ORANGE
@@ -110,8 +111,8 @@ def privacy(mechanism: Mechanism, stated: Sequence[Mapping[str, float]]) -> str:
 
     alt = (
         f"Epsilon over delta: from {points[-1][1]:.3g} at delta {points[-1][0]:.1g} to "
-        f"{points[0][1]:.3g} at {points[0][0]:.1g}; the claim is {mechanism.epsilon:.4g} at "
-        f"{mechanism.delta:g}."
+        f"{points[0][1]:.3g} at {points[0][0]:.1g}; the claim is "
+        f"{round_up(mechanism.epsilon, 4)} at {mechanism.delta:g}."
     )
     return drawn(alt, draw)
 

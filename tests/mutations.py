@@ -584,7 +584,7 @@ MUTATIONS = [
         "sampling",
     ),
     Mutation(
-        "the accountant hears another probability",
+        "the accountant is given another probability",
         "batches/samplers.py",
         "CyclicPoisson(groups, drawn / size)",
         "CyclicPoisson(groups, drawn / (size + 1))",

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from rootnoise.batches.samplers import (
     Sampler,
 )
 from rootnoise.factorization import Factorization, factorize
-from rootnoise.front_door import saved
+from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
 from rootnoise.front_door.several import compare, together
 from rootnoise.keys import Key
@@ -58,7 +58,8 @@ SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that scheduler
 # How many noise vectors of the model's size `mechanism="auto"` may keep by default.
 MEMORY_ROWS = 64
 
-_MADE: WeakSet[nn.Module] = WeakSet()  # models that are already private
+# Models that are already private, and their training data.
+_MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _KINDS = {
     "model": "a torch module",
     "optimizer": "a torch optimizer",
@@ -136,7 +137,8 @@ def make_private(
             with the last. `scheduler` steps with batches alone; one that make_private is not given
             must step unless `optimizer.step_was_skipped`.
         mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
-            `memory_rows`.
+            `memory_rows`; with Adam and the like the first of independent noise, for correlated
+            noise needs a larger learning rate there, and a warning says how much larger.
         sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a
             mechanism given by name.
         scheduler: a learning-rate scheduler of `optimizer`, or a function that makes one; the noise
@@ -197,8 +199,10 @@ def make_private(
     settings |= {"independence": independence, "learning rates": rates}
     compare(ranks, dataset, settings)
 
+    by_plan = None if epsilon is None else optimizer
+
     def calibrated() -> Mechanism:
-        split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
+        split, who = _split(workload, job, mechanism, sampling, options or {}, by_plan)
         return Mechanism.calibrate(
             split,
             who,
@@ -217,7 +221,7 @@ def make_private(
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
-    _MADE.add(model)  # from here on it has hooks, even if something is refused below
+    _MADE[model] = dataset  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
     sampler = _sampler(job, made.participation, seed)
@@ -256,6 +260,12 @@ def _before(path: Path, made: Mechanism, dataset: Any, key: Key | None) -> saved
     if key is not None:
         raise RootnoiseError("key must be left out on resume, which reads it from the file")
     return found
+
+
+def is_training_set(model: nn.Module, data: Any) -> bool:
+    """Whether `data`, a data set or a loader of one, is what a model was made private for."""
+    trained = _MADE.get(model)
+    return trained is not None and (data is trained or getattr(data, "dataset", None) is trained)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -373,11 +383,11 @@ def _split(
     name: str,
     sampling: str,
     options: Mapping[str, Any],
-    planned: bool,
+    optimizer: torch.optim.Optimizer | None,
 ) -> tuple[Factorization, Participation]:
-    """Return the factorization, planned or as requested, and the participation."""
+    """Return the factorization, planned for an optimizer or as requested, and the participation."""
     if name == "auto":
-        if not planned:
+        if optimizer is None:
             raise RootnoiseError(
                 "mechanism must be given by name with noise_multiplier, for a plan needs epsilon, "
                 "got auto"
@@ -387,7 +397,8 @@ def _split(
         rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
         if not rows:
             raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
-        who, name, options = rows[0].participation, rows[0].mechanism, rows[0].options
+        row = adaptive.choose(rows, workload, optimizer)
+        who, name, options = row.participation, row.mechanism, row.options
     else:
         who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
     return factorize(workload, who, name, **options), who

@@ -41,7 +41,7 @@ def read(path: Path, made: Mechanism, dataset: Any) -> Saved:
         raise RootnoiseError(f"resume must be readable, got {path}: {reason.strerror}") from None
     content, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
     if digest != _digest(content):
-        raise RootnoiseError(f"resume must be a file of save, as it was written, got {path}")
+        raise RootnoiseError(f"resume must be a file of save, got {path}: not as it was written")
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as reason:

@@ -87,38 +87,26 @@ class Clip:
         return total
 
 
-def clipped_sums(
-    gradients: list[torch.Tensor], clip: Clip, t: int
-) -> tuple[list[torch.Tensor], int]:
-    """Return the sum over the batch of each parameter's clipped gradients, flattened, in units.
-
-    Args:
-        gradients: one float32 (batch, size) matrix a parameter.
-        clip: largest joint l2 norm of an example's rows in the sums, and the grid unit.
-        t: the step, for the warning.
-
-    Returns:
-        The exact sums, float64 whole numbers of `clip.grid`, and how many examples had a gradient
-        that was not finite, or whose squares are not (beyond 1e19), and counted as zero.
-    """
-    scale, bad = clip_scale(row_norms(gradients), clip, t)
-    return [scaled_sum(scale, g, bad) for g in gradients], bad
+def warn_non_finite(bad: int, rows: int, t: int) -> None:
+    """Warn that `bad` of the examples of step t count as zero."""
+    warnings.warn(
+        f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
+        "count as zero (the guarantee does not cover this number)",
+        NonFiniteGradientWarning,
+        stacklevel=5,
+    )
 
 
 def clip_scale(norms: torch.Tensor, clip: Clip, t: int) -> tuple[torch.Tensor, int]:
     """Return each example's factor from gradient to grid units, and how many are not finite.
 
-    Examples that are not finite have factor 0, and `scaled_sum` leaves them out.
+    Examples that are not finite, or whose squares are not (beyond 1e19), have factor 0, and
+    `scaled_sum` leaves them out.
     """
     finite = norms.isfinite()
     bad = len(norms) - int(finite.sum())
     if bad:
-        warnings.warn(
-            f"{bad} of {len(norms)} per-sample gradients of step {t} are not finite and "
-            "count as zero (the guarantee does not cover this number)",
-            NonFiniteGradientWarning,
-            stacklevel=4,
-        )
+        warn_non_finite(bad, len(norms), t)
         norms = norms.masked_fill(~finite, torch.inf)
     factor = (clip.norm / (norms * (1 + SLACK))).clamp(max=1)
     return (factor / clip.grid).float(), bad

@@ -178,7 +178,7 @@ class PrivateOptimizer:
     def _watch(self, independence: str, every: int) -> None:
         """Attach the guard of passes, and the probe if requested, to the model.
 
-        Autograd's graph keeps their hooks alive out of the garbage collector's sight. So they hold
+        The garbage collector does not see the hooks that autograd's graph keeps alive. So they hold
         references to the model and its parameters, but none to this optimizer.
         """
         module = self.module
@@ -222,12 +222,18 @@ class PrivateOptimizer:
             f"its batch {seen}."
         )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, keep_parts: bool = False) -> None:
         """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
         Call it once a step, before backward. A forward without backward is kept until the next one.
+
+        Args:
+            keep_parts: keep the sum of `accumulate`, and drop only what came after it.
         """
         self._guard.clear()
+        if keep_parts:
+            self.module.zero_grad()
+            return
         self._place.clear()
         self._taken = self._taken[:0]
 

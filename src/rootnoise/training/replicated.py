@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clipping import Clip, NonFiniteGradientWarning
+from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.ranks import Ranks
 
 # Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
@@ -101,12 +100,7 @@ class Copies:
         total, bad = self._module.finish()
         rows, self._taken = self._taken, 0
         if bad:
-            warnings.warn(
-                f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
-                "count as zero (the guarantee does not cover this number)",
-                NonFiniteGradientWarning,
-                stacklevel=4,
-            )
+            warn_non_finite(bad, rows, t)
         clip = self._clip
         total.div_(clip.grid).round_()
         own = slice(*self._span)

@@ -50,8 +50,9 @@ f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATI
 the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
 of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of norm at most C and at
 most N terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different
-coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for two. Norms and
-factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
+coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for
+two. Norms and factors, float64, err by less than 1e-8 C. So the difference is at most
+C (1 - SLACK + 8.5e-6) < C.
 QED
 
 No float32 product adds up several examples, although it is twice as fast. Adding K rows of norm at

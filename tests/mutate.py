@@ -19,7 +19,7 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -64,38 +64,14 @@ PRIVACY = [
     "training/sharded.py",
     "training/tape.py",
 ]
-# Of these files a sample is planted by name or with --all alone: not each survivor is judged yet.
-UNJUDGED = {
-    "_check.py",
-    "accounting/balls_in_bins.py",
-    "accounting/min_sep_patterns.py",
-    "accounting/min_sep_poisson.py",
-    "auditing/recompute.py",
-    "causal/base.py",
-    "causal/elementary.py",
-    "causal/product.py",
-    "training/clip/__init__.py",
-    "training/clip/attention.py",
-    "training/clip/bounds.py",
-    "training/clip/fallback.py",
-    "training/clip/layers.py",
-    "training/clip/module.py",
-    "training/clip/rules.py",
-    "training/clip/taps.py",
-    "keys.py",
-    "noise/engine.py",
-    "noise/sources.py",
-    "participation/overlaps.py",
-    "runs/folder.py",
-    "runs/statement.py",
-    "training/optimizer.py",
-    "training/ranks.py",
-    "training/sharded.py",
-}
 SAMPLE = 12  # mutants a file
 BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
 # What several processes run is not recorded: these files of tests are tried last, whole.
-PROCESSES = {"training/ranks.py": "parallel", "training/sharded.py": "sharded"}
+PROCESSES = {
+    "training/optimizer.py": "parallel",
+    "training/ranks.py": "parallel",
+    "training/sharded.py": "sharded",
+}
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"
 
 
@@ -138,23 +114,26 @@ class Campaign:
                 self._count(bug, None, progress)
                 progress.advance(task)
                 continue
-            stages = [stage for stage in self._tests(bug) if stage]
-
-            def following(
-                outcome: Outcome,
-                bug: Mutant | Mutation = bug,
-                stages: list[list[str]] = stages,
-            ) -> Run | None:
-                if stages and not outcome.killed:
-                    tests = stages.pop(0)
-                    seconds = sum(self._coverage.seconds[test] for test in tests)
-                    return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
-                self._count(bug, outcome, progress)
-                progress.advance(task)
-                return None
-
-            if first := following(Outcome(0, "" if stages else "no test runs it", 0.0)):
+            if first := self._judge(bug, progress)(Outcome(0, "no test runs it", 0.0)):
                 yield first
+
+    def _judge(self, bug: Mutant | Mutation, progress: Progress) -> Callable[[Outcome], Run | None]:
+        """Return what hears how each run of a bug's tests ended, and answers with the next run.
+
+        One for each bug: several are being judged at a time.
+        """
+        stages = [stage for stage in self._tests(bug) if stage]
+
+        def following(outcome: Outcome) -> Run | None:
+            if stages and not outcome.killed:
+                tests = stages.pop(0)
+                seconds = sum(self._coverage.seconds[test] for test in tests)
+                return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
+            self._count(bug, outcome, progress)
+            progress.advance(progress.task_ids[-1])
+            return None
+
+        return following
 
     def _tests(self, bug: Mutant | Mutation) -> list[list[str]]:
         """Return the tests that may see it, the fastest of all: of one file, then the others.
@@ -226,7 +205,7 @@ def choose(options: argparse.Namespace) -> list[Mutant | Mutation]:
     files = privacy_files()
     for file in files:
         named = any(file == name or Path(file).name == name for name in options.file or ())
-        if not named and (options.file or (file in UNJUDGED and not options.all)):
+        if options.file and not named:
             continue
         found = mutants(file, (PACKAGE / file).read_text())
         found.sort(key=lambda mutant: mutant.order(options.seed))

@@ -16,7 +16,7 @@ from rootnoise.accounting import subsampled
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.cost import Progress
 
-# The formula of delta is right to 1e-12 (against 60 digits); delta is met with so much to spare.
+# The formula of delta is right to 1e-12 (against 60 digits); log delta is undercut by so much.
 MARGIN = 1e-11
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 ROOT = math.sqrt(2 * math.pi)
@@ -47,7 +47,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     if _log_delta(-mu / 2, mu) <= goal:
         return 0.0
     # epsilon = mu t for a = t - mu / 2; at a = 40 no delta of a float is left.
-    t = _falling(lambda t: _log_delta(t - mu / 2, mu), goal, 40 + mu / 2)
+    _, t = _turn(lambda t: _log_delta(t - mu / 2, mu) <= goal, 40 + mu / 2)
     return mu * t * (1 + 4 * UNIT)
 
 
@@ -64,10 +64,16 @@ def gaussian_multiplier(epsilon: float, delta: float) -> float:
         b = math.hypot(a, root)
         return root * (root / (a + b)) if a > 0 else b - a
 
-    if _log_delta(0.0, mu_at(0.0)) > goal:
-        a = _falling(lambda a: _log_delta(a, mu_at(a)), goal, 40.0)
+    def enough(a: float) -> bool:
+        return _log_delta(a, mu_at(a)) <= goal
+
+    if not enough(0.0):
+        _, a = _turn(enough, 40.0)
+    elif enough(-40.0):
+        a = -40.0
     else:
-        a = -_rising(lambda c: _log_delta(-c, mu_at(-c)), goal, 40.0)
+        least, _ = _turn(lambda c: not enough(-c), 40.0)
+        a = -least if enough(-least) else 0.0
     sigma = 1 / mu_at(a) if mu_at(a) > 0 else math.inf
     if not 1e-150 < sigma < 1e300:
         raise RootnoiseError(
@@ -108,34 +114,21 @@ def _mills(x: float | Array) -> Array:
     return value
 
 
-def _falling(f: Callable[[float], float], goal: float, high: float) -> float:
-    """Return the least x > 0 found, to the last digits, with f(x) <= goal."""
+def _turn(far: Callable[[float], bool], high: float) -> tuple[float, float]:
+    """Return x > 0 where `far` does not hold and the next where it does, to the last digits.
+
+    `far` is taken to hold at `high` and beyond; if it holds everywhere, both are about 1e-307.
+    """
     low = high
-    while low > 1e-307 and f(low / 2) <= goal:
+    while low > 1e-307 and far(low / 2):
         low /= 2
     low, high = low / 2, low
     while high - low > 2 * UNIT * high:
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        low, high = (low, middle) if f(middle) <= goal else (middle, high)
-    return high
-
-
-def _rising(f: Callable[[float], float], goal: float, high: float) -> float:
-    """Return the largest x >= 0 found with f(x) <= goal, for a rising f."""
-    if f(high) <= goal:
-        return high
-    low = high
-    while low > 1e-307 and f(low / 2) > goal:
-        low /= 2
-    low, high = low / 2, low
-    while high - low > 2 * UNIT * high:
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if f(middle) <= goal else (low, middle)
-    return low if f(low) <= goal else 0.0
+        low, high = (low, middle) if far(middle) else (middle, high)
+    return low, high
 
 
 def poisson_epsilon(sigma: float, q: float, rounds: int, delta: float) -> float:
@@ -165,8 +158,8 @@ def poisson_multiplier(
 
     Targets below `FINEST_GRID` get the noise that suffices without amplification.
 
-    The search starts where the central limit has it (Bu, Dong, Long & Su 2020), on a coarse grid,
-    and goes on to finer ones, each about 4 times slower, as `_refined` does.
+    The search starts at the central limit theorem's sigma (Bu, Dong, Long & Su 2020), on a coarse
+    grid, and goes on to finer ones, each about 4 times slower, as `_refined` does.
 
     Raises:
         RootnoiseError: being drawn at all is less likely than delta: no noise is needed.
@@ -205,7 +198,7 @@ def poisson_multiplier(
 
 
 def _solved(ratio_at: Callable[[float], float], sigma: float, power: float) -> tuple[float, float]:
-    """Return sigma with ratio_at(sigma) = 1, and the power -p of sigma that the ratio falls as."""
+    """Return sigma with ratio_at(sigma) = 1, and p where the ratio falls as sigma^-p."""
     before = None
     for _ in range(SECANTS):
         ratio = min(max(ratio_at(sigma), 0.25), 4.0)  # infinite where sigma is far too small
@@ -238,12 +231,12 @@ def _refined(
 
 
 def _certain(sigma: float, rounds: int, delta: float) -> float:
-    """Return what holds whoever is drawn: `rounds` Gaussians are one of sigma / sqrt(rounds)."""
+    """Return epsilon without amplification: `rounds` Gaussians are one of sigma / sqrt(rounds)."""
     return gaussian_epsilon(sigma / math.sqrt(rounds) * (1 - 4 * UNIT), delta)
 
 
 def _span(sigma: float, q: float) -> float:
-    """Return about how far apart the losses of one step lie, both tails cut at e^-50."""
+    """Return about the range of one step's losses, with both tails cut at e^-50."""
     most, none = 0.5 / sigma**2 + 10.5 / sigma, math.log1p(-min(q, 0.999))
     return float(np.logaddexp(none, math.log(q) + most)) - none
 

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rootnoise.cli import _options, _progress
-from rootnoise.cli._report import show
+from rootnoise import __version__
+from rootnoise.cli import _options, _progress, _report
+from rootnoise.runs import settings_file
 from rootnoise.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from rootnoise.runs.trainer import Trainer
+
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a file give the defaults: its values go through the checks of the flags, as text."""
+    if path is not None:
+        values = settings_file.read(path)
+        context.default_map = {name: str(value) for name, value in values.items()}
+    return path
 
 
 @_options.grouped
@@ -18,6 +31,15 @@ def train(
     *,
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_from_file,
+            is_eager=True,
+            help="TOML file of these options, such as batch-size = 500; a flag overrides it. Every "
+            "run leaves its own as run.toml.",
+        ),
+    ] = None,
     settings: Settings,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
@@ -28,6 +50,12 @@ def train(
             "--resume", help="Continue the unfinished run in OUT; no other option is needed."
         ),
     ] = False,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp", help="Under torchrun: cut the model over the processes, rather than copy it."
+        ),
+    ] = False,
     json: _options.Json = False,
 ) -> None:
     """Train a model and report its accuracy on the test set and its privacy.
@@ -36,36 +64,67 @@ def train(
     unfinished it also holds noise.key and checkpoint.pt: keep them as secret as the data, because
     the noise can be subtracted with them. They are deleted when the run ends. Loss and accuracy on
     the training set are not reported: epsilon does not cover them.
+
+    On several processes: `torchrun --nproc-per-node 2 -m rootnoise train ...`.
     """
     from rootnoise.runs.config import RunConfig
     from rootnoise.runs.folder import RunFolder
+    from rootnoise.runs.processes import StoppedError, joined
     from rootnoise.runs.run import run, stored
 
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
-    if resume:
-        given = {name: value for name, value in values.items() if _given(context, name)}
-        moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
-        if given.get("sampling") == "auto":
-            del given["sampling"]
-        config = dataclasses.replace(stored(out, given), **moved)
-    else:
-        config = RunConfig(**values)
-    try:
-        with _progress.steps(f"{config.mechanism} on {config.dataset}", quiet=json) as on_step:
-            result = run(
-                config,
-                out,
-                resume=resume,
-                checkpoint_every=checkpoint_every,
-                on_step=on_step,
-            )
-    except KeyboardInterrupt:
-        folder = RunFolder(out)
+    given = {name: value for name, value in values.items() if _given(context, name)}
+    folder = RunFolder(out)
+
+    def goes_on() -> str:
         begun = (out / "config.json").exists()
-        how = f"{folder.resume} goes on" if begun else "before the first step, nothing is kept"
-        typer.echo(f"stopped: {how}", err=True)
+        return f"{folder.resume} goes on" if begun else "before the first step, nothing is kept"
+
+    try:
+        with joined(lambda: f"; {goes_on()}") as ranks:
+            ranks.all_same({"version": __version__, "out": str(out), "resume": resume} | values)
+            if resume:
+                moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
+                if given.get("sampling") == "auto":
+                    del given["sampling"]
+                found = ranks.by_first(lambda: stored(out, given))
+                made = dataclasses.replace(found, **moved)
+            else:
+                made = RunConfig(**values)
+            title, first = f"{made.mechanism} on {made.dataset}", ranks.rank == 0
+            private = made.mechanism != "none" and made.insecure_noise_seed is None
+            with _progress.steps(title, quiet=json or not first) as bar:
+                result = run(
+                    made,
+                    out,
+                    resume=resume,
+                    checkpoint_every=checkpoint_every,
+                    on_step=bar.step,
+                    on_checkpoint=partial(_tell, bar, private) if bar.shown else None,
+                    report=True,
+                    ranks=ranks,
+                    fsdp=fsdp,
+                )
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {goes_on()}", err=True)
         raise typer.Exit(130) from None
-    show(f"{config.mechanism} on {config.dataset}", dataclasses.asdict(result), json)
+    except StoppedError:
+        raise typer.Exit(2) from None
+    if first:
+        _report.show(title, dataclasses.asdict(result), json)
+
+
+def _tell(bar: _progress.Steps, private: bool, trainer: Trainer) -> None:
+    """Say what is released with the checkpoint: accuracy, and the epsilon of the steps so far."""
+    from rootnoise.accounting.rounding import round_up
+
+    said, mechanism = [], trainer.mechanism
+    if trainer.history:
+        said.append(f"accuracy {trainer.history[-1]['test_accuracy']:.3f}")
+    if private and mechanism is not None:
+        spent = round_up(mechanism.epsilon_spent(trainer.t), 3)
+        said.append(f"epsilon {spent} of {round_up(mechanism.epsilon, 3)}")
+    bar.say(", ".join(said))
 
 
 def _given(context: typer.Context, name: str) -> bool:

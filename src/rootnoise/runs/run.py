@@ -6,21 +6,30 @@ computed from raw data, and epsilon would not cover them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._files import write_whole
 from rootnoise.batches.ledger_file import Journal, pack
-from rootnoise.runs import curves
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.runs import curves, inference
 from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.report import Run, page
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
 from rootnoise.runs.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
+from rootnoise.training.ranks import Ranks
+
+# Called when a checkpoint is on disk: what depends on the steps so far may be shown from then on.
+OnCheckpoint = Callable[[Trainer], None]
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,10 @@ def run(
     resume: bool = False,
     checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    report: bool = False,
+    ranks: Ranks | None = None,
+    fsdp: bool = False,
 ) -> Result:
     """Train and evaluate, or resume a run; invalid settings are refused before `out` is created.
 
@@ -79,17 +92,38 @@ def run(
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is always one after each epoch.
         on_step: called after every step.
+        on_checkpoint: called with the trainer when a checkpoint is on disk: what it tells may be
+            shown.
+        report: also write report.html (`runs.report`), in about two seconds.
+        ranks: the processes of the run, each of which calls this; rank 0 alone uses the folder, and
+            the result is its. The number may change when the run is resumed.
+        fsdp: cut the parameters over the ranks; this may change too.
 
     Raises:
-        RootnoiseError: settings that do not fit together, or do not fit the data or the folder.
+        RootnoiseError: settings that do not fit together, or do not fit the data or the folder, or
+            that differ between ranks.
     """
+    ranks = ranks or Ranks()
+    how = {"data_dir": data_dir, "resume": resume, "fsdp": fsdp}
+    ranks.all_same(how | {"checkpoint_every": checkpoint_every} | asdict(config))
     if checkpoint_every is not None:
         integer("checkpoint_every", checkpoint_every, 1)
     curves.check()
     with RunFolder(out) as folder:
-        trainer, stated = _begin(config, folder, data_dir, resume)
+        trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
-            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+            first = ranks.rank == 0
+            return _to_the_end(
+                config,
+                folder,
+                trainer,
+                stated,
+                checkpoint_every,
+                on_step,
+                on_checkpoint,
+                report,
+                first,
+            )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
             rule, got = f"{name} must be writable", reason.strerror
@@ -125,55 +159,104 @@ def _to_the_end(
     stated: Statement,
     every: int | None,
     on_step: OnStep | None,
+    on_checkpoint: OnCheckpoint | None,
+    report: bool,
+    writes: bool,
 ) -> Result:
-    folder.write_metrics(trainer.history)
+    """Train to the end; only the rank that `writes` changes the folder."""
+    if writes:
+        folder.write_metrics(trainer.history)
     while trainer.t < trainer.sampler.n_steps:
         trainer.epoch(on_step, every)
-        folder.save_checkpoint(trainer.state_dict())
-        folder.write_metrics(trainer.history)
+        state = trainer.state_dict()
+        if writes:
+            folder.save_checkpoint(state)
+            folder.write_metrics(trainer.history)
+        if on_checkpoint is not None:
+            on_checkpoint(trainer)
+    result = _result(config, trainer, folder.path)
+    weights = trainer.weights()
+    if not writes:
+        return result
     title = f"{config.mechanism} on {config.dataset}"
     curve = [entry["test_accuracy"] for entry in trainer.history]
     curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
     optimizer = trainer.optimizer
     ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-    result = _result(config, trainer, folder.path)
-    weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
-    folder.finish(weights, asdict(result), stated, ledger)
+    if report:
+        _report(folder, config, stated, trainer, result)
+    about = inference.about(config, trainer.data.input_shape, trainer.data.n_classes)
+    folder.finish(weights, about, asdict(result), stated, ledger)
     return result
 
 
+def _report(
+    folder: RunFolder, config: RunConfig, stated: Statement, trainer: Trainer, result: Result
+) -> None:
+    """Write the page, or warn: no picture is worth a run that cannot end."""
+    name, mechanism = folder.path.resolve().name, trainer.mechanism
+    made = Run(name, config, stated, mechanism, trainer.history, asdict(result))
+    try:
+        text = page(made)
+    except Exception as reason:  # noqa: BLE001 - whatever it was, the run is whole
+        line = " ".join(f"{reason}".split())
+        warnings.warn(
+            f"report.html is left out ({line:.120}): rootnoise report may say more", stacklevel=2
+        )
+    else:
+        write_whole(folder.path / "report.html", text.encode())
+
+
 def _begin(
-    config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
+    config: RunConfig,
+    folder: RunFolder,
+    data_dir: Path | None,
+    resume: bool,
+    ranks: Ranks,
+    fsdp: bool,
 ) -> tuple[Trainer, Statement]:
-    """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement."""
+    """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement.
+
+    Rank 0 reads the folder, makes the mechanism, and tells the others.
+    """
     settings = asdict(config)
     known = settings.pop("data_dir")
-    where = data_dir or known
-    if resume:
+
+    def enter() -> Any:
+        if not resume:
+            folder.refuse_used()
+            return data_dir or known
         folder.reopen(settings)
-        where = where or folder.config().get("data_dir")
-    else:
-        folder.refuse_used()
+        return data_dir or known or folder.config().get("data_dir")
+
+    where = ranks.by_first(enter)
+    if not resume:
         settings["data_dir"] = where and str(Path(where).resolve())
     data = load(config.dataset, where and Path(where))
     sampler = make_sampler(config, data.n_train)
+    sampler.load_state_dict(ranks.first(sampler.state_dict()))
     private = config.mechanism != "none"
-    mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
-    key = folder.key() if resume else make_key(config)
-    if resume:
+
+    def make() -> tuple[Mechanism | None, Key, Statement]:
+        mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
+        key = folder.key() if resume else make_key(config)
+        if not resume:
+            return mechanism, key, statement(config, sampler, mechanism, key)
         stated = folder.statement()
         refuse_other(stated, config, sampler, mechanism, key)
-    else:
-        stated = statement(config, sampler, mechanism, key)
-    trainer = Trainer(config, data, sampler, mechanism, key)
+        return mechanism, key, stated
+
+    mechanism, key, stated = ranks.by_first(make)
+    trainer = Trainer(config, data, sampler, mechanism, key, ranks, fsdp)
     if resume:
-        trainer.load_state_dict(folder.checkpoint())
+        trainer.load_state_dict(ranks.by_first(folder.checkpoint))
         if stated != begun(stated) and trainer.t < sampler.n_steps:
             rule = "privacy.json must not be of a run that has ended"
             raise RootnoiseError(f"{rule}, got step {trainer.t} of {sampler.n_steps}")
     else:
-        folder.create(settings, stated, mechanism, key, trainer.state_dict())
-    if isinstance(trainer.optimizer, PrivateOptimizer):
+        state = trainer.state_dict()
+        ranks.by_first(lambda: folder.create(settings, stated, mechanism, key, state))
+    if isinstance(trainer.optimizer, PrivateOptimizer) and ranks.rank == 0:
         path = folder.path / "ledger.bin"
         trainer.optimizer.ledger.keep(path)
         if resume:

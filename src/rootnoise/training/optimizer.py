@@ -178,7 +178,7 @@ class PrivateOptimizer:
     def _watch(self, independence: str, every: int) -> None:
         """Attach the guard of passes, and the probe if requested, to the model.
 
-        Autograd's graph keeps their hooks alive out of the garbage collector's sight. So they hold
+        The garbage collector does not see the hooks that autograd's graph keeps alive. So they hold
         references to the model and its parameters, but none to this optimizer.
         """
         module = self.module
@@ -222,16 +222,22 @@ class PrivateOptimizer:
             f"its batch {seen}."
         )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, keep_parts: bool = False) -> None:
         """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
         Call it once a step, before backward. A forward without backward is kept until the next one.
+
+        Args:
+            keep_parts: keep the sum of `accumulate`, and drop only what came after it.
         """
         self._guard.clear()
+        if keep_parts:
+            self.module.zero_grad()
+            return
         self._place.clear()
         self._taken = self._taken[:0]
 
-    def accumulate(self, indices: ArrayLike, batch: ArrayLike | None = None) -> None:
+    def accumulate(self, indices: ArrayLike | None = None, batch: ArrayLike | None = None) -> None:
         """Add the gradients of one part of step `t`'s batch; `step` adds the last part.
 
         Micro-batches may have any size and order. Together with the part given to `step` they must
@@ -301,7 +307,7 @@ class PrivateOptimizer:
             raise RootnoiseError(f"{rule}, got another one")
         return self._batch
 
-    def step(self, indices: ArrayLike) -> None:
+    def step(self, indices: ArrayLike | None = None) -> None:
         """Take step `t` with the gradients of the examples `indices`.
 
         Args:
@@ -339,7 +345,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total / self.sampler.batch_size)
+            self._place.write(total.div_(self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)
@@ -369,8 +375,13 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)
 
-    def _checked(self, indices: ArrayLike) -> Indices:
+    def _checked(self, indices: ArrayLike | None) -> Indices:
         """Return this process's part of the batch; refuse it, or its gradients, if not valid."""
+        if indices is None:
+            raise RootnoiseError(
+                "step must get the indices of the batch, got none (the optimizer of make_private "
+                "is the one that needs none)"
+            )
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         if os.getpid() != self._process:
@@ -448,6 +459,8 @@ class PrivateOptimizer:
                 `keep` afterwards), or the saved one had another mechanism (any field of it), key,
                 sampler, decay or layout. Nothing has changed then.
         """
+        if not isinstance(state, Mapping):
+            raise RootnoiseError(f"saved state must be a mapping, got {type(state).__name__}")
         if self.t or self.ledger.t or self.stream.t:
             raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
         self.ledger.check_unkept()

@@ -21,12 +21,20 @@ from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
 from rootnoise.runs.trainer import Trainer
-from test_lab_audit import edited, leaves
-from test_lab_run import PERIOD, stopped, with_
+from test_runs import PERIOD, stopped, with_
+from test_runs_audit import edited, leaves
 
 CONFIG = with_(insecure_noise_seed=5)
 JSON = ("config.json", "mechanism.json", "privacy.json")
-BYTES = ("claim.txt", "privacy.md", "metrics.jsonl", "checkpoint.pt", "noise.key", "ledger.bin")
+BYTES = (
+    "run.toml",
+    "claim.txt",
+    "privacy.md",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "noise.key",
+    "ledger.bin",
+)
 
 
 def files(out):
@@ -311,7 +319,7 @@ def test_other_batches_past_the_checkpoint_are_refused(runs, part):
 SECRET = {
     "dpsgd": {"mechanism": "dpsgd"},
     "cyclic": {"mechanism": "banded", "sampling": "poisson", "groups": 2},
-    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "groups": 2},
+    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "separation": 2},
     "bins": {"mechanism": "banded", "sampling": "balls-in-bins"},
 }
 

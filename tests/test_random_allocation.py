@@ -89,6 +89,15 @@ def test_a_coarse_grid_spreads_the_sum_and_the_slip_takes_it_back(bins):
         assert mean(0.5, grid.slip)[0] < 0.997 * exact
 
 
+def test_both_laws_give_one_mean_of_the_slipped_sum():
+    """E_P (S - t - b K)_+ / S is E_Q (S - t - b K)_+ / b."""
+    grid = _Grid.of(Allocation(5, 1.0), 1e-3, 2**12)
+    s = grid.width * np.arange(grid.added.size)
+    for epsilon in (0.2, 1.0):
+        gain = np.maximum(s - grid.slip - 5 * math.exp(epsilon), 0) / 5
+        assert grid._removal(epsilon, grid.slip)[0] == pytest.approx(gain @ grid.added, rel=1e-8)
+
+
 @pytest.mark.parametrize("bins", [Allocation(2, 1.2), Allocation(2, 0.7, 0.6)], ids=str)
 def test_the_inequality_of_means_bounds_the_add_direction(bins):
     for epsilon in (0.1, 0.5, 1.5):

@@ -80,6 +80,31 @@ def test_epsilon_agrees_with_quadrature(bins, delta):
     assert found.upper <= found.lower * 1.01
 
 
+@pytest.mark.parametrize("bins", [Allocation(2, 1.2), Allocation(2, 0.7, 0.6)], ids=str)
+def test_a_coarse_grid_spreads_the_sum_and_the_slip_takes_it_back(bins):
+    grid = _Grid.of(bins, 1e-2, 2**6)
+    for direction, mean in enumerate((grid._removal, grid._addition)):
+        exact = quadrature(gram_of(bins), 0.5)[direction]
+        assert mean(0.5, 0.0)[0] > 1.003 * exact
+        assert mean(0.5, grid.slip)[0] < 0.997 * exact
+
+
+def test_both_laws_give_one_mean_of_the_slipped_sum():
+    """E_P (S - t - b K)_+ / S is E_Q (S - t - b K)_+ / b."""
+    grid = _Grid.of(Allocation(5, 1.0), 1e-3, 2**12)
+    s = grid.width * np.arange(grid.added.size)
+    for epsilon in (0.2, 1.0):
+        gain = np.maximum(s - grid.slip - 5 * math.exp(epsilon), 0) / 5
+        assert grid._removal(epsilon, grid.slip)[0] == pytest.approx(gain @ grid.added, rel=1e-8)
+
+
+@pytest.mark.parametrize("bins", [Allocation(2, 1.2), Allocation(2, 0.7, 0.6)], ids=str)
+def test_the_inequality_of_means_bounds_the_add_direction(bins):
+    for epsilon in (0.1, 0.5, 1.5):
+        exact = quadrature(gram_of(bins), epsilon)[1]
+        assert exact * 0.997 <= _Grid.of(bins, 1e-2, 2**10)._geometric(epsilon) <= 2 * exact
+
+
 def test_one_bin_is_one_gaussian():
     for sigma, delta in ((0.7, 1e-5), (3.0, 1e-4)):
         exact = get_epsilon_gaussian(sigma, delta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,7 @@ from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
 WORK = SGD(28, momentum=0.9)
+TINY = replace(JOB, memory_rows=0)
 CALLS: list[tuple[int, str]] = []
 
 
@@ -28,11 +31,17 @@ def made():
     return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)))
 
 
-def sampler(row, job):
+def sampler(row, job, seed=0):
     if row.sampling == "fixed-cycle":
-        return FixedCycleSampler(job.n_examples, job.batch_size, job.epochs, seed=0)
+        return FixedCycleSampler(job.n_examples, job.batch_size, job.epochs, seed=seed)
     groups = row.participation.groups
-    return CyclicPoissonSampler(job.n_examples, job.batch_size, job.n_steps, groups, seed=0)
+    return CyclicPoissonSampler(job.n_examples, job.batch_size, job.n_steps, groups, seed=seed)
+
+
+def cheat(made):
+    """Take a row with a little less noise than was planned."""
+    row = made.rows[0]
+    made.take(replace(row, noise_multiplier=row.noise_multiplier / 1.1))
 
 
 def dense_error(row, work, job):
@@ -103,9 +112,24 @@ def test_rows_can_be_run(made):
         ready = Mechanism.calibrate(
             split, row.participation, noise_multiplier=sigma, delta=JOB.delta
         )
-        assert ready.epsilon <= JOB.epsilon
+        assert ready.epsilon == row.epsilon <= JOB.epsilon
         assert (ready.strategy.bands, split.memory_rows) == (row.bands, row.memory_rows)
         assert ready.rmse * sigma / JOB.batch_size == pytest.approx(row.rmse_per_example)
+        again = Mechanism.calibrate(split, row.participation, epsilon=2.0, delta=JOB.delta)
+        assert again.noise_multiplier == sigma
+        taken, batches = made.take(row, clip_norm=0.5, seed=3)
+        assert taken.fingerprint == replace(again, clip_norm=0.5).fingerprint
+        assert batches.participation == row.participation
+        np.testing.assert_array_equal(batches.batch(5), sampler(row, JOB, seed=3).batch(5))
+
+
+def test_the_best_row_is_taken_in_one_call(made):
+    mechanism, batches = made.best()
+    assert mechanism.fingerprint == made.take(made.rows[0]).mechanism.fingerprint
+    assert batches.n_steps == mechanism.n_steps
+    other = next(s for s in ("fixed-cycle", "poisson") if s != made.rows[0].sampling)
+    assert made.best(sampling=other).sampler.participation == made.first(other).participation
+    assert made.first("cyclic-poisson", "poisson").sampling in ("cyclic-poisson", "poisson")
 
 
 def test_amplified_rows_say_what_they_count_on(made):
@@ -211,6 +235,10 @@ def test_progress_names_what_is_tried(made):
         (lambda: Job(5, 5, 1, 0, 0.1), "epsilon must be a finite number > 0, got 0"),
         (lambda: Job(5, 5, 1, 1, 1), "delta must be a finite number > 0 and < 1, got 1.0"),
         (lambda: Job(5, 5, 1, 1, 0.1, -1), "memory_rows must be >= 0, got -1"),
+        (lambda: plan(WORK, TINY).best(sampling="ring"), "sampling must be one that the plan has"),
+        (lambda: JOB.sampler(FixedCycle(5, 4)), "participation must be one of this job's, got Fix"),
+        (lambda: JOB.sampler(SingleParticipation()), "participation must be one of this job's"),
+        (lambda: cheat(plan(WORK, TINY)), "row must spend at most epsilon=2, got 2"),
         (lambda: plan(SGD(29), JOB), r"workload's n_steps must be in \[28, 28\], got 29"),
     ],
 )

@@ -39,15 +39,13 @@ def train(
     """
     from rootnoise.runs.config import RunConfig
     from rootnoise.runs.folder import RunFolder
-    from rootnoise.runs.run import run, stored
+    from rootnoise.runs.run import run, stored, without_choice
 
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
     if resume:
         given = {name: value for name, value in values.items() if _given(context, name)}
         moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
-        if given.get("sampling") == "auto":
-            del given["sampling"]
-        config = dataclasses.replace(stored(out, given), **moved)
+        config = dataclasses.replace(stored(out, without_choice(given)), **moved)
     else:
         config = RunConfig(**values)
     try:

@@ -23,12 +23,6 @@ from torch.utils.data import (
 
 from rootnoise._check import RootnoiseError, real
 from rootnoise.batches.loader import refuse_mixing, refuse_repeats
-from rootnoise.batches.samplers import (
-    BallsInBinsSampler,
-    CyclicPoissonSampler,
-    FixedCycleSampler,
-    Sampler,
-)
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
@@ -42,7 +36,7 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 from rootnoise.participation.sensitivity import sensitivity
-from rootnoise.planner import Job, plan
+from rootnoise.planner import MEMORY_ROWS, Job, plan
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import Workload, from_optimizer
 
@@ -50,9 +44,6 @@ Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in
 Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
 SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that schedulers change
-
-# How many noise vectors of the model's size `mechanism="auto"` may keep by default.
-MEMORY_ROWS = 64
 
 _MADE: WeakSet[nn.Module] = WeakSet()  # models that are already private
 _KINDS = {
@@ -188,7 +179,7 @@ def make_private(
     _MADE.add(model)  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    sampler = _sampler(job, who, seed)
+    sampler = job.sampler(who, seed)
     # Planned for this optimizer, or for the workload that the caller chose.
     private = PrivateOptimizer(
         optimizer, module, made, sampler, key, independence=independence, planned=True
@@ -329,12 +320,10 @@ def _split(
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
-        if not rows:
-            raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
-        who, name, options = rows[0].participation, rows[0].mechanism, rows[0].options
-    else:
-        who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
+        made = plan(workload, job)
+        row = made.first(sampling)
+        return made.split(row), row.participation
+    who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
     return factorize(workload, who, name, **options), who
 
 
@@ -360,15 +349,3 @@ def _participation(job: Job, sampling: str) -> Participation:
         "sampling must be auto, fixed-cycle, poisson or balls-in-bins for a mechanism given by "
         f"name, got {sampling!r}"
     )
-
-
-def _sampler(job: Job, who: Participation, seed: int | None) -> Sampler:
-    size, batch = job.n_examples, job.batch_size
-    match who:
-        case BallsInBins():
-            return BallsInBinsSampler(size, batch, job.epochs, seed)
-        case FixedCycle():
-            return FixedCycleSampler(size, batch, job.epochs, seed)
-        case CyclicPoisson(groups, _):
-            return CyclicPoissonSampler(size, batch, job.n_steps, groups, seed)
-    raise RootnoiseError(f"sampling must have a sampler, got {who}")  # pragma: no cover

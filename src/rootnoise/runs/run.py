@@ -15,7 +15,15 @@ from typing import Any
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.batches.ledger_file import Journal, pack
 from rootnoise.runs import curves
-from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
+from rootnoise.runs.config import (
+    OPTIONS,
+    RunConfig,
+    claim,
+    make_key,
+    make_mechanism,
+    make_sampler,
+    planned,
+)
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
@@ -69,7 +77,8 @@ def run(
 
     Args:
         config: dataset, model and mechanism by name. Mechanisms are those of `factorize`, dpsgd
-            (independent noise under Poisson sampling), and none (no clipping, no noise). With
+            (independent noise under Poisson sampling), none (no clipping, no noise), and auto (the
+            best row of a plan for the data set, which the folder's settings then name). With
             sampling "auto", dpsgd uses Poisson sampling and all others fixed cycles. `seed` fixes
             the order of the data and the initial weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
@@ -87,7 +96,7 @@ def run(
         integer("checkpoint_every", checkpoint_every, 1)
     curves.check()
     with RunFolder(out) as folder:
-        trainer, stated = _begin(config, folder, data_dir, resume)
+        config, trainer, stated = _begin(config, folder, data_dir, resume)
         try:
             return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
         except OSError as reason:
@@ -118,6 +127,13 @@ def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
         return RunConfig(**folder.config())
 
 
+def without_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that a plan chooses, or that are auto, to compare on resume."""
+    auto = {name for name in ("mechanism", "sampling") if settings.get(name) == "auto"}
+    chosen = {*OPTIONS, "groups", "memory_rows"} if "mechanism" in auto else set()
+    return {name: value for name, value in settings.items() if name not in auto | chosen}
+
+
 def _to_the_end(
     config: RunConfig,
     folder: RunFolder,
@@ -144,18 +160,25 @@ def _to_the_end(
 
 def _begin(
     config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
-) -> tuple[Trainer, Statement]:
-    """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement."""
+) -> tuple[RunConfig, Trainer, Statement]:
+    """Return the new or resumed run, whose checkpoint is on disk, and what it claims.
+
+    The settings returned are the run's own: of mechanism auto, what the plan chose.
+    """
     settings = asdict(config)
     known = settings.pop("data_dir")
     where = data_dir or known
     if resume:
-        folder.reopen(settings)
+        folder.reopen(without_choice(settings))
         where = where or folder.config().get("data_dir")
+        if config.mechanism == "auto":
+            config = RunConfig(**folder.config())
     else:
         folder.refuse_used()
-        settings["data_dir"] = where and str(Path(where).resolve())
     data = load(config.dataset, where and Path(where))
+    if not resume:
+        config = planned(config, data.n_train)
+        settings = asdict(config) | {"data_dir": where and str(Path(where).resolve())}
     sampler = make_sampler(config, data.n_train)
     private = config.mechanism != "none"
     mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
@@ -178,7 +201,7 @@ def _begin(
         trainer.optimizer.ledger.keep(path)
         if resume:
             _refuse_other_future(path, trainer)
-    return trainer, stated
+    return config, trainer, stated
 
 
 def _refuse_other_future(path: Path, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""Which mechanism to train with: all that fit a job and a memory limit, ranked by expected error.
+"""All mechanisms that fit a job, tried one by one.
 
 Sensitivities and noise multipliers differ between samplings, so mechanisms are compared by noise
 multiplier times rmse divided by the batch size: the expected error of the iterates per unit of clip
@@ -8,12 +8,12 @@ norm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from rootnoise import _limits, accounting
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise import accounting
+from rootnoise._check import RootnoiseError, integer
 from rootnoise.bounds.certificate import Certificate, lower_bound
+from rootnoise.causal import CausalMatrix
 from rootnoise.diagnostics import Finding, diagnose
 from rootnoise.factorization import Factorization, default_bands, factorize
 from rootnoise.mechanism import Mechanism
@@ -24,6 +24,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.planner.job import AMPLIFIED, PLAIN, Job, Plan, Row
 from rootnoise.workload import Workload
 
 # Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
@@ -35,10 +36,6 @@ AFFORDABLE = {
     "epoch-scaled": 20_000,
     "banded": 200_000,
 }
-# Most steps of a job, for which all candidates together take about half a minute.
-MOST_STEPS = 100_000
-# Fraction of epsilon that calibration under sampling may waste, to answer within seconds.
-TOLERANCE = 0.01
 # Bands to try below the separation, for less memory.
 SMALL = (2, 4, 16, 64)
 # Enough buffers for blt at any number of steps.
@@ -47,119 +44,10 @@ BUFFERS = 6
 # Mechanisms without a size to choose.
 UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload", "dense")
 
-# What the privacy claim of a row depends on.
-AMPLIFIED = (
-    "secret random sampling needed: batches drawn anew and shown to nobody; one record added or "
-    "removed"
-)
-PLAIN = "batches in any order, which may be public; one record zeroed out"
-
 # A mechanism by name with its options.
 Candidate = tuple[str, dict[str, Any]]
 # Called with the number of rows so far, and the name of the mechanism that is tried next.
 Progress = Callable[[int, str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A training job, with its privacy budget and memory limit.
-
-    Args:
-        n_examples: records in the data set.
-        batch_size: records per step, expected ones under Poisson sampling.
-        epochs: passes over the data.
-        epsilon: privacy loss to spend.
-        delta: its failure probability.
-        memory_rows: most noise vectors of the model's size to keep; None for no limit.
-
-    Raises:
-        RootnoiseError: a value out of range.
-
-    >>> Job(n_examples=1000, batch_size=64, epochs=3, epsilon=8, delta=1e-5).n_steps
-    48
-    """
-
-    n_examples: int
-    batch_size: int
-    epochs: int
-    epsilon: float
-    delta: float
-    memory_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        integer("n_examples", self.n_examples, 1)
-        integer("batch_size", self.batch_size, 1, self.n_examples, high_name="n_examples")
-        integer("epochs", self.epochs, 1)
-        if self.n_steps > MOST_STEPS:
-            rule = f"n_steps must be at most {MOST_STEPS} for a plan in seconds (a larger batch, or"
-            raise RootnoiseError(f"{rule} `factorize` for one mechanism), got {self.n_steps}")
-        _limits.epsilon(self.epsilon)
-        real("delta", self.delta, above=0, below=1)
-        if self.memory_rows is not None:
-            integer("memory_rows", self.memory_rows, 0)
-
-    @property
-    def period(self) -> int:
-        """Steps per epoch; the last batch of each may be smaller."""
-        return -(-self.n_examples // self.batch_size)
-
-    @property
-    def n_steps(self) -> int:
-        """Steps of the whole run."""
-        return self.epochs * self.period
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to train, calibrated to the job.
-
-    Attributes:
-        mechanism: the registered name.
-        options: other options of `factorize`, given or found: enough to reproduce it.
-        participation: who may take part when.
-        bands: diagonals p of the strategy.
-        noise_multiplier: sigma; it spends at most epsilon.
-        sensitivity: sensitivity of the strategy, an upper bound if the note says so.
-        rmse_per_example: sigma * rmse / batch_size, the expected error of the iterates per unit of
-            clip norm; rows are ranked by it.
-        gap: upper bound on how far rmse is above the best factorization for the same sampling.
-        memory_rows: noise vectors of the model's size that must be kept between steps.
-        note: what the privacy claim depends on.
-    """
-
-    mechanism: str
-    options: Mapping[str, Any]
-    participation: Participation
-    bands: int
-    noise_multiplier: float
-    sensitivity: float
-    rmse_per_example: float
-    gap: float
-    memory_rows: int
-    note: str
-
-    @property
-    def sampling(self) -> str:
-        """How batches are drawn: "fixed-cycle", "poisson", "cyclic-poisson" or "balls-in-bins"."""
-        match self.participation:
-            case CyclicPoisson(groups=1):
-                return "poisson"
-        return self.participation.type
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All rows, the best first.
-
-    Attributes:
-        rows: those within the memory limit, sorted by rmse_per_example.
-        left_out: mechanisms that were not tried or do not fit, and why.
-        findings: those of `diagnose` for the best row that does not need secret batches.
-    """
-
-    rows: tuple[Row, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)
-    findings: tuple[Finding, ...] = ()
 
 
 def plan(
@@ -196,7 +84,7 @@ def plan(
     bounds = [lower_bound(workload, who) for who in (kinds[0], SingleParticipation())]
     for who in kinds:
         bound = bounds[isinstance(who, CyclicPoisson)]
-        sigma = accounting.noise_multiplier(who, job.n_steps, job.epsilon, job.delta, TOLERANCE)
+        cost = _calibrated(job, who)
         for name, options in candidates(job, who):
             if progress is not None:
                 progress(len(rows), name)
@@ -205,22 +93,20 @@ def plan(
             except RootnoiseError as reason:
                 refused.setdefault(name, str(reason))
                 continue
-            row = _row(split, options, job, who, sigma, bound)
+            row = _row(split, options, job, who, cost, bound)
             rows.setdefault((name, who, row.bands, row.memory_rows), row)
     who = BallsInBins(job.period, job.epochs)
     for twin in _best_in_cycles(_ranked(rows.values())) if bins else []:
         if progress is not None:
             progress(len(rows), f"{twin.mechanism}, balls in bins")
         split = factorize(workload, who, twin.mechanism, **twin.options)
-        sigma = accounting.noise_multiplier(
-            who, job.n_steps, job.epsilon, job.delta, strategy=split.strategy
-        )
-        row = _row(split, twin.options, job, who, sigma, bounds[0])
+        cost = _calibrated(job, who, split.strategy)
+        row = _row(split, twin.options, job, who, cost, bounds[0])
         rows[row.mechanism, who, row.bands, row.memory_rows] = row
     ranked = _ranked(rows.values())
     names = {row.mechanism for row in ranked}
     left_out = {name: reason for name, reason in refused.items() if name not in names}
-    return Plan(ranked, left_out, _findings(workload, job, ranked))
+    return Plan(workload, job, ranked, left_out, _findings(workload, job, ranked))
 
 
 def samplings(job: Job) -> list[Participation]:
@@ -271,15 +157,27 @@ def _split(
     return split
 
 
+# A noise multiplier and the epsilon that it spends.
+Cost = tuple[float, float]
+
+
+def _calibrated(job: Job, who: Participation, strategy: CausalMatrix | None = None) -> Cost:
+    """Return what `Mechanism.calibrate` will find, so that a run has its plan's numbers."""
+    n, delta = job.n_steps, job.delta
+    sigma = accounting.noise_multiplier(who, n, job.epsilon, delta, strategy=strategy)
+    return sigma, accounting.privacy_cost(who, n, sigma, delta, strategy=strategy).epsilon
+
+
 def _row(
     split: Factorization,
     options: Mapping[str, Any],
     job: Job,
     who: Participation,
-    sigma: float,
+    cost: Cost,
     bound: Certificate,
 ) -> Row:
     sens, rmse = split.sensitivity(who), split.rmse(who)
+    sigma, epsilon = cost
     note = AMPLIFIED if who.amplified else PLAIN
     return Row(
         mechanism=split.mechanism,
@@ -287,6 +185,7 @@ def _row(
         participation=who,
         bands=split.strategy.bands,
         noise_multiplier=sigma,
+        epsilon=epsilon,
         sensitivity=sens.value,
         rmse_per_example=sigma * rmse / job.batch_size,
         gap=bound.gap(rmse),

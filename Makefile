@@ -28,7 +28,7 @@ test: $(VENV)/.test ## run every test and every docstring example
 	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 flower: .venv-flower/.done ## run the tests of the Flower strategy against the real flwr, in .venv-flower
-	.venv-flower/bin/pytest tests/test_flower.py
+	.venv-flower/bin/pytest tests/test_flower.py tests/test_flower_runs.py
 
 mutations: $(VENV)/.mutations ## plant privacy bugs one at a time: the tests must catch each (30 minutes)
 	$(BIN)/python tests/mutate.py

@@ -50,6 +50,17 @@ def there(t: int) -> list[str]:
     return [f"phone {i}" for i in range(14 + t) if rng.random() < 0.9]
 
 
+def vector(size: int = 2000, seed: int = 0) -> torch.Tensor:
+    return torch.randn(size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def closed(aggregator: PrivateAggregator) -> dict[str, torch.Tensor]:
+    """Close the open round, which is not skipped."""
+    weights = aggregator.close()
+    assert weights is not None
+    return weights
+
+
 def run(folder: Path, log: Path, life: int = 0) -> None:
     """Go on to the end; each release is shown to the world, which is a file, as a hash."""
     aggregator = server(folder)

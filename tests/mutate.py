@@ -19,7 +19,7 @@ import sys
 import tempfile
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -138,23 +138,26 @@ class Campaign:
                 self._count(bug, None, progress)
                 progress.advance(task)
                 continue
-            stages = [stage for stage in self._tests(bug) if stage]
-
-            def following(
-                outcome: Outcome,
-                bug: Mutant | Mutation = bug,
-                stages: list[list[str]] = stages,
-            ) -> Run | None:
-                if stages and not outcome.killed:
-                    tests = stages.pop(0)
-                    seconds = sum(self._coverage.seconds[test] for test in tests)
-                    return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
-                self._count(bug, outcome, progress)
-                progress.advance(task)
-                return None
-
-            if first := following(Outcome(0, "" if stages else "no test runs it", 0.0)):
+            if first := self._judge(bug, progress)(Outcome(0, "no test runs it", 0.0)):
                 yield first
+
+    def _judge(self, bug: Mutant | Mutation, progress: Progress) -> Callable[[Outcome], Run | None]:
+        """Return what hears how each run of a bug's tests ended, and answers with the next run.
+
+        One for each bug: several are being judged at a time.
+        """
+        stages = [stage for stage in self._tests(bug) if stage]
+
+        def following(outcome: Outcome) -> Run | None:
+            if stages and not outcome.killed:
+                tests = stages.pop(0)
+                seconds = sum(self._coverage.seconds[test] for test in tests)
+                return Run(tests, 4 + 2 * seconds, following, bug.file, _source(bug))
+            self._count(bug, outcome, progress)
+            progress.advance(progress.task_ids[-1])
+            return None
+
+        return following
 
     def _tests(self, bug: Mutant | Mutation) -> list[list[str]]:
         """Return the tests that may see it, the fastest of all: of one file, then the others.

@@ -1,12 +1,15 @@
 """The planted bugs still apply, and the tool that plants them plants what it says."""
 
 import ast
+import io
 
 import pytest
+from rich.progress import Progress
 
 import mutate
 import mutations
 from mutants import Mutant, mutants
+from mutation_runs import Outcome
 from mutations import MUTATIONS, PACKAGE, Mutation
 
 
@@ -100,3 +103,26 @@ def test_a_sample_leaves_out_what_is_not_judged_but_by_name():
     assert files() & mutate.UNJUDGED == set()
     assert "accounting/rounding.py" in files()
     assert files("--file", "keys.py") == {"keys.py"}
+
+
+def test_each_bug_is_judged_by_its_own_runs():
+    """Two at a time, each with two stages: the outcome of one is never counted to the other."""
+    first, second = mutants("keys.py", (PACKAGE / "keys.py").read_text())[:2]
+
+    class Seen(mutate.Coverage):
+        def tests(self, file, lines):
+            return {"tests/test_a.py::test", "tests/test_keys.py::test"}
+
+    coverage = Seen()
+    coverage.seconds = dict.fromkeys(coverage.tests("", ()), 0.1)
+    campaign = mutate.Campaign(coverage, io.StringIO(), 10.0)
+    with Progress(disable=True) as progress:
+        near = list(campaign.runs([first, second], progress))
+        assert [run.tests for run in near] == [["tests/test_keys.py::test"]] * 2
+        far = [run.done(Outcome(0, "", 0.0)) for run in near]
+        assert far[0].source == first.source
+        assert far[1].source == second.source
+        assert far[0].done(Outcome(0, "", 0.0)) is None
+        assert far[1].done(Outcome(1, "tests/test_a.py::test", 0.0)) is None
+    assert campaign.counts["keys.py"] == {"planted": 2, "killed": 1, "survived": 1}
+    assert campaign.survivors == [str(first)]

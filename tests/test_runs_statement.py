@@ -12,7 +12,7 @@ from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import statement
 from rootnoise.runs.run import run
-from test_lab_run import PERIOD, SMALL, stopped, with_
+from test_runs import PERIOD, SMALL, stopped, with_
 
 
 @pytest.fixture(scope="module", params=["bsr", "dpsgd"])

@@ -16,7 +16,7 @@ from rootnoise.runs import audit as audit_module
 from rootnoise.runs import statement
 from rootnoise.runs.audit import audit
 from rootnoise.runs.run import run
-from test_lab_run import stopped, with_
+from test_runs import stopped, with_
 
 
 @pytest.fixture(scope="module", params=["bsr", "dpsgd"])

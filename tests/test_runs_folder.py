@@ -21,8 +21,8 @@ from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
 from rootnoise.runs.trainer import Trainer
-from test_lab_audit import edited, leaves
-from test_lab_run import PERIOD, stopped, with_
+from test_runs import PERIOD, stopped, with_
+from test_runs_audit import edited, leaves
 
 CONFIG = with_(insecure_noise_seed=5)
 JSON = ("config.json", "mechanism.json", "privacy.json")

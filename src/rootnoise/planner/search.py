@@ -7,7 +7,8 @@ norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from rootnoise import accounting
@@ -24,6 +25,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.planner import groups
 from rootnoise.planner.job import AMPLIFIED, PLAIN, Job, Plan, Row
 from rootnoise.workload import Workload
 
@@ -32,10 +34,10 @@ AFFORDABLE = {
     "dense": 256,
     "bandmf": 256,
     "tree": 4096,
-    "column-normalised": 20_000,
-    "epoch-scaled": 20_000,
-    "banded": 200_000,
 }
+# Beyond, only cyclic sampling near the best number of groups is tried, and columns are scaled of at
+# most so many bands: 3 s at 100,000 steps, where four times as many bands take four times as long.
+LONG, MOST_SCALED = 20_000, 512
 # Bands to try below the separation, for less memory.
 SMALL = (2, 4, 16, 64)
 # Enough buffers for blt at any number of steps.
@@ -77,51 +79,100 @@ def plan(
     ('lambda-cgd', 'fixed-cycle', 1)
     """
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
-    rows: dict[tuple[Any, ...], Row] = {}
-    refused: dict[str, str] = {}
-    kinds = samplings(job)
-    # However many groups, cyclic Poisson sampling counts as one participation.
-    bounds = [lower_bound(workload, who) for who in (kinds[0], SingleParticipation())]
-    for who in kinds:
-        bound = bounds[isinstance(who, CyclicPoisson)]
-        cost = _calibrated(job, who)
-        for name, options in candidates(job, who):
-            if progress is not None:
-                progress(len(rows), name)
-            try:
-                split = _split(workload, job, who, name, options)
-            except RootnoiseError as reason:
-                refused.setdefault(name, str(reason))
-                continue
-            row = _row(split, options, job, who, cost, bound)
-            rows.setdefault((name, who, row.bands, row.memory_rows), row)
-    who = BallsInBins(job.period, job.epochs)
-    for twin in _best_in_cycles(_ranked(rows.values())) if bins else []:
-        if progress is not None:
-            progress(len(rows), f"{twin.mechanism}, balls in bins")
-        split = factorize(workload, who, twin.mechanism, **twin.options)
-        cost = _calibrated(job, who, split.strategy)
-        row = _row(split, twin.options, job, who, cost, bounds[0])
-        rows[row.mechanism, who, row.bands, row.memory_rows] = row
-    ranked = _ranked(rows.values())
+    search = _Search(workload, job, progress or (lambda done, name: None))
+    cycle, *cyclic = samplings(job)
+    search.all(cycle)
+    search.amplified(cyclic)
+    if bins:
+        search.bins()
+    ranked = _ranked(search.rows.values())
     names = {row.mechanism for row in ranked}
-    left_out = {name: reason for name, reason in refused.items() if name not in names}
+    left_out = {name: reason for name, reason in search.refused.items() if name not in names}
     return Plan(workload, job, ranked, left_out, _findings(workload, job, ranked))
 
 
-def samplings(job: Job) -> list[Participation]:
+class _Search:
+    """The rows found so far, and what was refused."""
+
+    def __init__(self, workload: Workload, job: Job, progress: Progress) -> None:
+        self.workload, self.job, self._progress = workload, job, progress
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        self.refused: dict[str, str] = {}
+
+    def all(self, who: Participation, *, quiet: bool = False) -> list[Row]:
+        """Try all candidates of one participation, and return their rows."""
+        cost, found = _calibrated(self.job, who), []
+        for name, options in candidates(self.job, who):
+            if not quiet:
+                self._progress(len(self.rows), name)
+            try:
+                split = _split(self.workload, self.job, who, name, options)
+            except RootnoiseError as reason:
+                self.refused.setdefault(name, str(reason))
+                continue
+            found.append(self._add(split, options, who, cost))
+        return found
+
+    def amplified(self, powers: Sequence[CyclicPoisson]) -> None:
+        """Try independent draws, powers of two, and the best number of groups near the best."""
+        if not powers:
+            return
+        job, numbers = self.job, [who.groups for who in powers]
+        near = groups.region(self.workload, job, numbers)
+        few = job.n_steps > LONG
+        gains = {}
+        for who in powers:
+            if few and who.groups not in (1, *near):
+                continue
+            found = self.all(who)
+            if who.groups in near:
+                errors = {row.mechanism: row.rmse_per_example for row in found}
+                gains[who.groups] = min(errors.values()) / errors.get("bsr", min(errors.values()))
+        best = groups.cyclic(job, groups.best(self.workload, job, gains))
+        if best not in powers:
+            self.all(best, quiet=True)
+
+    def bins(self) -> None:
+        """Try balls in bins with what is best in fixed cycles."""
+        job, who = self.job, BallsInBins(self.job.period, self.job.epochs)
+        for twin in _best_in_cycles(_ranked(self.rows.values())):
+            self._progress(len(self.rows), f"{twin.mechanism}, balls in bins")
+            split = factorize(self.workload, who, twin.mechanism, **twin.options)
+            self._add(split, twin.options, who, _calibrated(job, who, split.strategy))
+
+    def _add(
+        self, split: Factorization, options: Mapping[str, Any], who: Participation, cost: Cost
+    ) -> Row:
+        row = _row(split, options, self.job, who, cost, self._bound(who))
+        return self.rows.setdefault((row.mechanism, who, row.bands, row.memory_rows), row)
+
+    def _bound(self, who: Participation) -> Certificate:
+        # However many groups, cyclic Poisson sampling counts as one participation.
+        once = isinstance(who, CyclicPoisson)
+        return self._once if once else self._cycle
+
+    @cached_property
+    def _once(self) -> Certificate:
+        return lower_bound(self.workload, SingleParticipation())
+
+    @cached_property
+    def _cycle(self) -> Certificate:
+        return lower_bound(self.workload, FixedCycle(self.job.period, self.job.epochs))
+
+
+def samplings(job: Job) -> tuple[FixedCycle, *tuple[CyclicPoisson, ...]]:
     """Return the fixed cycle, Poisson sampling, and cyclic Poisson sampling of 2, 4, ... groups.
 
     A group of g has n_examples / g records, each drawn with probability g batch_size / n_examples
     in the group's steps. Draws with probability 1 give no amplification, and are left out.
     """
-    found: list[Participation] = [FixedCycle(job.period, job.epochs)]
-    groups = 1
-    while groups * job.batch_size < job.n_examples and groups <= job.n_steps:
-        if job.memory_rows is None or groups - 1 <= job.memory_rows:
-            found.append(CyclicPoisson(groups, groups * job.batch_size / job.n_examples))
-        groups *= 2
-    return found
+    found = []
+    number = 1
+    while number * job.batch_size < job.n_examples and number <= job.n_steps:
+        if job.memory_rows is None or number - 1 <= job.memory_rows:
+            found.append(groups.cyclic(job, number))
+        number *= 2
+    return FixedCycle(job.period, job.epochs), *found
 
 
 def candidates(job: Job, participation: Participation) -> list[Candidate]:
@@ -130,7 +181,7 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
     if isinstance(participation, CyclicPoisson):
         if b == 1:
             return [("identity", {})]
-        return [(name, {"bands": b}) for name in ("bsr", "banded", "bandmf")] + [("dense", {})]
+        return [(name, {"bands": b}) for name in ("bsr", "banded", "bandmf")]
     memory = job.n_steps if job.memory_rows is None else job.memory_rows
     room = max(2, min(b, memory + 1))  # one band would be independent noise
     sizes = sorted({p for p in (*SMALL, room) if 1 < p <= room})
@@ -142,6 +193,7 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
     found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
     found += [(name, {"bands": room}) for name in ("bsr-gamma", "bandmf")]
     scaled = ("column-normalised", "epoch-scaled")
+    room = room if job.n_steps <= LONG else min(room, MOST_SCALED)
     return found + [(name, {"bands": room, "base": "banded"}) for name in scaled]
 
 

@@ -1,16 +1,46 @@
-"""Fails the build where a public name is missing from the reference or has no docstring."""
+"""The reference: public names stand on pages of their own, and an undocumented one fails the build.
+
+Pages that begin with `inside` show whole modules, less the public names that other pages show.
+"""
+
+from __future__ import annotations
+
+import re
 
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 import rootnoise
 
+PUBLIC = {name: getattr(rootnoise, name) for name in rootnoise.__all__}
+_shown: dict[str, str] = {}  # the HTML of each page of the reference
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Leave out of the inner pages what is public."""
+    if not page.file.src_uri.startswith("reference/inside"):
+        return markdown
+
+    def less(line: re.Match[str]) -> str:
+        public = [
+            name for name, value in PUBLIC.items() if getattr(value, "__module__", "") == line[1]
+        ]
+        hidden = f'["!^_", "!^({"|".join(public)})$"]' if public else '["!^_"]'
+        return f"{line[0]}\n    options:\n      filters: {hidden}\n      heading_level: 3\n"
+
+    return re.sub(r"^::: (rootnoise\.\S+)$", less, markdown, flags=re.MULTILINE)
+
 
 def on_page_content(html: str, page: Page, **_: object) -> None:
+    """Keep what the reference shows."""
+    if page.file.src_uri.startswith("reference/"):
+        _shown[page.file.src_uri] = html
+
+
+def on_post_build(**_: object) -> None:
     """Look for the anchor of each public class and function; an undocumented one has none."""
-    if page.file.src_uri != "reference.md":
-        return
-    for name in rootnoise.__all__:
-        value = getattr(rootnoise, name)
-        if callable(value) and f'id="{value.__module__}.{name}"' not in html:
-            raise PluginError(f"{value.__module__}.{name} is undocumented, or not in reference.md")
+    pages = [html for uri, html in _shown.items() if not uri.startswith("reference/inside")]
+    for name, value in PUBLIC.items():
+        if callable(value) and name != "Participation":  # a union of the kinds beside it
+            if not any(f'id="rootnoise.{name}"' in html for html in pages):
+                raise PluginError(f"rootnoise.{name} is undocumented, or on no page of reference/")

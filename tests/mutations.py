@@ -43,14 +43,14 @@ MUTATIONS = [
         "training/clipping.py",
         "(clip.norm / (norms * (1 + SLACK)))",
         "(2 * clip.norm / (norms * (1 + SLACK)))",
-        "training",
+        "clipping",
     ),
     Mutation(
         "never clips",
         "training/clipping.py",
         ".clamp(max=1)\n    return (factor",
         ".clamp(min=1)\n    return (factor",
-        "training",
+        "clipping",
     ),
     Mutation(
         "lets infinite gradients through",
@@ -64,7 +64,7 @@ MUTATIONS = [
         "training/clipping.py",
         "SLACK = 1e-5",
         "SLACK = 0.0",
-        "training",
+        "clipping",
     ),
     Mutation(
         "clips each parameter by itself",
@@ -76,29 +76,29 @@ MUTATIONS = [
     Mutation(
         "no noise",
         "training/replicated.py",
-        "total[own] = clip.noised(total[own], noise)",
-        "total[own] = clip.noised(total[own], 0 * noise)",
+        "clip.noised(total[own], noise, out=total[own])",
+        "clip.noised(total[own], 0 * noise, out=total[own])",
         "training",
     ),
     Mutation(
         "noise scaled by the batch",
         "training/replicated.py",
-        "clip.noised(total[own], noise)",
-        "clip.noised(total[own], noise / max(rows, 1))",
+        "clip.noised(total[own], noise, out=total[own])",
+        "clip.noised(total[own], noise / max(rows, 1), out=total[own])",
         "training",
     ),
     Mutation(
         "the divisor is the actual batch size",
         "training/optimizer.py",
-        "total / self.sampler.batch_size",
-        "total / max(part.size, 1)",
+        "total.div_(self.sampler.batch_size)",
+        "total.div_(max(part.size, 1))",
         "training",
     ),
     Mutation(
         "no noise on empty batches",
         "training/optimizer.py",
-        "self._place.write(total / self.sampler.batch_size)",
-        "self._place.write(total * min(part.size, 1) / self.sampler.batch_size)",
+        "self._place.write(total.div_(self.sampler.batch_size))",
+        "self._place.write(total.mul_(min(part.size, 1)).div_(self.sampler.batch_size))",
         "training",
     ),
     Mutation(
@@ -134,14 +134,14 @@ MUTATIONS = [
         "training/clipping.py",
         "cut.sum(0, dtype=torch.float64)",
         "cut.sum(0)",
-        "clipping training",
+        "clipping",
     ),
     Mutation(
         "sums of more examples than the data set fit",
         "training/clipping.py",
         "largest = max(clip_range(norm) * n_examples,",
         "largest = max(clip_range(norm),",
-        "clipping training",
+        "clipping",
     ),
     # ---------------------------------------------------------------------- what a step relies on
     Mutation(
@@ -365,8 +365,8 @@ MUTATIONS = [
     Mutation(
         "releases that differ in their order pass for the same",
         "training/reuse.py",
-        "lanes += (bits * weights[:, None]).sum(0)",
-        "lanes += bits.sum(0)",
+        "weighted += sums",
+        "weighted += bits",
         "reuse",
     ),
     Mutation(

@@ -19,7 +19,6 @@ from rootnoise.training.clipping import (
     Clip,
     NonFiniteGradientWarning,
     clip_scale,
-    clipped_sums,
     row_norms,
     scaled_sum,
 )
@@ -28,9 +27,15 @@ from rootnoise.workload import prefix_sum
 NORMS = [1e-10, 0.3, 1.0, 7.0, 1e10]
 
 
+def clipped_sums(gradients, clip):
+    """Each parameter's clipped sum in grid units, as a step makes it; how many are not finite."""
+    scale, bad = clip_scale(row_norms(gradients), clip, t=0)
+    return [scaled_sum(scale, g, bad) for g in gradients], bad
+
+
 def units(gradients, clip):
     """The sums as Python integers, which they must be."""
-    sums, _ = clipped_sums([g.float() for g in gradients], clip, t=0)
+    sums, _ = clipped_sums([g.float() for g in gradients], clip)
     joined = torch.cat(sums)
     assert joined.dtype == torch.float64
     whole = [int(v) for v in joined.tolist()]
@@ -129,7 +134,7 @@ def test_what_cutting_loses(norm):
     g = torch.randn(100, 400, generator=generator) * norm
     clip = Clip.fit(norm, n_examples=1000)
     assert clip.grid <= 1000 * norm * 2.0**-50
-    (found,), _ = clipped_sums([g], clip, t=0)
+    (found,), _ = clipped_sums([g], clip)
     wide = g.double()
     factor = (norm / (wide.norm(dim=1) * (1 + SLACK))).clamp(max=1)
     lost = (factor @ wide - found * clip.grid).abs()
@@ -156,14 +161,14 @@ def test_the_noise_is_in_after_the_exact_sum():
     z = torch.randn(1000, generator=generator) * 5
     z[:500] *= 2.0**-30  # of these float32 has digits below the grid
     clip = Clip.fit(1.0, 64, noise_std=5.0)
-    (whole,), _ = clipped_sums([g], clip, t=0)
+    (whole,), _ = clipped_sums([g], clip)
     expected = [
         round(int(s) + Fraction(v) / Fraction(clip.grid))
         for s, v in zip(whole.tolist(), z.tolist(), strict=True)
     ]
     assert clip.noised(whole, z).tolist() == expected
-    (first,), _ = clipped_sums([g[:20]], clip, t=0)
-    (second,), _ = clipped_sums([g[20:]], clip, t=0)
+    (first,), _ = clipped_sums([g[:20]], clip)
+    (second,), _ = clipped_sums([g[20:]], clip)
     assert torch.equal(clip.noised(first, z) + second, clip.noised(whole, z))
 
 
@@ -188,6 +193,23 @@ def test_huge_gradients_are_clipped_or_count_as_zero(size):
     with pytest.warns(NonFiniteGradientWarning, match="1 of 2 per-sample gradients of step 0"):
         both = units([g], clip)
     assert (both == units([g[1:]], clip)).all()
+
+
+def test_no_clipped_gradient_exceeds_the_clip_norm():
+    clip = Clip.fit(1.0, n_examples=24)
+    # torch's own float32 norm of this row is 0.8 % too small, its clip factor 0.8 % too large.
+    row = torch.full((1, 10_000_000), 0.1)
+    true = float(row[0, 0].double()) * row.numel() ** 0.5
+    assert float(torch.linalg.vector_norm(row)) < true * (1 - SLACK)
+    assert float(row_norms([row])) == pytest.approx(true, rel=SLACK / 10)
+    for g in (row, torch.full((1, 300), 1e-3), torch.full((1, 3), 0.57735028)):
+        (clipped,), bad = clipped_sums([g], clip)
+        assert float((clipped * clip.grid).norm()) <= 1
+        assert bad == 0
+    (small,), _ = clipped_sums([torch.full((1, 300), 1e-3)], clip)
+    assert torch.equal(
+        (small * clip.grid).float(), torch.full((300,), 1e-3)
+    )  # below the clip norm nothing changes
 
 
 def test_one_bad_row_spoils_no_other():

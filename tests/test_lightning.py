@@ -1,5 +1,6 @@
 """Lightning's Trainer with the callback makes the very run of `make_private`, or is refused."""
 
+import gc
 import runpy
 import warnings
 from pathlib import Path
@@ -8,7 +9,11 @@ from typing import Any
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    Callback,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau, StepLR
@@ -198,6 +203,94 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
         )
 
 
+def halving(sgd):
+    return {"scheduler": StepLR(sgd, 1, 0.5), "interval": "step"}
+
+
+def accumulated(parts, *more, model=None, batch_size=8, path=None, **changes):
+    """A run whose batch of 8 is made of several parts; each training loss is kept."""
+    model = model or Lit(scheduler=halving)
+    given = {"key": Key.from_seed(6), "seed": 5} if path is None else {}
+    callback = PrivacyCallback(**GOAL | given | changes)
+    run = trainer(callback, *more, accumulate_grad_batches=parts)
+    batches = DataLoader(data(), batch_size=batch_size // parts, shuffle=True)
+    run.fit(model, batches, ckpt_path=path, weights_only=None if path is None else True)
+    return run, callback, model
+
+
+@pytest.mark.parametrize("sampling", ["fixed-cycle", "poisson"])
+def test_accumulated_batches_are_the_run_of_whole_ones(sampling):
+    """Rates, noise bits and counts as well; Lightning's division of the loss clips no less."""
+    more = {"sampling": sampling} | ({"mechanism": "identity"} if sampling == "poisson" else {})
+    ends = []
+    for parts in (1, 2, 4):
+        run, callback, model = accumulated(parts, clip_norm=0.1, **more)
+        private = callback.optimizer.private
+        assert run.global_step == private.t == EPOCHS * STEPS
+        assert len(model.rates) == parts * EPOCHS * STEPS
+        assert model.rates[::parts] == pytest.approx([0.1 * 0.5**t for t in range(6)])
+        ends.append((weights(model), private.stream.state_dict()["state"]))
+        assert private.ledger.t == 6
+        del run, callback, private, model
+        gc.collect()
+    for end in ends[1:]:
+        torch.testing.assert_close(end[0], ends[0][0], rtol=1e-5, atol=1e-6)
+        assert torch.equal(end[1], ends[0][1])
+
+
+def test_accumulated_batches_go_on_after_a_checkpoint(tmp_path):
+    saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+    run, callback, model = accumulated(2, saving)
+    whole = weights(model)
+    del run, callback, saving
+    gc.collect()
+    _, callback, model = accumulated(2, path=tmp_path / "step=4.ckpt")
+    assert torch.equal(weights(model), whole)
+    assert callback.optimizer.t == 6
+
+
+class Stops(Lit):
+    def training_step(self, batch, index):
+        if index == 3:  # the second part of a batch
+            raise KeyboardInterrupt
+        return super().training_step(batch, index)
+
+
+def test_a_batch_broken_off_changes_no_weight():
+    model, seen = Stops(), []
+
+    class Spy(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            seen.append(weights(module))
+
+    callback = PrivacyCallback(**GOAL)
+    run = trainer(callback, Spy(), accumulate_grad_batches=2)
+    with pytest.raises(SystemExit):
+        run.fit(model, loader())
+    assert callback.optimizer.t == 1
+    assert len(seen) == 3  # two parts of one batch, one of the next
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(weights(model), seen[2])
+    with pytest.raises(
+        RootnoiseError, match=r"^state must be that between two steps, got step 1 i"
+    ):
+        run.save_checkpoint("never.ckpt")
+
+
+def test_another_number_of_parts_is_refused():
+    callback = PrivacyCallback(**GOAL)
+    run = trainer(callback, GradientAccumulationScheduler({0: 2}))
+    with pytest.raises(
+        RootnoiseError, match=r"^accumulate_grad_batches must stay 1, got 2: batches"
+    ):
+        run.fit(Lit(), loader())
+    assert callback.optimizer.t == 0
+    with pytest.raises(
+        RootnoiseError, match=r"^options must leave to the trainer .* micro_batch_si"
+    ):
+        PrivacyCallback(**GOAL, micro_batch_size=2)
+
+
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 def test_the_noise_is_planned_for_the_scheduler(interval):
     def cosine(sgd):
@@ -242,7 +335,6 @@ def test_metrics_of_training_are_warned_of_once():
 
 SETTINGS = {
     "clipping": ({"gradient_clip_val": 1.0}, "gradient_clip_val must be None, for each record's"),
-    "accumulation": ({"accumulate_grad_batches": 2}, "accumulate_grad_batches must be 1, for a"),
     "part of an epoch": ({"limit_train_batches": 2}, "limit_train_batches must be 1.0, for an"),
     "no end": ({"max_epochs": -1}, "max_epochs or max_steps must be given, for the noise is"),
 }

@@ -2,6 +2,7 @@
 
 The Python blocks of a page run in order, in one namespace and in an empty folder. What a reader has
 at hand already stands before a block as a comment that no browser shows: `<!-- given` ... `-->`.
+A message in a text fence is raised by the code of the comment before it, `<!-- raises` ... `-->`.
 In shell blocks each `rootnoise` command runs; what takes long or reads files that are not here is
 parsed, so that no option in it is made up. The targets of `make` and the extras of `pip` exist.
 """
@@ -17,12 +18,15 @@ import pytest
 import torch
 import typer
 
+from rootnoise import RootnoiseError
 from rootnoise.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.name: page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 # A block in a fence or a given one: its language and its text.
 BLOCK = re.compile(r"^(?:```(?P<language>\w*)|<!-- given)\n(?P<text>.*?)^(?:```|-->)$", re.M | re.S)
+# Code that is refused, and the line that refuses it, wherever the page breaks it.
+RAISES = re.compile(r"^<!-- raises\n(?P<code>.*?)^-->\n```text\n(?P<line>.*?)^```$", re.M | re.S)
 # Too slow to run here, or in need of a folder that no page makes: tested elsewhere, parsed here.
 PARSED = {"audit", "demo", "epoch-scaled", "plan", "reproduce"}
 # Shows as much in less time: of two equal options the last one counts.
@@ -65,7 +69,7 @@ def check_make(targets: list[str]) -> None:
 def check_pip(words: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert words[0] == "install"
-    for extra in re.findall(r"rootnoise\[(.*)\]", " ".join(words[1:])):
+    for extra in re.findall(r"(?:rootnoise|\.)\[(.*)\]", " ".join(words[1:])):
         assert set(extra.split(",")) <= set(project["optional-dependencies"])
 
 
@@ -88,6 +92,19 @@ def test_python_blocks_run_in_order(page, folder):
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks(page, "python"):
         exec(compile(block, page, "exec"), namespace)  # noqa: S102 - what a reader would run
+
+
+def test_messages_are_raised_as_they_are_quoted(folder):
+    text = PAGES["faq.md"].read_text(encoding="utf-8")
+    (given,) = blocks("faq.md", "python")
+    quoted = list(RAISES.finditer(text))
+    assert len(quoted) == text.count("```text") >= 20
+    for match in quoted:
+        namespace: dict[str, object] = {}
+        exec(compile(given, "faq.md", "exec"), namespace)  # noqa: S102
+        with pytest.raises(RootnoiseError) as refused:
+            exec(compile(match["code"], "faq.md", "exec"), namespace)  # noqa: S102
+        assert str(refused.value) == " ".join(match["line"].split())
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "sh")])

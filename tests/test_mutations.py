@@ -9,7 +9,7 @@ from rich.progress import Progress
 import mutate
 import mutations
 from mutants import Mutant, mutants
-from mutation_runs import Outcome
+from mutation_runs import Coverage, Outcome
 from mutations import MUTATIONS, PACKAGE, Mutation
 
 
@@ -109,7 +109,7 @@ def test_each_bug_is_judged_by_its_own_runs():
     """Two at a time, each with two stages: the outcome of one is never counted to the other."""
     first, second = mutants("keys.py", (PACKAGE / "keys.py").read_text())[:2]
 
-    class Seen(mutate.Coverage):
+    class Seen(Coverage):
         def tests(self, file, lines):
             return {"tests/test_a.py::test", "tests/test_keys.py::test"}
 

@@ -1,8 +1,10 @@
 """Opacus's calls: its scripts run with the import changed, and epsilon is never less than due."""
 
+import gc
 import io
 import math
 import runpy
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from opacus.schedulers import ExponentialNoise
 from opacus.utils.batch_memory_manager import BatchMemoryManager as OpacusMemoryManager
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from hosts import Recorder, white
@@ -324,21 +327,108 @@ def test_settings_of_the_engine():
         private(engine)
 
 
-def test_physical_batches_wait_for_micro_batches():
-    _model, optimizer, batches = private()
-    line = "must not be used: a batch cannot be split into physical ones yet"
+MANAGERS = pytest.mark.parametrize(
+    "manager", [OpacusMemoryManager, BatchMemoryManager], ids=["Opacus's", "ours"]
+)
+SPLIT: dict[str, dict] = {
+    "poisson": {"mechanism": "identity", "poisson_sampling": True, "batch_size": 1},
+    "fixed": {},
+    "scheduled": {"scheduled": True},
+}  # fmt: skip
+
+
+def split_run(manager, *, scheduled=False, batch_size=8, steps_on=1, **settings):
+    """A run of two epochs in physical batches of 2 at most: its end, and their sizes."""
+    with torch.random.fork_rng():
+        torch.random.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        model = nn.Linear(5, 2)
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    rates = StepLR(sgd, 1, 0.5) if scheduled else None
+    model, optimizer, batches = PrivacyEngine().make_private_with_epsilon(
+        module=model, optimizer=sgd, data_loader=loader(batch_size=batch_size), target_epsilon=8.0,
+        target_delta=DELTA, epochs=2, max_grad_norm=1.0, key=Key.from_seed(9), seed=5,
+        loss_reduction="sum", scheduler=rates,
+        **({"mechanism": "bsr", "poisson_sampling": False} | settings),
+    )  # fmt: skip
+    sizes, told = [], []
     parts = {"data_loader": batches, "max_physical_batch_size": 2, "optimizer": optimizer}
-    with (
-        pytest.raises(RootnoiseError, match=f"^batch_sampler {line}"),
-        OpacusMemoryManager(**parts),
-    ):
-        pass
-    with pytest.raises(RootnoiseError, match=f"^BatchMemoryManager {line}"):
-        BatchMemoryManager(**parts)
-    with pytest.raises(RootnoiseError, match=f"^signal_skip_step {line}"):
-        optimizer.signal_skip_step(do_skip=True)
+    for _ in range(2):
+        with nullcontext(batches) if manager is None else manager(**parts) as physical:
+            for x, y in physical:
+                sizes.append(len(x))
+                optimizer.zero_grad()
+                cross_entropy(model(x), y, reduction="sum").backward()
+                told.append(optimizer._check_skip_next_step(pop_next=False))
+                optimizer.step()
+                assert optimizer._is_last_step_skipped == told[-1]
+                if rates is not None:
+                    rates.step()
+    private = optimizer.private
+    state = private.stream.state_dict()["state"]
+    end = weights(model).clone(), state, private.ledger.state_dict()["count"], optimizer.t
+    assert told.count(False) == optimizer.t
+    return end, sizes
+
+
+@pytest.mark.parametrize("case", SPLIT)
+@MANAGERS
+def test_physical_batches_are_the_run_of_whole_ones(manager, case):
+    whole, drawn = split_run(None, **SPLIT[case])
+    gc.collect()
+    split, sizes = split_run(manager, **SPLIT[case])
+    torch.testing.assert_close(split[0], whole[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(split[1], whole[1])  # the noise, bit by bit
+    assert torch.equal(split[2], whole[2])
+    assert split[3] == whole[3]
+    assert max(sizes) <= 2 < max(drawn)
+    assert sum(sizes) == sum(drawn)
+    if case == "poisson":
+        assert 0 in drawn  # a seed under which a step draws nobody
+
+
+@MANAGERS
+def test_physical_batches_are_stepped_on_once_each(manager):
+    model, optimizer, batches = planned()
+    parts = {"data_loader": batches, "max_physical_batch_size": 2, "optimizer": optimizer}
+    before = weights(model)
+    with manager(**parts) as physical:
+        walk = iter(physical)
+        x, y = next(walk)
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        next(walk)  # the last of its batch, and no step
+        with pytest.raises(RootnoiseError, match=r"^each batch must be stepped on once before the"):
+            next(walk)
+        walk = iter(physical)
+        next(walk)
+        with pytest.raises(RootnoiseError, match=r"^each batch must be stepped on once before the"):
+            next(walk)
+        walk = iter(physical)
+        x, y = next(walk)
+        cross_entropy(model(x[:1]), y[:1]).backward()
+        with pytest.raises(RootnoiseError, match=r"^indices must be one a gradient row .1., got 2"):
+            optimizer.step()
+    assert torch.equal(before, weights(model))
+    assert optimizer.t == 0
+    with manager(**parts) as physical:  # a new pass begins with the batch
+        train(model, optimizer, physical)
+    assert optimizer.t == len(batches)
+    assert physical.collate_fn is not None
+
+
+def test_what_splits_no_batch_of_the_loader_is_refused():
+    _model, optimizer, batches = private()
+    _, another, _ = private()
+    line = "must not be used: BatchMemoryManager splits a batch of the loader into physical ones"
     with pytest.raises(RootnoiseError, match=f"^virtual_step {line}"):
         optimizer.virtual_step()
+    with pytest.raises(RootnoiseError, match=f"^accumulated_iterations {line}"):
+        _ = optimizer.accumulated_iterations
+    parts = {"data_loader": batches, "optimizer": another}
+    with pytest.raises(RootnoiseError, match=r"^data_loader and optimizer must be those that one "):
+        BatchMemoryManager(max_physical_batch_size=2, **parts)
+    with pytest.raises(RootnoiseError, match=r"^max_physical_batch_size must be .*, got 0"):
+        BatchMemoryManager(data_loader=batches, max_physical_batch_size=0, optimizer=optimizer)
     assert not hasattr(optimizer, "magic")
 
 

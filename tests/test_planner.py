@@ -15,7 +15,7 @@ from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
-from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, plan, samplings
+from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, groups, plan, samplings
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
@@ -175,6 +175,41 @@ def test_samplings_cover_all_groups_that_amplify():
     groups = [who.groups for who in samplings(JOB)[1:]]
     assert groups == [1, 2, 4]  # 8 * 15 > 100
     assert samplings(Job(100, 100, 3, 1.0, 1e-5)) == [FixedCycle(1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("job", "momentum"),
+    [
+        (Job(600, 10, 4, 1.0, 1e-5), 0.9),
+        (Job(900, 12, 2, 4.0, 1e-5), 0.0),
+        (Job(600, 10, 4, 4.0, 1e-5, memory_rows=12), 0.9),
+    ],
+)
+def test_the_best_number_of_groups_is_found(job, momentum):
+    """Within 0.5 % of every number of groups tried with every factorization of `candidates`."""
+    work = SGD(job.n_steps, momentum)
+    least = np.inf
+    for g in range(2, groups.most(job) + 1):
+        who = groups.cyclic(job, g)
+        sigma = accounting.noise_multiplier(who, job.n_steps, job.epsilon, job.delta, 0.01)
+        for name in ("bsr", "banded"):
+            rmse = factorize(work, who, name, bands=g).rmse(who)
+            least = min(least, sigma * rmse / job.batch_size)
+    first = plan(work, job).first("cyclic-poisson")
+    assert first.rmse_per_example <= least * 1.005
+    assert first.memory_rows <= (job.memory_rows or 998)
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(28, 4, 10), (100, 2, 2), (7, 1, 7), (999, 8, 300)])
+def test_tight_numbers_of_groups(n, low, high):
+    found = groups.tight(n, low, high)
+    rounds = {-(-n // g) for g in range(low, high + 1)}
+    every = sorted(
+        {low, high} | {min(g for g in range(low, high + 1) if -(-n // g) == r) for r in rounds}
+    )
+    assert set(found) <= set(every)
+    assert found == every or len(found) == groups.MOST
+    assert (found[0], found[-1]) == (low, high)
 
 
 def test_one_step_an_epoch_and_one_epoch():

@@ -9,11 +9,7 @@ from rootnoise.factorization import factorize
 from rootnoise.noise import NoiseStream
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import (
-    SLACK,
-    Clip,
     NonFiniteGradientWarning,
-    clipped_sums,
-    row_norms,
 )
 from training_cases import (
     BATCH,
@@ -31,8 +27,6 @@ from training_cases import (
     train,
 )
 
-CLIP = Clip.fit(1.0, n_examples=N)
-
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("clip_norm", [0.01, 1.0, 100.0])
@@ -49,22 +43,6 @@ def test_step_equals_the_slow_twin(kind, clip_norm, reduction):
         optimizer.step(batch)
         scale = np.abs(expected).max()
         np.testing.assert_allclose(flat(optimizer, "grad") * BATCH, expected, atol=2e-5 * scale)
-
-
-def test_no_clipped_gradient_exceeds_the_clip_norm():
-    # torch's own float32 norm of this row is 0.8 % too small, its clip factor 0.8 % too large.
-    row = torch.full((1, 10_000_000), 0.1)
-    true = float(row[0, 0].double()) * row.numel() ** 0.5
-    assert float(torch.linalg.vector_norm(row)) < true * (1 - SLACK)
-    assert float(row_norms([row])) == pytest.approx(true, rel=SLACK / 10)
-    for g in (row, torch.full((1, 300), 1e-3), torch.full((1, 3), 0.57735028)):
-        (clipped,), bad = clipped_sums([g], CLIP, t=0)
-        assert float((clipped * CLIP.grid).norm()) <= 1
-        assert bad == 0
-    (small,), _ = clipped_sums([torch.full((1, 300), 1e-3)], CLIP, t=0)
-    assert torch.equal(
-        (small * CLIP.grid).float(), torch.full((300,), 1e-3)
-    )  # below the clip norm nothing changes
 
 
 def test_divisor_is_the_expected_batch_size_and_an_empty_batch_is_noise():

@@ -48,7 +48,7 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     if _log_delta(-mu / 2, mu) <= goal:
         return 0.0
     # epsilon = mu t for a = t - mu / 2; at a = 40 no delta of a float is left.
-    t = _falling(lambda t: _log_delta(t - mu / 2, mu), goal, 40 + mu / 2)
+    _, t = _turn(lambda t: _log_delta(t - mu / 2, mu) <= goal, 40 + mu / 2)
     return mu * t * (1 + 4 * UNIT)
 
 
@@ -65,10 +65,16 @@ def gaussian_multiplier(epsilon: float, delta: float) -> float:
         b = math.hypot(a, root)
         return root * (root / (a + b)) if a > 0 else b - a
 
-    if _log_delta(0.0, mu_at(0.0)) > goal:
-        a = _falling(lambda a: _log_delta(a, mu_at(a)), goal, 40.0)
+    def enough(a: float) -> bool:
+        return _log_delta(a, mu_at(a)) <= goal
+
+    if not enough(0.0):
+        _, a = _turn(enough, 40.0)
+    elif enough(-40.0):
+        a = -40.0
     else:
-        a = -_rising(lambda c: _log_delta(-c, mu_at(-c)), goal, 40.0)
+        least, _ = _turn(lambda c: not enough(-c), 40.0)
+        a = -least if enough(-least) else 0.0
     sigma = 1 / mu_at(a) if mu_at(a) > 0 else math.inf
     if not 1e-150 < sigma < 1e300:
         raise RootnoiseError(
@@ -109,34 +115,21 @@ def _mills(x: float | Array) -> Array:
     return value
 
 
-def _falling(f: Callable[[float], float], goal: float, high: float) -> float:
-    """Return the least x > 0 found, to the last digits, with f(x) <= goal."""
+def _turn(far: Callable[[float], bool], high: float) -> tuple[float, float]:
+    """Return x > 0 where `far` does not hold and the next where it does, to the last digits.
+
+    `far` is taken to hold at `high` and beyond; if it holds everywhere, both are about 1e-307.
+    """
     low = high
-    while low > 1e-307 and f(low / 2) <= goal:
+    while low > 1e-307 and far(low / 2):
         low /= 2
     low, high = low / 2, low
     while high - low > 2 * UNIT * high:
         middle = (low + high) / 2
         if not low < middle < high:
             break
-        low, high = (low, middle) if f(middle) <= goal else (middle, high)
-    return high
-
-
-def _rising(f: Callable[[float], float], goal: float, high: float) -> float:
-    """Return the largest x >= 0 found with f(x) <= goal, for a rising f."""
-    if f(high) <= goal:
-        return high
-    low = high
-    while low > 1e-307 and f(low / 2) > goal:
-        low /= 2
-    low, high = low / 2, low
-    while high - low > 2 * UNIT * high:
-        middle = (low + high) / 2
-        if not low < middle < high:
-            break
-        low, high = (middle, high) if f(middle) <= goal else (low, middle)
-    return low if f(low) <= goal else 0.0
+        low, high = (low, middle) if far(middle) else (middle, high)
+    return low, high
 
 
 def poisson_epsilon(sigma: float, q: float, rounds: int, delta: float) -> float:

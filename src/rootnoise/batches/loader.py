@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random  # noqa: TID251 - its state is put back
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,36 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.samplers import Sampler
+from rootnoise.batches.samplers import Indices, Sampler
 
 # Examples on which a collate function is tried: no batch is a tuple of so many parts.
 TRIED = 11
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a batch is divided into micro-batches, of sizes as equal as can be.
+
+    Args:
+        number: micro-batches of each batch; some may be empty.
+        most: most examples in one, in place of `number`; an empty batch is one of them.
+
+    >>> [part.tolist() for part in Split(most=3)(np.arange(5))]
+    [[0, 1, 2], [3, 4]]
+    >>> [part.tolist() for part in Split(2)(np.arange(1))]
+    [[0], []]
+    """
+
+    number: int = 1
+    most: int | None = None
+
+    def __call__(self, batch: Indices) -> list[Indices]:
+        """Return the parts of a batch, in its order."""
+        number = self.number if self.most is None else max(1, -(-len(batch) // self.most))
+        return list(np.array_split(batch, number))
+
+
+WHOLE = Split()
 
 
 def data_loader(
@@ -23,6 +50,7 @@ def data_loader(
     *,
     start: int = 0,
     stop: int | None = None,
+    split: Split = WHOLE,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     **options: Any,
 ) -> DataLoader[Any]:
@@ -46,6 +74,7 @@ def data_loader(
         start: first step, such as `optimizer.t` of a run that is resumed; each iteration over the
             loader starts there.
         stop: the step before which an iteration ends; after the last one when None.
+        split: divides each step's batch into the micro-batches that are loaded, one after another.
         collate_fn: makes a batch of a list of examples; torch's own when None.
         options: for DataLoader, such as num_workers and persistent_workers.
 
@@ -67,7 +96,7 @@ def data_loader(
             )
     return DataLoader(
         _Numbered(dataset),  # type: ignore[arg-type]  # no Dataset need be inherited from
-        batch_sampler=_Steps(sampler, first, last),
+        batch_sampler=_Steps(sampler, first, last, split),
         collate_fn=_Collate(collate_fn or default_collate),
         **options,
     )
@@ -165,15 +194,23 @@ def refuse_repeats(data: Any) -> None:
 class _Steps:
     """The sampler's batches from a step on, as DataLoader takes them."""
 
-    def __init__(self, sampler: Sampler, start: int, stop: int) -> None:
-        self.sampler, self.start, self.stop = sampler, start, stop
+    def __init__(self, sampler: Sampler, start: int, stop: int, split: Split) -> None:
+        self.sampler, self.start, self.stop, self.split = sampler, start, stop, split
 
     def __len__(self) -> int:
-        return self.stop - self.start
+        return count(self.sampler, self.start, self.stop, self.split)
 
     def __iter__(self) -> Iterator[list[int]]:
         for t in range(self.start, self.stop):
-            yield self.sampler.batch(t).tolist()
+            for part in self.split(self.sampler.batch(t)):
+                yield part.tolist()
+
+
+def count(sampler: Sampler, start: int, stop: int, split: Split) -> int:
+    """Return how many micro-batches the steps from `start` to before `stop` have."""
+    if split.most is None:
+        return (stop - start) * split.number
+    return sum(len(split(sampler.batch(t))) for t in range(start, stop))
 
 
 class _Numbered:

@@ -21,8 +21,8 @@ from torch.utils.data import (
     default_collate,
 )
 
-from rootnoise._check import RootnoiseError, real
-from rootnoise.batches.loader import refuse_mixing, refuse_repeats
+from rootnoise._check import RootnoiseError, integer, real
+from rootnoise.batches.loader import WHOLE, Split, refuse_mixing, refuse_repeats
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
@@ -73,6 +73,7 @@ def make_private(
     noise_multiplier: float | None = None,
     clip_norm: float = 1.0,
     batch_size: int | None = None,
+    micro_batch_size: int | None = None,
     mechanism: str = "auto",
     sampling: Sampling = "auto",
     scheduler: Scheduler | None = None,
@@ -111,6 +112,11 @@ def make_private(
         epochs: passes over the data.
         clip_norm: largest l2 norm of one record's gradient.
         batch_size: records per step, on average under random sampling; the DataLoader's when None.
+        micro_batch_size: most records that the loader gives at a time, for batches that do not fit
+            into memory; whole batches when None. The loop stays as it is: `optimizer.step()` adds
+            up the parts of a batch, `zero_grad()` between them keeps the sum, and weights change
+            with the last. `scheduler` steps with batches alone; one that make_private is not given
+            must step unless `optimizer.step_was_skipped`.
         mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
             `memory_rows`.
         sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a
@@ -124,7 +130,9 @@ def make_private(
         key: fixes the noise; fresh from OS entropy when None. Keep it secret.
         seed: fixes the batches; from OS entropy when None. Keep it secret.
         independence: "probed" or "assumed", see `PrivateOptimizer`.
-        resume: a file of `LoopOptimizer.save`; the run continues, with the same arguments.
+        resume: a file of `LoopOptimizer.save`; the run continues, with the same arguments. Another
+            number of records is refused, and other contents of torch's `TensorDataset`, `Subset`
+            and `ConcatDataset`; those of other data sets are not compared.
         workload: the workload to plan the noise for; that of optimizer and scheduler when None.
 
     Raises:
@@ -150,6 +158,9 @@ def make_private(
     _check_kind("options", options or {}, Mapping)
     _check_kind("resume", resume or "", str | os.PathLike)
     dataset, batch, loading = _data(data, batch_size)
+    split_by = WHOLE
+    if micro_batch_size is not None:
+        split_by = Split(most=integer("micro_batch_size", micro_batch_size, 1))
     refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
     if sum(value is not None for value in goal.values()) != 1:
@@ -167,7 +178,7 @@ def make_private(
         delta=delta,
         clip_norm=clip_norm,
     )
-    before = None if resume is None else saved.read(Path(resume), made)
+    before = None if resume is None else saved.read(Path(resume), made, dataset)
     if before is not None:
         if key is not None:
             raise RootnoiseError("key must be left out on resume, which reads it from the file")
@@ -184,14 +195,13 @@ def make_private(
     private = PrivateOptimizer(
         optimizer, module, made, sampler, key, independence=independence, planned=True
     )
-    loop = LoopOptimizer(
-        private,
-        rates if split.strategy.bands > 1 else (),
-    )
+    loop = LoopOptimizer(private, rates if split.strategy.bands > 1 else (), dataset)
+    if micro_batch_size is not None:
+        loop.pace(scheduler)
     if before is not None:
         loop.load_state_dict(before.optimizer)
         _load(module, before.weights)
-    return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading))
+    return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading, split_by))
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:

@@ -13,23 +13,51 @@ import warnings
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import ClosureResult
 from torch import nn
 from torch.utils.data import DataLoader
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.loader import Split
 from rootnoise.front_door import LoopOptimizer, make_private
 from rootnoise.keys import Key
 
 EPSILON = "privacy_epsilon"
+# What the trainer decides: options of make_private that the callback does not take.
+OURS = {"scheduler", "scheduler_interval", "epochs", "batch_size", "micro_batch_size", "resume"}
+
+
+class Undivided(ClosureResult):
+    """A loss that is not divided by the number of parts: each example's gradient stays its own."""
+
+    @classmethod
+    def from_training_step_output(cls, training_step_output: Any, normalize: int = 1) -> Any:
+        """Return the loss as `training_step` made it."""
+        return super().from_training_step_output(training_step_output, 1)
+
+
+class Calls:
+    """Whether a model was called in training mode, since it was last asked.
+
+    It is a hook that does not hold the callback: the autograd graph keeps hooks alive, out of the
+    garbage collector's sight, and so would keep the optimizer.
+    """
+
+    def __init__(self) -> None:
+        self.made = False
+
+    def __call__(self, model: nn.Module, args: Any) -> None:
+        self.made = self.made or model.training
 
 
 class PrivacyCallback(Callback):
     """Makes a Trainer's `fit` private; the number of epochs or steps is the trainer's.
 
     Automatic and manual optimization both work, with one process, one optimizer, and one step per
-    batch. The `training_step` must call the trained module once: either itself, `self(x)`, or its
-    one child that holds all trainable parameters. The progress bar shows `privacy_epsilon`, which
-    is logged after each epoch.
+    batch. `accumulate_grad_batches=k` makes one step of k times the loader's batch size, whose
+    batch is given in k parts. The `training_step` must call the trained module once: either itself,
+    `self(x)`, or its one child that holds all trainable parameters. The progress bar shows
+    `privacy_epsilon`, which is logged after each epoch.
 
     A checkpoint of the trainer holds the noise key and the batches' seed, so that
     `fit(ckpt_path=...)` continues bit for bit: keep it as secret as the data. To publish, save
@@ -49,14 +77,15 @@ class PrivacyCallback(Callback):
         self, *, epsilon: float, delta: float, clip_norm: float = 1.0, **options: Any
     ) -> None:
         super().__init__()
-        ours = {"scheduler", "scheduler_interval", "epochs", "batch_size", "resume"} & set(options)
+        ours = OURS & set(options)
         if ours:
             raise RootnoiseError(
                 f"options must leave to the trainer what it knows, got {', '.join(sorted(ours))}"
             )
         self.settings = {"epsilon": epsilon, "delta": delta, "clip_norm": clip_norm} | options
         self._loop: LoopOptimizer | None = None
-        self._told = self._called = False
+        self._told, self._calls = False, Calls()
+        self._parts = 1
 
     @property
     def optimizer(self) -> LoopOptimizer:
@@ -68,7 +97,7 @@ class PrivacyCallback(Callback):
     # ------------------------------------------------------------------------- of the trainer
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse settings of the trainer that would touch raw gradients, or split batches."""
+        """Refuse settings of the trainer that would touch raw gradients, or leave batches out."""
         if stage != "fit":
             return
         whole = trainer.limit_train_batches in (None, 1.0) or bool(
@@ -80,11 +109,6 @@ class PrivacyCallback(Callback):
                 not trainer.gradient_clip_val,
                 "None, for each record's gradient is clipped by clip_norm",
                 trainer.gradient_clip_val,
-            ),
-            "accumulate_grad_batches": (
-                trainer.accumulate_grad_batches == 1,
-                "1, for a batch cannot be split yet: make the batch size of the loader larger",
-                trainer.accumulate_grad_batches,
             ),
             "devices": (
                 trainer.world_size == 1,
@@ -113,31 +137,37 @@ class PrivacyCallback(Callback):
         if not isinstance(data, DataLoader):
             kind = type(data).__name__
             raise RootnoiseError(f"training data must be one DataLoader, got {kind}")
+        self._parts = trainer.accumulate_grad_batches
+        batch_size = (data.batch_size or 1) * self._parts
         model, self._loop, loader = make_private(
             _trained(pl_module),
             strategy.optimizers[0],
             data,
-            epochs=_epochs(trainer, -(-len(data.dataset) // (data.batch_size or 1))),  # type: ignore[arg-type]
+            epochs=_epochs(trainer, -(-len(data.dataset) // batch_size)),  # type: ignore[arg-type]
+            batch_size=None if data.batch_size is None else batch_size,
             **self.settings,
             **_schedule(trainer),
         )
-        model.register_forward_pre_hook(self._call)
+        model.register_forward_pre_hook(self._calls)
         strategy.optimizers = [self._loop]
-        fit._data_source.instance = loader
+        fit._data_source.instance = loader.divided(Split(self._parts))
+        fit.epoch_loop.automatic_optimization.output_result_cls = Undivided
         fit._combined_loader = None  # the trainer may have built it to count steps
-
-    def _call(self, model: nn.Module, args: Any) -> None:
-        self._called = self._called or model.training
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Wait for the forward of this batch."""
-        self._called = False
+        """Wait for the forward of this batch, or part of one."""
+        self._calls.made = False
+        if trainer.accumulate_grad_batches != self._parts:
+            raise RootnoiseError(
+                f"accumulate_grad_batches must stay {self._parts}, got "
+                f"{trainer.accumulate_grad_batches}: batches of another size need another plan"
+            )
 
-    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, _: Any) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, _: Any) -> None:
         """Refuse layers that `training_step` calls one by one, before their backward."""
-        if trainer.training and not self._called:
+        if trainer.training and not self._calls.made:
             raise RootnoiseError(
                 "training_step must call `self(x)`, or the one child that is trained, and no part "
                 "of it alone, got no such call: put its calls into forward"
@@ -146,7 +176,9 @@ class PrivacyCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Warn once that epsilon does not cover training metrics."""
+        """Add a part of a batch to its sum; warn once that epsilon does not cover metrics."""
+        if self._loop is not None and self._loop.more:
+            self._loop.accumulate()
         if self._told:
             return
         logged = {name.partition(".")[2] for name in trainer.fit_loop._results} - {EPSILON}

@@ -11,17 +11,22 @@ from __future__ import annotations
 import io
 import os
 import pickle  # for the name of its error
+from collections.abc import Iterator
+from functools import cached_property
 from inspect import signature
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
+import numpy as np
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
-from rootnoise._check import RootnoiseError
+from rootnoise._check import RootnoiseError, integer
 from rootnoise._files import write_whole
+from rootnoise.batches.loader import Split
+from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
 from rootnoise.keys import Key
 
@@ -32,7 +37,7 @@ VERSION = 1  # version of the checkpoint format
 
 # Opacus's ways to compute per-sample gradients. Here there is one way, whatever the name.
 MODES = ("hooks", "ew", "functorch", "ghost")
-MICRO_BATCHES = "a batch cannot be split into physical ones yet: make batch_size smaller"
+MICRO_BATCHES = "BatchMemoryManager splits a batch of the loader into physical ones"
 # Options of Opacus that have only one allowed value here, and why.
 ONLY = {
     "batch_first": (True, "a row an example"),
@@ -42,7 +47,6 @@ ONLY = {
 }
 # Attributes of Opacus's optimizer that are not supported here, and what applies instead.
 REFUSED = {
-    "signal_skip_step": MICRO_BATCHES,
     "virtual_step": MICRO_BATCHES,
     "accumulated_iterations": MICRO_BATCHES,
     "attach_step_hook": "use torch's register_step_post_hook",
@@ -221,8 +225,11 @@ class PrivacyEngine:
         settings: dict[str, Any] = {"sampling": sampling, "mechanism": mechanism, "epochs": epochs}
         settings |= goal | {"clip_norm": max_grad_norm} | options
         private, loop, loader = make_private(module, optimizer, data_loader, **settings)
-        self._optimizer = EngineOptimizer(loop.private, loop.rates)
-        batches = EngineLoader(loader.dataset, self._optimizer, loader.period, loader.loading)
+        self._optimizer = EngineOptimizer(loop.private, loop.rates, loop.dataset)
+        self._optimizer.pace(options.get("scheduler"))
+        batches = EngineLoader(
+            loader.dataset, self._optimizer, loader.period, loader.loading, loader.split
+        )
         given = private if wrap else Hooks()
         vars(private)["_module"] = private  # scripts read this of Opacus's wrapper to save weights
         if mode == "ghost":
@@ -396,6 +403,20 @@ class EngineOptimizer(LoopOptimizer):
         """The divisor of every sum."""
         return self.private.sampler.batch_size
 
+    def signal_skip_step(self, do_skip: bool = True) -> None:
+        """Be told by Opacus's BatchMemoryManager that more of the batch follows the next part."""
+        self._skips_next = bool(do_skip)
+
+    _skips_next = False
+
+    def _check_skip_next_step(self, pop_next: bool = True) -> bool:
+        """Whether the next `step` only adds a physical batch; asking changes nothing."""
+        return self.more
+
+    @property
+    def _is_last_step_skipped(self) -> bool:
+        return self.step_was_skipped
+
     def __getattr__(self, name: str) -> Any:
         """Explain why an attribute of Opacus's optimizer is not supported."""
         if name in REFUSED:
@@ -411,10 +432,62 @@ class EngineLoader(PrivateLoader):
         """Fraction of the records in a step, on average."""
         return self.batch_size / len(self.dataset)
 
+    # What follows is read by Opacus's own BatchMemoryManager, which makes a DataLoader of it. It
+    # tells the optimizer whether a physical batch is the last, and collating it tells how many
+    # examples it has: the next ones of the batch. So it is collated in this process, in order.
+    num_workers, timeout, persistent_workers = 0, 0, False
+    worker_init_fn = multiprocessing_context = prefetch_factor = None
+
     @property
-    def batch_sampler(self) -> NoReturn:
-        """Refused: Opacus's BatchMemoryManager would split what the ledger checks."""
-        raise RootnoiseError(f"batch_sampler must not be used: {MICRO_BATCHES}")
+    def pin_memory(self) -> bool:
+        """Whether batches are copied to pinned memory, as the script's own loader said."""
+        return bool(self.loading.get("pin_memory"))
+
+    @property
+    def generator(self) -> Any:
+        """The generator of the script's own loader."""
+        return self.loading.get("generator")
+
+    @cached_property
+    def batch_sampler(self) -> Batches:
+        """The numbers of the examples of each batch of a pass."""
+        return Batches(self)
+
+    def collate_fn(self, examples: list[Any]) -> Any:
+        """Collate the next examples of a batch, and tell the optimizer that they were drawn."""
+        loop: Any = self._optimizer
+        loop.draw(self.batch_sampler.take(len(examples)), not loop._skips_next)
+        collate = self.loading.get("collate_fn") or default_collate
+        return collate(examples) if examples else self._nobody()
+
+
+class Batches:
+    """The batches of a pass as lists, which remember how much of the last one was drawn."""
+
+    def __init__(self, loader: EngineLoader) -> None:
+        self._loader = loader
+        self._rest = np.empty(0, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return self._loader.period
+
+    def __iter__(self) -> Iterator[list[int]]:
+        loader = self._loader
+        loop, steps = loader._optimizer, loader._steps()
+        loop.restart()
+        for t in steps:
+            if loop.t != t:
+                raise RootnoiseError(
+                    f"each batch must be stepped on once before the next, got step {loop.t} at "
+                    f"batch {t}"
+                )
+            self._rest = loop.private.sampler.batch(t)
+            yield self._rest.tolist()
+
+    def take(self, n: int) -> Indices:
+        """Return the next n examples of the batch."""
+        part, self._rest = self._rest[:n], self._rest[n:]
+        return part
 
 
 class Hooks:
@@ -425,11 +498,33 @@ class Hooks:
 
 
 class BatchMemoryManager:
-    """Refused, until a batch can be split into physical ones.
+    """Splits batches into physical ones, as Opacus's own does, but with the loader's workers.
+
+    Opacus's works too. In either case `optimizer.step()` changes the weights only after the last
+    part of a batch, and `zero_grad()` keeps the sum until then.
+
+    Args:
+        data_loader: the loader of `PrivacyEngine.make_private`.
+        max_physical_batch_size: most examples at a time.
+        optimizer: that of the same call.
 
     Raises:
-        RootnoiseError: always.
+        RootnoiseError: parts of another run, or a size below 1.
     """
 
-    def __init__(self, **_: Any) -> None:
-        raise RootnoiseError(f"BatchMemoryManager must not be used: {MICRO_BATCHES}")
+    def __init__(
+        self, *, data_loader: EngineLoader, max_physical_batch_size: int, optimizer: EngineOptimizer
+    ) -> None:
+        if not isinstance(data_loader, EngineLoader) or data_loader._optimizer is not optimizer:
+            raise RootnoiseError(
+                "data_loader and optimizer must be those that one engine made private, got "
+                f"{type(data_loader).__name__} and {type(optimizer).__name__}"
+            )
+        most = integer("max_physical_batch_size", max_physical_batch_size, 1)
+        self._loader = data_loader.divided(Split(most=most))
+
+    def __enter__(self) -> EngineLoader:
+        return self._loader
+
+    def __exit__(self, *_: object) -> None:
+        pass

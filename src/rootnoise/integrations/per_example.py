@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -72,6 +73,26 @@ def check_shared(model: nn.Module) -> None:
                     f"layer inside it, got {leaf}: freeze it by "
                     f"model.get_parameter({whole!r}).requires_grad_(False)"
                 )
+
+
+def check_batch(inputs: Any, rows: int) -> Any:
+    """Return a batch, or refuse one without a row per example, or with padding on the left."""
+    if not isinstance(inputs, Mapping):
+        kind = type(inputs).__name__
+        raise RootnoiseError(f"data_collator must return a dict of tensors, got {kind}")
+    for name, x in inputs.items():
+        if isinstance(x, torch.Tensor) and x.shape[:1] != (rows,):
+            raise RootnoiseError(
+                f"data_collator must give one row an example ({rows}), got {name} of shape "
+                f"{tuple(x.shape)}"
+            )
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
+        raise RootnoiseError(
+            "data_collator must pad on the right (padding_side='right'), where an example's "
+            "positions do not depend on the longest of its batch, got padding on the left"
+        )
+    return inputs
 
 
 class Rows:

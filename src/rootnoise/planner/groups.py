@@ -14,7 +14,7 @@ with g, and is interpolated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -33,22 +33,34 @@ MOST = 24
 BELOW = 3
 
 
-def region(workload: Workload, job: Job, powers: Sequence[int]) -> tuple[int, ...]:
+def powers(job: Job) -> list[CyclicPoisson]:
+    """Return cyclic Poisson sampling of 1, 2, 4, ... groups, as long as it amplifies and fits."""
+    return [cyclic(job, 2**i) for i in range(most(job).bit_length())]
+
+
+def most(job: Job) -> int:
+    """Return the most groups that amplify and fit the memory, 0 if none do."""
+    found = min(-(-job.n_examples // job.batch_size) - 1, job.n_steps)
+    return found if job.memory_rows is None else min(found, job.memory_rows + 1)
+
+
+def region(workload: Workload, job: Job) -> tuple[int, ...]:
     """Return the powers of two around the one of least error, from a quarter of it to its double.
 
     Larger ones are quicker, so they come first; the search ends when `BELOW` in a row are worse.
     """
+    numbers = [who.groups for who in powers(job)]
     best, least, worse = 0, np.inf, 0
     error = errors(workload, job)
-    for i in range(len(powers) - 1, -1, -1):
-        found = error(powers[i])
+    for i in range(len(numbers) - 1, -1, -1):
+        found = error(numbers[i])
         if found < least:
             best, least, worse = i, found, 0
         else:
             worse += 1
         if worse == BELOW:
             break
-    return tuple(powers[max(0, best - 2) : best + 2])
+    return tuple(numbers[max(0, best - 2) : best + 2])
 
 
 def errors(workload: Workload, job: Job) -> Callable[[int], float]:
@@ -84,7 +96,10 @@ def best(workload: Workload, job: Job, gains: dict[int, float]) -> int:
     def predicted(groups: int) -> float:
         return error(groups) * float(np.exp(np.interp(np.log(groups), known, logs)))
 
-    return min(tight(job.n_steps, min(gains), max(gains)), key=predicted)
+    low, high = min(gains), max(gains)
+    if 2 * high > most(job):  # the next power does not fit, but numbers on the way to it do
+        high = most(job)
+    return min(tight(job.n_steps, low, high), key=predicted)
 
 
 def tight(n_steps: int, low: int, high: int) -> list[int]:

@@ -7,7 +7,7 @@ norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -36,8 +36,8 @@ AFFORDABLE = {
     "tree": 4096,
 }
 # Beyond, only cyclic sampling near the best number of groups is tried, and columns are scaled of at
-# most so many bands: 3 s at 100,000 steps, where four times as many bands take four times as long.
-LONG, MOST_SCALED = 20_000, 512
+# most so many bands: 0.5 s at 100,000 steps, where 2,000 bands of BSR took 12 s.
+LONG, MOST_SCALED = 20_000, 256
 # Bands to try below the separation, for less memory.
 SMALL = (2, 4, 16, 64)
 # Enough buffers for blt at any number of steps.
@@ -80,9 +80,8 @@ def plan(
     """
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
     search = _Search(workload, job, progress or (lambda done, name: None))
-    cycle, *cyclic = samplings(job)
-    search.all(cycle)
-    search.amplified(cyclic)
+    search.all(FixedCycle(job.period, job.epochs))
+    search.amplified()
     if bins:
         search.bins()
     ranked = _ranked(search.rows.values())
@@ -113,12 +112,12 @@ class _Search:
             found.append(self._add(split, options, who, cost))
         return found
 
-    def amplified(self, powers: Sequence[CyclicPoisson]) -> None:
+    def amplified(self) -> None:
         """Try independent draws, powers of two, and the best number of groups near the best."""
+        job, powers = self.job, groups.powers(self.job)
         if not powers:
             return
-        job, numbers = self.job, [who.groups for who in powers]
-        near = groups.region(self.workload, job, numbers)
+        near = groups.region(self.workload, job)
         few = job.n_steps > LONG
         gains = {}
         for who in powers:
@@ -160,19 +159,13 @@ class _Search:
         return lower_bound(self.workload, FixedCycle(self.job.period, self.job.epochs))
 
 
-def samplings(job: Job) -> tuple[FixedCycle, *tuple[CyclicPoisson, ...]]:
+def samplings(job: Job) -> list[Participation]:
     """Return the fixed cycle, Poisson sampling, and cyclic Poisson sampling of 2, 4, ... groups.
 
     A group of g has n_examples / g records, each drawn with probability g batch_size / n_examples
     in the group's steps. Draws with probability 1 give no amplification, and are left out.
     """
-    found = []
-    number = 1
-    while number * job.batch_size < job.n_examples and number <= job.n_steps:
-        if job.memory_rows is None or number - 1 <= job.memory_rows:
-            found.append(groups.cyclic(job, number))
-        number *= 2
-    return FixedCycle(job.period, job.epochs), *found
+    return [FixedCycle(job.period, job.epochs), *groups.powers(job)]
 
 
 def candidates(job: Job, participation: Participation) -> list[Candidate]:
@@ -189,7 +182,7 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
     found += [(name, {"bands": p}) for name in ("bsr", "banded", "bisr") for p in sizes]
     if room >= b:  # the best p may be beyond the separation
         found += [("bsr", {"bands": "auto"}), ("bisr", {"bands": "auto"})]
-    found += [("banded-inverse", {"bands": p}) for p in sizes[:3]]  # larger sizes gain little
+    found += [("banded-inverse", {"bands": p}) for p in sizes[: 3 if job.n_steps <= LONG else 1]]
     found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
     found += [(name, {"bands": room}) for name in ("bsr-gamma", "bandmf")]
     scaled = ("column-normalised", "epoch-scaled")

@@ -14,6 +14,8 @@ from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.batches.ledger_file import Journal, pack
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
 from rootnoise.runs import curves
 from rootnoise.runs.config import (
     OPTIONS,
@@ -29,6 +31,7 @@ from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
 from rootnoise.runs.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
+from rootnoise.training.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def run(
     resume: bool = False,
     checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
+    ranks: Ranks | None = None,
+    fsdp: bool = False,
 ) -> Result:
     """Train and evaluate, or resume a run; invalid settings are refused before `out` is created.
 
@@ -88,17 +93,26 @@ def run(
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is always one after each epoch.
         on_step: called after every step.
+        ranks: the processes of the run, each of which calls this; rank 0 alone uses the folder, and
+            the result is its. The number may change when the run is resumed.
+        fsdp: cut the parameters over the ranks; this may change too.
 
     Raises:
-        RootnoiseError: settings that do not fit together, or do not fit the data or the folder.
+        RootnoiseError: settings that do not fit together, or do not fit the data or the folder, or
+            that differ between ranks.
     """
+    ranks = ranks or Ranks()
+    how = {"data_dir": data_dir, "resume": resume, "fsdp": fsdp}
+    ranks.all_same(how | {"checkpoint_every": checkpoint_every} | asdict(config))
     if checkpoint_every is not None:
         integer("checkpoint_every", checkpoint_every, 1)
     curves.check()
     with RunFolder(out) as folder:
-        config, trainer, stated = _begin(config, folder, data_dir, resume)
+        config, trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
-            return _to_the_end(config, folder, trainer, stated, checkpoint_every, on_step)
+            return _to_the_end(
+                config, folder, trainer, stated, checkpoint_every, on_step, ranks.rank == 0
+            )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
             rule, got = f"{name} must be writable", reason.strerror
@@ -141,67 +155,98 @@ def _to_the_end(
     stated: Statement,
     every: int | None,
     on_step: OnStep | None,
+    writes: bool,
 ) -> Result:
-    folder.write_metrics(trainer.history)
+    """Train to the end; only the rank that `writes` changes the folder."""
+    if writes:
+        folder.write_metrics(trainer.history)
     while trainer.t < trainer.sampler.n_steps:
         trainer.epoch(on_step, every)
-        folder.save_checkpoint(trainer.state_dict())
-        folder.write_metrics(trainer.history)
+        state = trainer.state_dict()
+        if writes:
+            folder.save_checkpoint(state)
+            folder.write_metrics(trainer.history)
+    result = _result(config, trainer, folder.path)
+    weights = trainer.weights()
+    if not writes:
+        return result
     title = f"{config.mechanism} on {config.dataset}"
     curve = [entry["test_accuracy"] for entry in trainer.history]
     curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
     optimizer = trainer.optimizer
     ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-    result = _result(config, trainer, folder.path)
-    weights = {name: tensor.cpu() for name, tensor in trainer.model.state_dict().items()}
     folder.finish(weights, asdict(result), stated, ledger)
     return result
 
 
 def _begin(
-    config: RunConfig, folder: RunFolder, data_dir: Path | None, resume: bool
+    config: RunConfig,
+    folder: RunFolder,
+    data_dir: Path | None,
+    resume: bool,
+    ranks: Ranks,
+    fsdp: bool,
 ) -> tuple[RunConfig, Trainer, Statement]:
-    """Return the new or resumed run, whose checkpoint is on disk, and what it claims.
+    """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement.
 
-    The settings returned are the run's own: of mechanism auto, what the plan chose.
+    The settings returned are the run's own: of mechanism auto, what the plan chose. Rank 0 reads
+    the folder, plans, makes the mechanism, and tells the others.
     """
     settings = asdict(config)
     known = settings.pop("data_dir")
-    where = data_dir or known
-    if resume:
+
+    def enter() -> Any:
+        if not resume:
+            folder.refuse_used()
+            return data_dir or known
         folder.reopen(without_choice(settings))
-        where = where or folder.config().get("data_dir")
-        if config.mechanism == "auto":
-            config = RunConfig(**folder.config())
-    else:
-        folder.refuse_used()
+        return data_dir or known or folder.config().get("data_dir")
+
+    where = ranks.by_first(enter)
     data = load(config.dataset, where and Path(where))
+    config = _chosen(config, folder, resume, data.n_train, ranks)
     if not resume:
-        config = planned(config, data.n_train)
         settings = asdict(config) | {"data_dir": where and str(Path(where).resolve())}
     sampler = make_sampler(config, data.n_train)
+    sampler.load_state_dict(ranks.first(sampler.state_dict()))
     private = config.mechanism != "none"
-    mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
-    key = folder.key() if resume else make_key(config)
-    if resume:
+
+    def make() -> tuple[Mechanism | None, Key, Statement]:
+        mechanism = folder.mechanism() if resume and private else make_mechanism(config, sampler)
+        key = folder.key() if resume else make_key(config)
+        if not resume:
+            return mechanism, key, statement(config, sampler, mechanism, key)
         stated = folder.statement()
         refuse_other(stated, config, sampler, mechanism, key)
-    else:
-        stated = statement(config, sampler, mechanism, key)
-    trainer = Trainer(config, data, sampler, mechanism, key)
+        return mechanism, key, stated
+
+    mechanism, key, stated = ranks.by_first(make)
+    trainer = Trainer(config, data, sampler, mechanism, key, ranks, fsdp)
     if resume:
-        trainer.load_state_dict(folder.checkpoint())
+        trainer.load_state_dict(ranks.by_first(folder.checkpoint))
         if stated != begun(stated) and trainer.t < sampler.n_steps:
             rule = "privacy.json must not be of a run that has ended"
             raise RootnoiseError(f"{rule}, got step {trainer.t} of {sampler.n_steps}")
     else:
-        folder.create(settings, stated, mechanism, key, trainer.state_dict())
-    if isinstance(trainer.optimizer, PrivateOptimizer):
+        state = trainer.state_dict()
+        ranks.by_first(lambda: folder.create(settings, stated, mechanism, key, state))
+    if isinstance(trainer.optimizer, PrivateOptimizer) and ranks.rank == 0:
         path = folder.path / "ledger.bin"
         trainer.optimizer.ledger.keep(path)
         if resume:
             _refuse_other_future(path, trainer)
     return config, trainer, stated
+
+
+def _chosen(
+    config: RunConfig, folder: RunFolder, resume: bool, n_examples: int, ranks: Ranks
+) -> RunConfig:
+    """Return the settings of the run: of mechanism auto what is planned, or was when it began."""
+    if config.mechanism != "auto":
+        return config
+    return ranks.by_first(  # type: ignore[no-any-return]
+        lambda: RunConfig(**folder.config()) if resume else planned(config, n_examples)
+    )
 
 
 def _refuse_other_future(path: Path, trainer: Trainer) -> None:

@@ -22,7 +22,9 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.models import build
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.runs.processes import local_device, on_device, shard
+from rootnoise.training import PrivateOptimizer, privatize, whole
+from rootnoise.training.ranks import Ranks
 
 # Called after every step with the step's number (from 1), n_steps, and the last test accuracy.
 OnStep = Callable[[int, int, float | None], None]
@@ -37,6 +39,17 @@ class EnvironmentChangedWarning(RuntimeWarning):
 class Trainer:
     """Model, batches and optimizer of one run, step by step.
 
+    With several ranks each takes its part of every batch. All ranks make the same calls.
+
+    Args:
+        config: the checked settings.
+        data: all of it, on each rank.
+        sampler: draws the batches; its seed must be that of the run on each rank.
+        mechanism: None without privacy.
+        key: fixes the noise; rank 0's counts.
+        ranks: the processes of the run.
+        fsdp: cut the parameters over the ranks, rather than give each a copy.
+
     Attributes:
         t: steps taken.
         history: one entry per evaluation: "epoch", "step", "test_accuracy" and "seconds".
@@ -49,11 +62,22 @@ class Trainer:
         sampler: Sampler,
         mechanism: Mechanism | None,
         key: Key | None = None,
+        ranks: Ranks | None = None,
+        fsdp: bool = False,
     ) -> None:
-        self.data, self.sampler = data, sampler
-        self._device = _device(config.device)
+        self.data, self.sampler, self._fsdp = data, sampler, fsdp
+        ranks = ranks or Ranks()
+        self._device = _device(local_device(config.device, ranks))
+        self._ranks = ranks = on_device(ranks, self._device)
+        if ranks.size > 1:
+            ranks.same("training set", self._data)
         model = build(config.model, data.input_shape, data.n_classes, config.seed)
         self.model = model.to(self._device)
+        if fsdp:
+            if config.micro_batch_size is not None:
+                rule = "micro_batch_size must be left out with fsdp"
+                raise RootnoiseError(f"{rule}, got {config.micro_batch_size}")
+            shard(self.model, ranks, self._device)
         sgd = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -66,14 +90,21 @@ class Trainer:
         self.optimizer: PrivateOptimizer | _PlainOptimizer
         if mechanism is None:
             self.module = self.model
-            self.optimizer = _PlainOptimizer(sgd, sampler, config.decay)
+            self.optimizer = _PlainOptimizer(sgd, sampler, config.decay, ranks, fsdp)
         else:
             self._refuse_memory(config, mechanism)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
             # Planned for these settings; `_step` sets the schedule.
             self.optimizer = PrivateOptimizer(
-                sgd, wrapped, mechanism, sampler, key, decay=config.decay, planned=True
+                sgd,
+                wrapped,
+                mechanism,
+                sampler,
+                key,
+                decay=config.decay,
+                process_group=ranks.group,
+                planned=True,
             )
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
@@ -122,6 +153,13 @@ class Trainer:
         entry = {"epoch": len(self.history) + 1, "step": self.t, "test_accuracy": self.accuracy()}
         self.history.append(entry | {"seconds": self._seconds})
 
+    @property
+    def _surroundings(self) -> str:
+        """What the last bits of the run depend on."""
+        line = environment(self._device)
+        parts = " with shards" if self._fsdp else ""
+        return line if self._ranks.size == 1 else f"{line}, {self._ranks.size} processes{parts}"
+
     @cached_property
     def _data(self) -> str:
         """A hash of the training set; as secret as the checkpoint that it goes into."""
@@ -131,13 +169,13 @@ class Trainer:
         return digest.hexdigest()
 
     def _step(self) -> None:
-        batch = self.sampler.batch(self.t)
+        batch = self.sampler.batch(self.t)[self._ranks.rank :: self._ranks.size]
         self.optimizer.zero_grad()
         *parts, last = np.split(batch, range(self._micro, batch.size, self._micro))
         for part in parts:
             self._backward(part)
             self.optimizer.accumulate(part)
-        if last.size:
+        if last.size or self._fsdp:  # shards are exchanged by all ranks or none
             self._backward(last)
         for group in self._sgd.param_groups:
             group["lr"] = float(self._lr[self.t])
@@ -150,23 +188,39 @@ class Trainer:
         torch.autograd.backward(cross_entropy(logits, labels, reduction="sum"))
 
     def accuracy(self) -> float:
-        """Return the share of test examples that the model gets right."""
+        """Return the share of test examples that the model gets right.
+
+        Whole models share the work; the batches do not depend on the number of ranks.
+        """
+        tests = (self.data.test_inputs, self.data.test_labels)
+        batches = list(zip(*(torch.split(t, EVALUATION_BATCH) for t in tests), strict=True))
+        if not self._fsdp:
+            batches = batches[self._ranks.rank :: self._ranks.size]
+        right = torch.zeros(1, dtype=torch.float64, device=self._device)
         self.model.eval()
         with torch.no_grad():
-            inputs = torch.split(self.data.test_inputs, EVALUATION_BATCH)
-            logits = [self.model(part.to(self._device)) for part in inputs]
-            guesses = torch.cat(logits).argmax(1).cpu()
+            for inputs, labels in batches:
+                guesses = self.model(inputs.to(self._device)).argmax(1)
+                right += (guesses == labels.to(self._device)).sum()
         self.model.train()
-        return float((guesses == self.data.test_labels).double().mean())
+        if not self._fsdp:
+            self._ranks.add_(right)
+        return float(right) / len(self.data.test_labels)
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the model's whole weights, on the CPU."""
+        return {name: w.cpu() for name, w in whole.whole(self.model.state_dict()).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that a resumed run needs except the key."""
+        """Return everything that a resumed run needs except the key, on any number of ranks."""
+        private = isinstance(self.optimizer, PrivateOptimizer)
+        inner = whole.state_dict(self.optimizer) if private else self.optimizer.state_dict()
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": environment(self._device),
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "surroundings": self._surroundings,
+            "model": whole.whole(self.model.state_dict()),
+            "optimizer": inner,
             "history": self.history,
             "seconds": self._seconds,
         }
@@ -183,8 +237,8 @@ class Trainer:
         """
         if state.get("data") != self._data:
             raise RootnoiseError("training set must be the one the run began with, got another")
-        then, now = state.get("surroundings"), environment(self._device)
-        if then != now:
+        then, now = state.get("surroundings"), self._surroundings
+        if then != now and self._ranks.rank == 0:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "
                 "of the weights will not be those of an uninterrupted run",
@@ -192,8 +246,11 @@ class Trainer:
                 stacklevel=2,
             )
         try:
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.model.load_state_dict(state["model"])
+            if isinstance(self.optimizer, PrivateOptimizer):
+                whole.load_state_dict(self.optimizer, state["optimizer"])
+            else:
+                self.optimizer.load_state_dict(state["optimizer"])
+            whole.load_weights(self.model, state["model"])
             self.history, self._seconds = list(state["history"]), float(state["seconds"])
         except (KeyError, TypeError, RuntimeError) as reason:
             line = " ".join(str(reason).split())
@@ -220,8 +277,16 @@ def _device(name: str) -> torch.device:
 class _PlainOptimizer:
     """PrivateOptimizer without clipping and noise: same divisor, same decay."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, sampler: Sampler, decay: float) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        sampler: Sampler,
+        decay: float,
+        ranks: Ranks,
+        sharded: bool,
+    ) -> None:
         self.optimizer, self.sampler, self.decay, self.t = optimizer, sampler, decay, 0
+        self._ranks, self._sharded = ranks, sharded
 
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -232,14 +297,20 @@ class _PlainOptimizer:
     def step(self, indices: object) -> None:
         with torch.no_grad():
             for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+                if p.grad is None:  # an empty part
+                    p.grad = torch.zeros_like(p)
+                if self._sharded:  # torch has averaged over the ranks
+                    p.grad.mul_(self._ranks.size)
+                else:
+                    self._ranks.add_(p.grad)
                 p.grad.div_(self.sampler.batch_size)
                 p.mul_(self.decay)
         self.optimizer.step()
         self.t += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"t": self.t, "optimizer": self.optimizer.state_dict()}
+        return {"t": self.t, "optimizer": whole.whole(self.optimizer.state_dict())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(whole.cut(state["optimizer"], self.optimizer))
         self.t = integer("saved t", state["t"], 0, self.sampler.n_steps)

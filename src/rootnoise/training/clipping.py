@@ -75,47 +75,38 @@ class Clip:
         """Return the clip of a mechanism for a data set of n_examples."""
         return cls.fit(mechanism.clip_norm, n_examples, mechanism.noise_std)
 
-    def noised(self, units: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Return the sum in units plus the noise in whole units, float64."""
-        total, size = torch.empty_like(units), PART if units.device.type == "cpu" else len(units)
+    def noised(
+        self, units: torch.Tensor, noise: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the sum in units plus the noise in whole units, float64; `out` may be `units`."""
+        total = torch.empty_like(units) if out is None else out
+        size = PART if units.device.type == "cpu" else len(units)
         for i in range(0, len(units), max(size, 1)):
             part = noise[i : i + size].to(units.device).double().div_(self.grid).round_()
             torch.add(units[i : i + size], part, out=total[i : i + size])
         return total
 
 
-def clipped_sums(
-    gradients: list[torch.Tensor], clip: Clip, t: int
-) -> tuple[list[torch.Tensor], int]:
-    """Return the sum over the batch of each parameter's clipped gradients, flattened, in units.
-
-    Args:
-        gradients: one float32 (batch, size) matrix a parameter.
-        clip: largest joint l2 norm of an example's rows in the sums, and the grid unit.
-        t: the step, for the warning.
-
-    Returns:
-        The exact sums, float64 whole numbers of `clip.grid`, and how many examples had a gradient
-        that was not finite, or whose squares are not (beyond 1e19), and counted as zero.
-    """
-    scale, bad = clip_scale(row_norms(gradients), clip, t)
-    return [scaled_sum(scale, g, bad) for g in gradients], bad
+def warn_non_finite(bad: int, rows: int, t: int) -> None:
+    """Warn that `bad` of the examples of step t count as zero."""
+    warnings.warn(
+        f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
+        "count as zero (the guarantee does not cover this number)",
+        NonFiniteGradientWarning,
+        stacklevel=5,
+    )
 
 
 def clip_scale(norms: torch.Tensor, clip: Clip, t: int) -> tuple[torch.Tensor, int]:
     """Return each example's factor from gradient to grid units, and how many are not finite.
 
-    Examples that are not finite have factor 0, and `scaled_sum` leaves them out.
+    Examples that are not finite, or whose squares are not (beyond 1e19), have factor 0, and
+    `scaled_sum` leaves them out.
     """
     finite = norms.isfinite()
     bad = len(norms) - int(finite.sum())
     if bad:
-        warnings.warn(
-            f"{bad} of {len(norms)} per-sample gradients of step {t} are not finite and "
-            "count as zero (the guarantee does not cover this number)",
-            NonFiniteGradientWarning,
-            stacklevel=4,
-        )
+        warn_non_finite(bad, len(norms), t)
         norms = norms.masked_fill(~finite, torch.inf)
     factor = (clip.norm / (norms * (1 + SLACK))).clamp(max=1)
     return (factor / clip.grid).float(), bad

@@ -222,12 +222,18 @@ class PrivateOptimizer:
             f"its batch {seen}."
         )
 
-    def zero_grad(self) -> None:
+    def zero_grad(self, *, keep_parts: bool = False) -> None:
         """Drop all gradients, those of `accumulate` included, and the passes that made them.
 
         Call it once a step, before backward. A forward without backward is kept until the next one.
+
+        Args:
+            keep_parts: keep the sum of `accumulate`, and drop only what came after it.
         """
         self._guard.clear()
+        if keep_parts:
+            self.module.zero_grad()
+            return
         self._place.clear()
         self._taken = self._taken[:0]
 
@@ -339,7 +345,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total / self.sampler.batch_size)
+            self._place.write(total.div_(self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)

@@ -7,6 +7,8 @@ before the sum.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,16 +23,47 @@ Indices = NDArray[np.int64]
 REFUSED = -1  # sent in place of the step number
 
 
+class PeerError(RootnoiseError):
+    """Another rank has refused; the reason is that rank's."""
+
+
+class LostError(PeerError):
+    """Another rank cannot be reached: it has ended, or hangs."""
+
+
+@contextmanager
+def reached() -> Iterator[None]:
+    """Say in one line that another rank cannot be reached."""
+    try:
+        yield
+    except RuntimeError as reason:
+        if not unreached(reason):
+            raise
+        line = str(reason).partition("\n")[0].rpartition("] ")[2]
+        raise LostError(
+            f"ranks must all go on to the end, got one that has ended or hangs: {line:.120}"
+        ) from None
+
+
+def unreached(reason: BaseException) -> bool:
+    """Whether torch says that another process cannot be reached; gloo has no class for it."""
+    backends = isinstance(reason, RuntimeError) and ("gloo" in str(reason) or "NCCL" in str(reason))
+    return backends or isinstance(reason, dist.DistError)
+
+
 class Ranks:
     """The ranks of a torch process group, or one process alone.
 
+    Each method that exchanges something raises `LostError` where another rank has ended.
+
     Attributes:
+        group: the process group; None for one process alone.
         rank: this process's rank, in [0, size).
         size: number of ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
+        self.group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
         nccl = group is not None and dist.get_backend(group) == "nccl"
@@ -43,27 +76,59 @@ class Ranks:
     def first(self, value: Any) -> Any:
         """Return rank 0's picklable value."""
         values = [value]
-        if self._group is not None:
-            dist.broadcast_object_list(values, group=self._group, group_src=0)
+        if self.group is not None:
+            with reached():
+                dist.broadcast_object_list(values, group=self.group, group_src=0)
         return values[0]
+
+    def by_first(self, make: Callable[[], Any]) -> Any:
+        """Return what rank 0 makes, or raise its refusal on every rank."""
+        if self.size == 1:
+            return make()
+        made, refusal = None, None
+        if self.rank == 0:
+            try:
+                made = make()
+            except RootnoiseError as reason:
+                refusal = reason
+        made, line = self.first((made, None if refusal is None else str(refusal)))
+        if refusal is not None:
+            raise refusal
+        if line is not None:
+            raise PeerError(line)
+        return made
 
     def same(self, name: str, value: Any) -> None:
         """Raise on every rank unless all have the same value as rank 0."""
-        equal = self._gather(np.array([self.first(value) == value], dtype=np.int64))
-        others = [rank for rank, found in enumerate(equal) if not found[0]]
-        if others:
-            raise RootnoiseError(f"{name} must be rank 0's on all ranks, got others on {others}")
+        self.all_same({name: value})
+
+    def all_same(self, values: Mapping[str, Any]) -> None:
+        """Raise on every rank unless all have the same values as rank 0, by name."""
+        if self.size == 1:
+            return
+        theirs = self.first(dict(values))
+        names = list(theirs)
+        # As text, in which NaN equals itself.
+        other = [i for i, n in enumerate(names) if repr(values.get(n)) != repr(theirs[n])]
+        found = self._gather(np.array([*other, len(names)][:1], dtype=np.int64))
+        first = min(int(each[0]) for each in found)
+        if first < len(names):
+            others = [rank for rank, each in enumerate(found) if each[0] == first]
+            rule = f"{names[first]} must be rank 0's on all ranks"
+            raise RootnoiseError(f"{rule}, got others on {others}")
 
     def copy_first_(self, tensors: list[torch.Tensor]) -> None:
         """Overwrite the tensors with those of rank 0."""
-        if self._group is not None:
-            for tensor in tensors:
-                dist.broadcast(tensor, group=self._group, group_src=0)
+        if self.group is not None:
+            with reached():
+                for tensor in tensors:
+                    dist.broadcast(tensor, group=self.group, group_src=0)
 
     def add_(self, tensor: torch.Tensor) -> None:
         """Replace the tensor by its sum over the ranks."""
-        if self._group is not None:
-            dist.all_reduce(tensor, group=self._group)
+        if self.group is not None:
+            with reached():
+                dist.all_reduce(tensor, group=self.group)
 
     def batch(self, t: int, part: Indices) -> Indices:
         """Return the batch of step t, joined from every rank's part, unless a rank refuses.
@@ -82,7 +147,7 @@ class Ranks:
         """
         steps = self._steps(t)
         if REFUSED in steps:
-            raise RootnoiseError(f"step {t} was refused by rank {steps.index(REFUSED)}")
+            raise PeerError(f"step {t} was refused by rank {steps.index(REFUSED)}")
         if len(set(steps)) > 1:
             raise RootnoiseError(f"ranks must be at one step, got {steps}")
 
@@ -92,17 +157,18 @@ class Ranks:
         raise refusal
 
     def _steps(self, t: int) -> list[int]:
-        return [t] if self._group is None else list(map(int, self._all_gather(torch.tensor([t]))))
+        return [t] if self.group is None else list(map(int, self._all_gather(torch.tensor([t]))))
 
     def columns(self, part: torch.Tensor, n: int) -> torch.Tensor:
         """Return the (rows, n) matrix whose columns `span` the ranks hold."""
-        if self._group is None:
+        if self.group is None:
             return part
         width = -(-n // self.size)
         padded = torch.zeros(len(part), width, dtype=part.dtype, device=self._device)
         padded[:, : part.shape[1]] = part
         found = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(found, padded, group=self._group)
+        with reached():
+            dist.all_gather(found, padded, group=self.group)
         sizes = [stop - start for start, stop in (self._span(r, n) for r in range(self.size))]
         return torch.cat([f[:, :s] for f, s in zip(found, sizes, strict=True)], 1).cpu()
 
@@ -111,7 +177,7 @@ class Ranks:
 
     def _gather(self, part: Indices) -> list[Indices]:
         """Return every rank's integers, in rank order."""
-        if self._group is None:
+        if self.group is None:
             return [part]
         sizes = self._all_gather(torch.tensor([part.size]))
         most = int(max(sizes))
@@ -123,5 +189,6 @@ class Ranks:
     def _all_gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         mine = tensor.to(self._device)
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(found, mine, group=self._group)
+        with reached():
+            dist.all_gather(found, mine, group=self.group)
         return [f.cpu() for f in found]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clipping import Clip, NonFiniteGradientWarning
+from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.ranks import Ranks
 
 # Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
@@ -55,6 +54,7 @@ class Copies:
             )
         self._rule = Flat(math.nextafter(clip.norm - rounding, 0))
         self._taken = 0  # number of examples whose gradients are in the sum
+        self._written: torch.Tensor | None = None  # the step's noise once it is in the sum
 
     def begin(self) -> None:
         """Adopt the weights and buffers of rank 0."""
@@ -100,21 +100,25 @@ class Copies:
         total, bad = self._module.finish()
         rows, self._taken = self._taken, 0
         if bad:
-            warnings.warn(
-                f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
-                "count as zero (the guarantee does not cover this number)",
-                NonFiniteGradientWarning,
-                stacklevel=4,
-            )
+            warn_non_finite(bad, rows, t)
         clip = self._clip
         total.div_(clip.grid).round_()
         own = slice(*self._span)
-        total[own] = clip.noised(total[own], noise)
+        clip.noised(total[own], noise, out=total[own])
         self.ranks.add_(total)
+        self._module.reuse(total)
+        if noise.shape == total.shape and noise.device.type == "cpu":
+            self._written = noise
         return total.mul_(clip.grid), bad
 
     def write(self, mean: torch.Tensor) -> None:
-        """Make `mean` the gradient of the parameters."""
+        """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.
+
+        A vector of fresh memory takes as long to touch as three passes over one that was used.
+        """
+        written, self._written = self._written, None
+        if written is not None:
+            mean = written.copy_(mean)
         parts = torch.split(mean, self._sizes)
         for p, part in zip(self._parameters.values(), parts, strict=True):
             p.grad = part.view_as(p).to(p.device, p.dtype)

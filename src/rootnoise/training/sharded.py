@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clipping import Clip, clip_scale, row_norms, scaled_sum
-from rootnoise.training.ranks import Ranks
+from rootnoise.training.ranks import Ranks, reached
 
 
 class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
@@ -211,7 +211,8 @@ class Shards:
         """Return this rank's rows of the sum of all ranks' tensors, flattened."""
         whole = torch.zeros(p.numel(), dtype=torch.float64, device=p.device) if own is None else own
         shared = DTensor.from_local(whole.view(p.shape), self._mesh, [Partial()])
-        return shared.redistribute(placements=[Shard(0)]).to_local().flatten()
+        with reached():
+            return shared.redistribute(placements=[Shard(0)]).to_local().flatten()
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of this rank's shards, and drop what backward has kept."""
@@ -262,7 +263,10 @@ class Shards:
     def load_optimizer_state(
         self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]
     ) -> None:
-        """Restore the state of the inner optimizer."""
+        """Restore the state of the inner optimizer: by name, or by number (`training.whole`)."""
+        if all(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+            optimizer.load_state_dict(dict(state))
+            return
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
 
         set_optimizer_state_dict(self._module._module, optimizer, dict(state))

@@ -1,21 +1,16 @@
-"""Private training with the Trainer of Hugging Face transformers: `PrivateTrainer`.
+"""Trainer keeps its loop, but its parts are replaced.
 
-Trainer keeps its loop, but its parts are replaced: the sampler draws the batches, the loss is a
-mean of per-example terms, the optimizer is that of `make_private`, and nothing that Trainer
-computes from raw data (loss, gradient norm, token counts) is logged. Written against the internals
-of transformers 5.24 and accelerate 1.15.
+The sampler draws the batches, the loss is a mean of per-example terms, the optimizer is that of
+`make_private`, and nothing that Trainer computes from raw data (loss, gradient norm, token counts)
+is logged.
 """
 
 from __future__ import annotations
 
 import copy
-import hashlib
 import io
 import math
-import pickle  # for the name of its error
-import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,55 +23,18 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
+from rootnoise.batches.loader import Split
 from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
-from rootnoise.integrations.per_example import Rows, Shapes, check_shared, example_losses
+from rootnoise.integrations.hugging_face import checkpoint
+from rootnoise.integrations.hugging_face.arguments import PrivacyArguments, check_arguments
+from rootnoise.integrations.hugging_face.checkpoint import STATE
+from rootnoise.integrations.hugging_face.loss import MeanLoss
+from rootnoise.integrations.per_example import Rows, Shapes, check_batch, check_shared
 from rootnoise.keys import Key
 from rootnoise.planner import Job
 from rootnoise.workload import Workload, from_optimizer
 
-STATE = "rootnoise.pt"  # in a checkpoint's folder, next to Trainer's own files
-VERSION = 1
 RAW = ("loss", "train_loss", "grad_norm", "total_flos")  # logs computed from raw data
-
-
-class UnnoisedWarning(UserWarning):
-    """Something that epsilon does not cover is logged."""
-
-
-@dataclass
-class PrivacyArguments:
-    """What `PrivateTrainer` needs in addition to TrainingArguments; works with HfArgumentParser.
-
-    Batch size, epochs, optimizer and scheduler come from TrainingArguments:
-    `per_device_train_batch_size` is the batch size of a private step.
-
-    >>> PrivacyArguments(epsilon=8, delta=1e-5).clip_norm
-    1.0
-    """
-
-    epsilon: float = field(metadata={"help": "Privacy loss of the whole run, for one example."})
-    delta: float = field(metadata={"help": "Its failure probability."})
-    clip_norm: float = field(
-        default=1.0, metadata={"help": "Largest l2 norm of one example's gradient."}
-    )
-    mechanism: str = field(
-        default="auto", metadata={"help": "A name from rootnoise.mechanisms(), or auto."}
-    )
-    bands: int | None = field(default=None, metadata={"help": "Bands, for a banded mechanism."})
-    sampling: str = field(default="auto", metadata={"help": "How batches are drawn."})
-    memory_rows: int = field(
-        default=64, metadata={"help": "Most noise vectors of the trained size, for auto."}
-    )
-    batch_seed: int | None = field(
-        default=None, metadata={"help": "Fixes the batches; from OS entropy if not given. Secret."}
-    )
-    independence: str = field(
-        default="probed", metadata={"help": "Whether examples are probed, or assumed, not to mix."}
-    )
-    release_unnoised: bool = field(
-        default=False,
-        metadata={"help": "Log training loss and the like, which epsilon does not cover."},
-    )
 
 
 class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read by the type checker
@@ -84,7 +42,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 
     To combine it with another trainer, such as Seq2SeqTrainer, put it first:
     `class Mine(PrivateTrainer, Seq2SeqTrainer): ...`. One step is one batch of
-    `per_device_train_batch_size` examples, in one process.
+    `per_device_train_batch_size * gradient_accumulation_steps` examples, which the model is given
+    in `gradient_accumulation_steps` parts, in one process.
 
     The loss is the mean over examples of each example's own mean over its labels, computed from the
     model's `logits` and the batch's `labels`; it is checked against the model's own loss on one
@@ -117,7 +76,7 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         self._module: nn.Module | None = None
         self._resume: Path | None = None
         self._generators: str | None = None
-        self._shift: bool | None = None
+        self._mean_loss: MeanLoss | None = None
         super().__init__(*args, **kwargs)
         self._check_settings()
 
@@ -162,26 +121,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     # ------------------------------------------------------------------------------ before training
 
     def _check_settings(self) -> None:
-        """Refuse settings that would break the guarantee, or the loop that it needs."""
-        args, privacy = self.args, self.privacy
-        if not isinstance(privacy, PrivacyArguments):
-            raise RootnoiseError(f"privacy must be PrivacyArguments, got {type(privacy).__name__}")
-        for name, bad, cure in _refusals(args):
-            if bad:
-                raise RootnoiseError(f"{name} must {cure}, got {getattr(args, name)!s:.60}")
+        """Refuse settings and data that would break the guarantee, or the loop that it needs."""
+        check_arguments(self.args, self.privacy)
         sets = self.eval_dataset
         for held in sets.values() if isinstance(sets, dict) else [sets]:
             self._check_evaluated(held)
-        if privacy.release_unnoised:
-            warnings.warn(
-                "release_unnoised: the training loss is computed from raw data and logged, and "
-                "epsilon does not cover it",
-                UnnoisedWarning,
-                stacklevel=3,
-            )
-        elif args.include_num_input_tokens_seen != "no":
-            rule = "include_num_input_tokens_seen must be 'no' (the count is of raw data)"
-            raise RootnoiseError(f"{rule}, got {args.include_num_input_tokens_seen!r}")
 
     def _check_evaluated(self, dataset: Any) -> None:
         """Refuse metrics of the training set, which would have no noise."""
@@ -209,17 +153,20 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="training")
+        parts = args.gradient_accumulation_steps
+        batch_size = args.train_batch_size * parts
         # With its own generator, starting or resuming an epoch does not advance the global one.
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_size=args.train_batch_size,
+            batch_size=batch_size,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             generator=torch.Generator(),
         )
-        job = Job(len(dataset), args.train_batch_size, 1, privacy.epsilon, privacy.delta)
+        job = Job(len(dataset), batch_size, 1, privacy.epsilon, privacy.delta)
         epochs = self._epochs(job.period)
+        self._mean_loss = None  # of this model
         check_shared(self.model)
         Rows(self.model)
         self._rehearse(dataset, collate)
@@ -239,12 +186,13 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             scheduler=self.lr_scheduler or self._scheduler(epochs * job.period),
             memory_rows=privacy.memory_rows,
             options=None if privacy.bands is None else {"bands": privacy.bands},
-            key=self._key if self._resume is None else _read(self._resume).key,
+            key=self._key if self._resume is None else checkpoint.read(self._resume).key,
             seed=privacy.batch_seed,
             independence=privacy.independence,
             workload=workload,
         )
         self._module, self.private = module, loop
+        batches = batches.divided(Split(parts), together=True)
         # Otherwise accelerate would take its state apart and rebuild it on the device.
         self.optimizer = AcceleratedOptimizer(loop, device_placement=False)
         self.optimizer._is_accelerate_prepared = True
@@ -300,8 +248,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             model.eval()
             for rows in (3, 5, 1):
                 inputs = collate([dataset[0] for _ in range(rows)])
-                seen[rows] = self._prepare_inputs(self._checked(inputs, rows))
-            run = self._own_mean if self._own_loss else self.compute_loss
+                seen[rows] = self._prepare_inputs(check_batch(inputs, rows))
+            run = self._mean if self._own_loss else self.compute_loss
             run(model, dict(seen[1]))  # finds the form of the loss, if it is computed here
             for rows, inputs in seen.items():
                 with Shapes(model) as shapes:
@@ -309,34 +257,6 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
                 if rows > 1:
                     shapes.check(rows)
             model.train()
-
-    @torch.no_grad()
-    def _find_loss(self, inputs: Mapping[str, Any]) -> bool:
-        """Return whether logits predict the next label, by the model's own loss on one example.
-
-        Raises:
-            RootnoiseError: the model's own loss matches neither case.
-        """
-        one = {k: x[:1] if isinstance(x, torch.Tensor) else x for k, x in inputs.items()}
-        if one["labels"].is_floating_point():
-            orders = [False]
-        else:
-            one["labels"] = one["labels"].clamp(min=0)  # so that all of them are predicted
-            orders = [self._loss_shifts_labels, not self._loss_shifts_labels]
-        with torch.random.fork_rng():
-            training = self.model.training
-            self.model.eval()
-            outputs = self.model(**one)
-            own = outputs.get("loss") if isinstance(outputs, Mapping) else None
-            for shift in orders[: 1 if own is None or one["labels"].dim() < 2 else 2]:
-                ours = self._made(self.model, one, shift, 0.0)[0]
-                if own is None or math.isclose(float(own), float(ours), rel_tol=1e-2, abs_tol=1e-3):
-                    self.model.train(training)
-                    return shift
-        raise RootnoiseError(  # without the two numbers, which come from raw data
-            "loss of one example must be the model's own (or give compute_loss_func), got another "
-            f"from {type(self.model).__name__}"
-        )
 
     # ------------------------------------------------------------------------------------- the step
 
@@ -353,38 +273,27 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
             self._generators = None
         return super().get_batch_samples(*args, **kwargs)[0], None
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
+    def _load_rng_state(self, path: str | None) -> None:
         """Do nothing: Trainer would do it after collating the first batch; see above."""
 
     def training_step(
         self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """Run forward and backward of one batch; return its loss if it may be logged, else zero."""
-        assert self.private is not None, "training_step is a part of train"  # noqa: S101
-        rows, nothing = self.private.rows, torch.zeros((), device=self.args.device)
-        if rows == 0:  # a step of noise alone
-            return nothing
-        loss = super().training_step(self._module, self._checked(inputs, rows), None)
-        return loss if self.privacy.release_unnoised else nothing
+        """Run forward and backward of one batch, or add a part of one to the sum.
 
-    def _checked(self, inputs: Any, rows: int) -> Any:
-        """Refuse a batch without one row per example, or whose padding shifts an example."""
-        if not isinstance(inputs, Mapping):
-            kind = type(inputs).__name__
-            raise RootnoiseError(f"data_collator must return a dict of tensors, got {kind}")
-        for name, x in inputs.items():
-            if isinstance(x, torch.Tensor) and x.shape[:1] != (rows,):
-                raise RootnoiseError(
-                    f"data_collator must give one row an example ({rows}), got {name} of shape "
-                    f"{tuple(x.shape)}"
-                )
-        mask = inputs.get("attention_mask")
-        if isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask[:, 0].all()):
-            raise RootnoiseError(
-                "data_collator must pad on the right (padding_side='right'), where an example's "
-                "positions do not depend on the longest of its batch, got padding on the left"
-            )
-        return inputs
+        Returns the batch's loss, or a part's share of it, if it may be logged; else zero.
+        """
+        assert self.private is not None, "training_step is a part of train"  # noqa: S101
+        rows, loss = self.private.rows, torch.zeros((), device=self.args.device)
+        if rows:  # else it adds nothing, and a batch of nobody is a step of noise alone
+            # A part's loss is its own mean: clipping must see each example's gradient as it is.
+            self.current_gradient_accumulation_steps = 1
+            part = super().training_step(self._module, check_batch(inputs, rows), None)
+            if self.privacy.release_unnoised:
+                loss = part * (rows / self.private.batch_rows)
+        if self.private.more:
+            self.private.accumulate()
+        return loss
 
     def compute_loss(
         self,
@@ -396,44 +305,16 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         """Return the mean of per-example losses; for evaluation or a loss of yours, Trainer's."""
         if self.compute_loss_func is not None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, None)
-        loss, outputs = self._own_mean(model, inputs)
+        loss, outputs = self._mean(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
-    def _own_mean(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[torch.Tensor, Any]:
-        """Return the mean of per-example losses, and what the model returned."""
-        labels = inputs.get("labels")
-        if not isinstance(labels, torch.Tensor):
-            got = ", ".join(inputs)
-            raise RootnoiseError(f"batch must hold labels (or give compute_loss_func), got {got}")
-        if "shift_labels" in inputs:
-            raise RootnoiseError("batch must hold labels and not shift_labels, got both")
-        if self._shift is None:
-            self._shift = self._find_loss(inputs)
-        return self._made(model, inputs, self._shift, self.args.label_smoothing_factor)
-
-    def _made(
-        self, model: nn.Module, inputs: Mapping[str, Any], shift: bool, smoothing: float
-    ) -> tuple[torch.Tensor, Any]:
-        """Return the mean loss and output without asking the model for its own loss."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        if self._is_encoder_decoder and "decoder_input_ids" not in inputs:
-            prepare = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            if prepare is None:
-                kind = type(self.model).__name__
-                raise RootnoiseError(f"batch must hold decoder_input_ids for {kind}, got none")
-            inputs["decoder_input_ids"] = prepare(labels=labels)
-        outputs = model(**inputs)
-        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
-        if not isinstance(logits, torch.Tensor):
-            got = f"{type(outputs).__name__} of {type(self.model).__name__}"
-            raise RootnoiseError(f"model must return logits (or give compute_loss_func), got {got}")
-        problem = getattr(getattr(self.model, "config", None), "problem_type", None)
-        return example_losses(logits, labels, shift, problem, smoothing).mean(), outputs
-
     @property
-    def _is_encoder_decoder(self) -> bool:
-        return bool(getattr(getattr(self.model, "config", None), "is_encoder_decoder", False))
+    def _mean(self) -> MeanLoss:
+        """The loss that is computed here, once its form is known."""
+        if self._mean_loss is None:
+            shifts, smoothing = self._loss_shifts_labels, self.args.label_smoothing_factor
+            self._mean_loss = MeanLoss(self.model, shifts, smoothing)
+        return self._mean_loss
 
     def _clip_grad_norm(self, model: nn.Module) -> None:
         """Do nothing: gradients here are raw, and each example is clipped separately."""
@@ -473,33 +354,24 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write the private state to one file, readable by its owner alone."""
         assert self.private is not None, "checkpoints are a part of train"  # noqa: S101
-        private, buffer = self.private.private, io.BytesIO()
-        content = {
-            "version": VERSION,
-            "fingerprint": private.mechanism.fingerprint,
-            "key": private.stream.key.secret.hex(),
-            "weights": _digest(self.model),
-            "optimizer": private.state_dict(),
-        }
-        torch.save(content, buffer)
-        write_whole(Path(output_dir) / STATE, buffer.getvalue(), mode=0o600)
+        checkpoint.write(Path(output_dir), self.private.private, self.model)
         buffer = io.BytesIO()
         torch.save(self.lr_scheduler.state_dict(), buffer)
         write_whole(Path(output_dir) / "scheduler.pt", buffer.getvalue())
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+    def _load_optimizer_and_scheduler(self, path: str | None) -> None:
         """Continue from a checkpoint: noise, batches, ledger and scheduler."""
-        if checkpoint is None:
+        if path is None:
             return
         assert self.private is not None, "loading is a part of train"  # noqa: S101
-        folder, private = Path(checkpoint), self.private.private
-        saved = _read(folder)
+        folder, private = Path(path), self.private.private
+        saved = checkpoint.read(folder)
         if saved.fingerprint != private.mechanism.fingerprint:
             raise RootnoiseError(
                 "checkpoint must be of the mechanism that these arguments make, "
                 f"{private.mechanism.fingerprint[:16]}, got {saved.fingerprint:.16}"
             )
-        if saved.weights != _digest(self.model):
+        if saved.weights != checkpoint.digest(self.model):
             raise RootnoiseError(
                 f"checkpoint must hold the weights of its step, got others in {folder}"
             )
@@ -516,52 +388,6 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
 # -------------------------------------------------------------------------------------------- parts
 
 
-def _refusals(args: Any) -> Iterator[tuple[str, bool, str]]:
-    """Yield names of TrainingArguments, whether to refuse them, and what they must be."""
-    yield "world_size", args.world_size > 1, "be 1: PrivateTrainer runs in one process"
-    yield "n_gpu", args.n_gpu > 1, "be at most 1 (set CUDA_VISIBLE_DEVICES)"
-    yield "deepspeed", bool(args.deepspeed), "be off: PrivateTrainer runs in one process"
-    yield "fsdp", bool(args.fsdp), "be off: PrivateTrainer runs in one process"
-    yield "fp16", args.fp16, "be off, for it scales gradients (train in bf16)"
-    yield "torch_compile", args.torch_compile, "be off: clipping needs the layers as they are"
-    yield (
-        "gradient_accumulation_steps",
-        args.gradient_accumulation_steps != 1,
-        "be 1: one batch of per_device_train_batch_size is one private step",
-    )
-    yield (
-        "auto_find_batch_size",
-        args.auto_find_batch_size,
-        "be off: the batch size is a part of the guarantee",
-    )
-    checkpointing = getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing
-    yield "gradient_checkpointing", bool(checkpointing), "be off: layers would run twice a step"
-    yield "use_liger_kernel", args.use_liger_kernel, "be off: it merges layers and loss"
-    yield (
-        "neftune_noise_alpha",
-        args.neftune_noise_alpha is not None,
-        "be None: its scale depends on the longest example",
-    )
-    yield (
-        "train_sampling_strategy",
-        args.train_sampling_strategy not in ("random", "sequential"),
-        "be random: the private sampler draws the batches",
-    )
-    yield "ignore_data_skip", args.ignore_data_skip, "be off: batches go on where noise does"
-    yield "debug", bool(args.debug), "be empty: it prints raw values"
-    yield (
-        "hub_strategy",
-        bool(args.push_to_hub) and "checkpoint" in str(getattr(args.hub_strategy, "value", "")),
-        "be end or every_save: checkpoints hold the secret key",
-    )
-    yield (
-        "lr_scheduler_type",
-        str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
-        in ("reduce_lr_on_plateau", "greedy"),
-        "be a schedule that is known before training",
-    )
-
-
 class _Epoch(Dataset[Any]):
     """The steps of an epoch as Trainer reads them: only the next one can be read.
 
@@ -570,7 +396,8 @@ class _Epoch(Dataset[Any]):
     """
 
     def __init__(self, batches: PrivateLoader) -> None:
-        self._batches, self._pass = batches, iter(())  # type: Any, Iterator[Any]
+        self._batches = batches
+        self._pass: Iterator[Any] = iter(())
 
     def __len__(self) -> int:
         return len(self._batches.dataset)
@@ -586,37 +413,3 @@ class _Epoch(Dataset[Any]):
 def _only(batches: list[Any]) -> Any:
     """Return the one batch, which is already collated."""
     return batches[0]
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The private part of a checkpoint."""
-
-    key: Key
-    fingerprint: str
-    weights: str
-    optimizer: dict[str, Any]
-
-
-def _read(folder: Path) -> _Saved:
-    """Return the private state in a checkpoint's folder."""
-    try:
-        saved = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as reason:
-        line = str(reason).partition("\n")[0]
-        raise RootnoiseError(f"checkpoint must have a readable {STATE}, got {line:.80}") from None
-    if not isinstance(saved, dict) or saved.get("version") != VERSION:
-        raise RootnoiseError(f"{STATE} must be of version {VERSION}, got another in {folder}")
-    key = Key(bytes.fromhex(saved["key"]))
-    return _Saved(key, saved["fingerprint"], saved["weights"], saved["optimizer"])
-
-
-def _digest(model: nn.Module) -> str:
-    """Return a hash of the names and values of the trainable parameters."""
-    hashed = hashlib.sha256()
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            hashed.update(name.encode())
-            values = p.detach().cpu().contiguous().reshape(-1)
-            hashed.update(values.view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()

@@ -15,7 +15,16 @@ from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
-from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, groups, plan, samplings
+from rootnoise.planner import (
+    AFFORDABLE,
+    AMPLIFIED,
+    Job,
+    candidates,
+    groups,
+    plan,
+    samplings,
+    search,
+)
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
@@ -77,6 +86,32 @@ def test_rows_spend_at_most_epsilon(made):
     for who, sigma in {(row.participation, row.noise_multiplier) for row in made.rows}:
         spent = accounting.privacy_cost(who, JOB.n_steps, sigma, JOB.delta).epsilon
         assert 0.98 * JOB.epsilon <= spent <= JOB.epsilon
+
+
+def test_a_plan_is_made_once_a_process(monkeypatch):
+    first = plan(WORK, TINY)
+    for mapping in (first.rows[0].options, first.left_out):
+        assert isinstance(mapping, dict)
+        mapping["bands"] = 99
+    other = plan(SGD(28, momentum=0.8), TINY), plan(WORK, replace(TINY, epsilon=3.0))
+    assert all(p.rows[0].rmse_per_example != first.rows[0].rmse_per_example for p in other)
+
+    def refuse(*_):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("rootnoise.planner.search._made", refuse)
+    again = plan(WORK, TINY)
+    assert [row.rmse_per_example for row in again.rows] == [r.rmse_per_example for r in first.rows]
+    assert "bands" not in again.rows[0].options
+    assert "bands" not in again.left_out
+    with pytest.raises(AssertionError, match="made again"):
+        plan(WORK, TINY, bins=True)
+
+
+def test_few_plans_are_kept():
+    for epochs in range(1, 11):
+        plan(SGD(epochs), Job(5, 5, epochs, 8.0, 1e-5, memory_rows=0))
+    assert len(search._KEPT) == search.MOST_KEPT
 
 
 def test_rows_are_ranked_by_error(made):

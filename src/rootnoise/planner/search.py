@@ -7,7 +7,9 @@ norm.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +29,7 @@ from rootnoise.participation import (
 )
 from rootnoise.planner import groups
 from rootnoise.planner.job import AMPLIFIED, PLAIN, Job, Plan, Row
-from rootnoise.workload import Workload
+from rootnoise.workload import MatrixWorkload, Workload
 
 # Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
 AFFORDABLE = {
@@ -65,7 +67,7 @@ def plan(
     Args:
         workload: what the optimizer computes, of `job.n_steps` steps.
         job: data, batches, privacy and memory.
-        progress: called before each candidate.
+        progress: called before each candidate; not at all where the process has made this plan.
         bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
             one with one row of memory: Monte Carlo accounting takes up to half a minute.
 
@@ -79,7 +81,26 @@ def plan(
     ('lambda-cgd', 'fixed-cycle', 1)
     """
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
-    search = _Search(workload, job, progress or (lambda done, name: None))
+    tell = progress or (lambda done, name: None)
+    if isinstance(workload, MatrixWorkload):  # to compare n^2 numbers takes as long as some plans
+        return _made(workload, job, tell, bins)
+    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins
+    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins)
+    _KEPT[key] = made
+    if len(_KEPT) > MOST_KEPT:
+        del _KEPT[next(iter(_KEPT))]
+    # Mappings of their own: whoever changes them changes no later plan.
+    rows = tuple(replace(row, options=dict(row.options)) for row in made.rows)
+    return replace(made, rows=rows, left_out=dict(made.left_out))
+
+
+# Plans of this process by all that they depend on, the latest last: a process has one version.
+_KEPT: dict[tuple[str, Job, bool], Plan] = {}
+MOST_KEPT = 8
+
+
+def _made(workload: Workload, job: Job, progress: Progress, bins: bool) -> Plan:
+    search = _Search(workload, job, progress)
     search.all(FixedCycle(job.period, job.epochs))
     search.amplified()
     if bins:

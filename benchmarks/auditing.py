@@ -12,6 +12,7 @@ from dataclasses import replace
 from rootnoise import CyclicPoisson, FixedCycle, Mechanism, Participation, factorize, prefix_sum
 from rootnoise.auditing.attack import Attack
 from rootnoise.auditing.empirical import distinguish, one_run
+from rootnoise.runs.palette import BLUE, GREY, ORANGE
 
 N_STEPS, CANARIES, DELTA = 24, 4000, 1e-5
 EPSILONS = (1.0, 2.0, 4.0, 8.0)
@@ -46,14 +47,14 @@ def draw(found: list[Row], path: str) -> None:
 
     figure = Figure(figsize=(8.0, 6.4), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True, sharey=True).flat
-    styles = [("#0072B2", "o-"), ("#0072B2", "s--"), ("#D55E00", "o-"), ("#D55E00", "s--")]
+    styles = [(BLUE, "o-"), (BLUE, "s--"), (ORANGE, "o-"), (ORANGE, "s--")]
     labels = ["distinguishing", "one run", "half the noise: distinguishing", "half: one run"]
     for axes, name in zip(grid, MECHANISMS, strict=True):
         mine = [row for row in found if row[0] == name]
         for i, ((colour, line), label) in enumerate(zip(styles, labels, strict=True)):
             bounds = [row[2][i] for row in mine]
             axes.plot(EPSILONS, bounds, line, color=colour, markersize=4, label=label)
-        axes.plot(EPSILONS, EPSILONS, color="#777777", label="the claim")
+        axes.plot(EPSILONS, EPSILONS, color=GREY, label="the claim")
         axes.set(title=name, xscale="log", yscale="symlog", xlabel="claimed epsilon")
         axes.set(ylabel="lower bound", xticks=EPSILONS, xticklabels=[f"{e:g}" for e in EPSILONS])
         axes.set(yticks=[0, 1, 2, 5, 10, 20], yticklabels=["0", "1", "2", "5", "10", "20"])

@@ -21,6 +21,7 @@ from rootnoise.batches.ledger_file import Indices
 from rootnoise.federated.clients import Clients
 from rootnoise.federated.cohorts import Policy, pick
 from rootnoise.participation import MinSeparation
+from rootnoise.runs.palette import BLUE, ORANGE
 
 POLICIES: tuple[Policy, ...] = ("fewest", "longest", "random")
 ROUNDS_A_DAY = 48
@@ -87,8 +88,8 @@ def picture(path: str) -> None:
     kind = seen[order][y, x]
     for value, colour, size, label in (
         (1, "0.85", 4, "there"),
-        (2, "tab:orange", 10, "invited, dropped out: keeps its turn"),
-        (3, "tab:blue", 10, "took part"),
+        (2, ORANGE, 10, "invited, dropped out: keeps its turn"),
+        (3, BLUE, 10, "took part"),
     ):
         top.scatter(x[kind == value], y[kind == value], size, colour, marker="s", label=label)
     top.set(ylabel="60 of 20,000 clients", yticks=[], xlim=(0, shown))

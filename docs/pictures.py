@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 import rootnoise as rn
 from rootnoise.factorization.error import per_step
+from rootnoise.runs.palette import BLUE, GREY, ORANGE
 
 FOLDER = Path(__file__).parent / "assets"
 STEPS, EPOCHS = 400, 4
 WORKLOAD = rn.SGD(n_steps=STEPS)
 WHO = rn.FixedCycle(period=STEPS // EPOCHS, epochs=EPOCHS)
 NAMES = {"identity": "independent noise (DP-SGD)", "bsr": "correlated noise (BSR)"}
-# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
-COLOURS = {"identity": "#D55E00", "bsr": "#0072B2"}
+COLOURS = {"identity": ORANGE, "bsr": BLUE}
 CORNER = 24  # steps of C^-1 that are drawn
 
 
@@ -52,7 +52,7 @@ def figure(columns: int, height: float) -> tuple[Figure, list[Axes]]:
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
     stamp = f"docs/pictures.py, rootnoise {rn.__version__}, NumPy {np.__version__}"
-    made.supxlabel(f"{stamp}, {platform.system()} {platform.machine()}", fontsize=7, color="#777")
+    made.supxlabel(f"{stamp}, {platform.system()} {platform.machine()}", fontsize=7, color=GREY)
     return made, axes
 
 
@@ -63,7 +63,7 @@ def iterates() -> Figure:
         stream = rn.NoiseStream(mechanism(name), 5, rn.Key.from_seed(3), threads=1)
         noise = np.stack([stream.next().numpy() for _ in range(STEPS)])
         panel.plot(np.cumsum(noise, axis=0), color=COLOURS[name], linewidth=0.9, alpha=0.85)
-        panel.axhline(0, color="#777", linewidth=0.6)
+        panel.axhline(0, color=GREY, linewidth=0.6)
         panel.set(title=NAMES[name], xlabel="step", ylim=(-70, 70))
     panels[0].set_ylabel("noise in a weight")
     return made
@@ -90,9 +90,11 @@ def errors() -> Figure:
             panel.plot(np.arange(1, STEPS + 1), line, color=COLOURS[name], label=NAMES[name])
     least = numbers()["least"]
     panels[1].axhline(
-        least, color="#555", linestyle="--", linewidth=1, label="no noise is lower on average"
+        least, color=GREY, linestyle="--", linewidth=1, label="no noise is lower on average"
     )
-    panels[0].set(title="added by one step", ylim=(0, 5), xlabel="step", ylabel="standard deviation")
+    panels[0].set(
+        title="added by one step", ylim=(0, 5), xlabel="step", ylabel="standard deviation"
+    )
     panels[1].set(title="in the weights", ylim=(0, 46), xlabel="step")
     panels[1].legend(frameon=False, fontsize=8, loc="upper left")
     return made

@@ -584,7 +584,7 @@ MUTATIONS = [
         "sampling",
     ),
     Mutation(
-        "the accountant hears another probability",
+        "the accountant is given another probability",
         "batches/samplers.py",
         "CyclicPoisson(groups, drawn / size)",
         "CyclicPoisson(groups, drawn / (size + 1))",
@@ -670,8 +670,8 @@ MUTATIONS = [
     Mutation(
         "a public seed draws Poisson",
         "runs/config.py",
-        "kind(size, batch, steps, config.groups, secret)",
-        "kind(size, batch, steps, config.groups, config.seed)",
+        "CyclicPoissonSampler(size, batch, steps, config.groups, secret)",
+        "CyclicPoissonSampler(size, batch, steps, config.groups, config.seed)",
         "batches",
     ),
     Mutation(

@@ -172,11 +172,16 @@ def test_seeds_have_128_bits(kind):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "groups"), [("poisson", 4), ("balls-in-bins", 1), ("min-sep-poisson", 4)]
+    ("sampling", "bands"),
+    [
+        ("poisson", {"groups": 4}),
+        ("balls-in-bins", {}),
+        ("min-sep-poisson", {"separation": 4}),
+    ],
 )
-def test_train_draws_by_a_secret_seed(sampling, groups):
+def test_train_draws_by_a_secret_seed(sampling, bands):
     """A run's public seed says nothing about who was drawn."""
-    config = RunConfig(sampling=sampling, seed=5, batch_size=4, epsilon=1.0, groups=groups)
+    config = RunConfig(sampling=sampling, seed=5, batch_size=4, epsilon=1.0, **bands)
     seeds = [make_sampler(config, 100).seed for _ in range(10)]
     assert len(set(seeds)) == 10
     assert all(seed.bit_length() >= 64 for seed in seeds)

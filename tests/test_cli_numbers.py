@@ -122,7 +122,7 @@ def test_what_does_not_fit_into_memory_is_refused_before_it_is_taken(monkeypatch
     line = r"^memory must hold it, 2\.1 GB \(less needs less\), got 2 GB free$"
     with pytest.raises(RootnoiseError, match=line):
         _limits.memory("it", 2.1e9, "less")
-    config = RunConfig(epsilon=4.0, mechanism="bsr", sampling="min-sep-poisson", groups=2)
+    config = RunConfig(epsilon=4.0, mechanism="bsr", sampling="min-sep-poisson", separation=2)
     with pytest.raises(RootnoiseError, match=r"memory must hold all batches, 11\.5 GB"):
         make_sampler(RunConfig(**vars(config) | {"epochs": 6000}), 60_000)
     monkeypatch.setattr(_limits, "_free", lambda: None)

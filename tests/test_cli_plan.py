@@ -185,6 +185,82 @@ class Page(HTMLParser):
         self.links += [v for name, v in attributes if name in ("src", "href", "xlink:href")]
 
 
+def test_the_page_and_the_json_say_what_was_planned_for(call):
+    line = JOB + " --momentum 0.9 --schedule linear --warmup 2 --html plan.html --json"
+    said = json.loads(call(line)[1])["workload"]
+    assert said == {"momentum": 0.9, "decay": 1.0, "schedule": "linear", "warmup": 2}
+    text = Path("plan.html").read_text()
+    assert "momentum 0.9, decay 1, schedule linear, warmup 2." in text
+    assert json.loads(call(JOB + " --optimizer adam --json")[1])["workload"] == {
+        "optimizer": "adam"
+    }
+
+
+def test_the_row_to_take_is_marked_and_dpsgd_is_named(call):
+    line = "plan --dataset-size 800 --batch-size 10 --epochs 2 --epsilon 6 --delta 1e-5"
+    rows = json.loads(call(line + " --html plan.html --json")[1])["rows"]
+    text = Path("plan.html").read_text()
+    assert (rows[0]["mechanism"], rows[0]["memory_rows"]) == ("dense", 159)
+    most = 1.05 * rows[0]["rmse_per_example"]
+    good = [row for row in rows if row["rmse_per_example"] <= most]
+    least = min(row["memory_rows"] for row in good if row["sampling"] == "fixed-cycle")
+    take = next(i for i, row in enumerate(rows, 1) if row["memory_rows"] == least)
+    assert take > 1
+    assert f"Most should take row {take}: {rows[take - 1]['mechanism']} with" in text
+    assert f'<tr class="take"><td>{take}</td>' in text
+    assert "less error and keeps 159." in text
+    assert text.count("take this one") == 1
+    best: dict[int, float] = {}
+    for row in rows:
+        best.setdefault(row["memory_rows"], row["rmse_per_example"])
+    lean = [
+        m for m, e in best.items() if all(e < other for memory, other in best.items() if memory < m)
+    ]
+    assert text.count("best for its memory") == len(lean) - (rows[take - 1]["memory_rows"] in lean)
+    assert "dpsgd (identity)" in text
+
+
+def test_numbers_of_a_column_have_the_same_decimals(call):
+    status, out, _ = call(JOB + " --top 99")
+    assert status == 0
+    rows = [line.split("│")[5:7] for line in out.splitlines() if line.startswith("│")]
+    for column in zip(*rows, strict=True):
+        decimals = {len(cell.strip().partition(".")[2]) for cell in column if cell.strip()}
+        assert len(decimals) == 1
+
+
+def test_every_point_of_the_picture_has_its_name():
+    from matplotlib.figure import Figure
+
+    from rootnoise.cli import _plots
+
+    made = planned(SGD(12, 0.9), Job(100, 25, 3, 6.0, 1e-5))
+    shown = [
+        row
+        for row in made.rows
+        if row.rmse_per_example <= _plots.FARTHEST * made.rows[0].rmse_per_example
+    ]
+    axes = Figure().add_subplot()
+    _plots.numbered(axes, made.rows)
+    numbers: list[int] = []
+    for each in axes.texts:
+        for part in each.get_text().split(", "):
+            first, _, last = part.partition("-")
+            numbers += range(int(first), int(last or first) + 1)
+    assert sorted(numbers) == list(range(1, len(shown) + 1))
+    axes = Figure().add_subplot()
+    _plots.errors(axes, made.rows, [(i, row.mechanism) for i, row in enumerate(made.rows)], 8)
+    assert len(axes.texts) == len(shown)
+    inverse = axes.transData.inverted()
+    line = inverse.transform((0, 10))[1] / inverse.transform((0, 0))[1]
+    columns: dict[float, list[float]] = {}
+    for each in axes.texts:
+        x, y = each.get_position()
+        columns.setdefault(x, []).append(np.log(y))
+    for places in columns.values():  # no text is on another, or on the frame
+        assert np.diff(np.sort(places)).min(initial=9) > 0.9 * np.log(line) * 0.8
+
+
 def test_the_page_holds_everything_itself(call):
     status, out, _ = call(JOB + " --html plan.html --plot plan.png --json")
     assert status == 0

@@ -18,10 +18,14 @@ from rootnoise.training.clip.bounds import (
     GRAM,
     RATIO,
     ROWS,
+    SINGLE,
     SLACK,
     TERMS,
+    Sum,
+    add_each_,
     check_size,
     gram_squares,
+    single,
 )
 from rootnoise.training.clip.layers import Products
 
@@ -62,6 +66,94 @@ def test_hill_climbing_finds_no_norm_that_is_too_small(
         assert (score <= 0).all()
         best = int(score.argmax())
         a, g = a[best].expand(64, 1, tokens, d_in), g[best].expand(64, 1, tokens, d_out)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    tokens=st.integers(SINGLE, 70),
+    widths=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    cancel=st.floats(-9, 0),
+    large=st.floats(-25, 25),
+    seed=st.integers(0, 2**31),
+)
+def test_float32_products_make_no_norm_too_small(
+    tokens: int, widths: tuple[int, int], cancel: float, large: float, seed: int
+) -> None:
+    """From far below the numbers whose products float32 holds to far above them."""
+    source = torch.Generator().manual_seed(seed)
+    a = torch.randn(1, 1, 1, widths[0], generator=source).expand(8, 1, tokens, widths[0])
+    g = torch.randn(8, 1, tokens, widths[1], generator=source)
+    g = (g - (1 - 10**cancel) * g.mean(2, keepdim=True)) * 10**large
+    for _ in range(3):
+        a = a * (1 + 10**cancel * torch.randn(a.shape, generator=source))
+        g = g * (1 + 10**cancel * torch.randn(g.shape, generator=source))
+        score = worst(a, g)
+        assert single(a, g)
+        assert (score <= 0).all()
+        best = int(score.argmax())
+        a, g = a[best].expand(8, *a.shape[1:]), g[best].expand(8, *g.shape[1:])
+
+
+def test_float32_norms_of_tokens_that_do_not_cancel_are_within_a_thousandth() -> None:
+    source = torch.Generator().manual_seed(6)
+    a, g = (torch.randn(9, 1, 64, n, generator=source) for n in (96, 150))
+    a[0, 0, 5], g[1] = 0, 0  # a token, and an example, of zeros
+    for bias in (False, True):
+        found, exact = (gram_squares(*x, True, bias) for x in ((a, g), (a.double(), g.double())))
+        assert (found >= exact * (1 - 1e-9)).all()
+        assert (found <= exact * 1.002).all()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("size", [1.0, 1e30])
+def test_arrays_that_come_out_longer_than_their_bound_are_cut(
+    transposed: bool, size: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a product in float32 returns, and beyond float32, one example adds at most C."""
+    source = torch.Generator().manual_seed(7)
+    a, g = (torch.randn(3, 1, 64, 150, generator=source) * size for _ in range(2))
+    row = Products(nn.Linear(150, 150), ["weight", "bias"], transposed)
+    kept = row.kept([({"input": a[:, 0]}, g[:, 0])])
+    factors = Flat(1.0).factors(kept.squares()[None])[0]
+    exact = torch.bmm(g[:, 0].double().mT, a[:, 0].double()) * factors[:, None, None]
+    product = torch.bmm
+
+    def wrong(left: torch.Tensor, right: torch.Tensor, **options: torch.Tensor) -> torch.Tensor:
+        return product(left, right, **options).mul_(1.5)
+
+    for bmm in (product, wrong):
+        monkeypatch.setattr(torch, "bmm", bmm)
+        for i in range(3):
+            bad, scale = torch.arange(3) != i, factors.clone()
+            scale[bad] = 0
+            sums = {n: Sum(torch.empty(k).double()) for n, k in (("weight", 22500), ("bias", 150))}
+            kept.add_(sums, scale, bad)
+            parts = [x.whole() for x in sums.values()]
+            norm = float(torch.cat(parts).norm())
+            assert 1 - 2e-3 < norm <= 1
+            if bmm is product:
+                made = parts[0].view(150, 150)
+                error = (made.mT if transposed else made) - exact[i]
+                assert float(error.norm()) < 1e-5
+
+
+def test_float32_products_are_made_in_float32() -> None:
+    """Under autocast, and where the user allows less precise products."""
+    source = torch.Generator().manual_seed(8)
+    a, g = (torch.randn(2, 1, 64, 150, generator=source) for _ in range(2))
+    before = torch.get_float32_matmul_precision()
+    found = []
+    try:
+        for precision, cast in (("highest", False), ("medium", True)):
+            torch.set_float32_matmul_precision(precision)
+            total = Sum(torch.empty(22500, dtype=torch.float64))
+            with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+                squares = gram_squares(a, g, True, False)
+                add_each_(total, a, g, None, torch.ones(2).double(), squares)
+            found.append(torch.cat([squares, total.vector]))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(*found)
 
 
 def test_tokens_that_cancel_wholly_bound_their_lengths() -> None:

@@ -82,6 +82,18 @@ def test_no_record_moves_a_release_by_more_than_the_clip_norm(
     assert moved(copies, x, g, seed % rows, [min(cut, rows)]) <= 1
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_arrays_of_float32_products_move_a_release_by_no_more(size):
+    """Wide enough for Gram norms, of enough tokens for float32."""
+    rng = np.random.default_rng(3)
+    x = 1 + 0.1 * rng.normal(size=(5, 48, 100))
+    g = size * (rng.normal(size=(5, 48, 100)) + 0.3)
+    copies = place(nn.Linear(100, 100), Clip.fit(1.0, 5, noise_std=1.0))
+    found = moved(copies, x.astype(np.float32), g.astype(np.float32), 2, [3])
+    assert found <= 1
+    assert found > (1 - 2e-3) ** 2 or size < 1
+
+
 def test_many_rows_of_one_direction():
     rng = np.random.default_rng(0)
     x = np.ones((32_768, 1), dtype=np.float32)

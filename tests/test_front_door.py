@@ -1,8 +1,11 @@
 """`make_private`: the unchanged loop makes the very run that the five objects make by hand."""
 
 import copy
+import io
 import random  # noqa: TID251 - data sets use it
 import warnings
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,6 +36,9 @@ from rootnoise import (
     privacy_cost,
     privatize,
 )
+from rootnoise.front_door.adaptive import AdaptiveOptimizerWarning, choose
+from rootnoise.front_door.saved import _digest, identity, sealed
+from rootnoise.planner import Job, plan
 
 EPOCHS, BATCH = 3, 8
 GOAL = {"epsilon": 4.0, "delta": 1e-5, "epochs": EPOCHS}
@@ -265,7 +271,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
     assert file.stat().st_mode & 0o077 == 0
     train(run.model, run.optimizer, batches, epochs=1)
     whole = weights(model)
-    saved = torch.load(file, weights_only=True)
+    saved = torch.load(io.BytesIO(file.read_bytes()[:-32]), weights_only=True)
     del run, batches, sgd
 
     model, sgd = parts(seed=9)
@@ -281,20 +287,109 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
     with pytest.raises(RootnoiseError, match=r"^resume must be readable, got .*: No such file"):
         again(resume=tmp_path / "none", **settings)
     for damaged in (saved | {"key": "no key"}, {n: saved[n] for n in saved if n != "optimizer"}):
-        torch.save(damaged, file)
+        file.write_bytes(sealed(damaged))
         with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got a damaged"):
             again(resume=file, **settings)
-    torch.save(saved | {"weights": saved["weights"] | {"more": torch.ones(1)}}, file)
+    file.write_bytes(sealed(saved | {"weights": saved["weights"] | {"more": torch.ones(1)}}))
     with pytest.raises(RootnoiseError, match=r"^resume must be of this model, got .*more"):
         again(resume=file, **settings)
-    torch.save(saved | {"version": 0}, file)
-    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, version 1"):
+    file.write_bytes(sealed(saved | {"version": 0}))
+    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, version 2"):
+        again(resume=file, **settings)
+    file.write_bytes(sealed(saved)[:-1] + b"x")
+    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got .*: not as it"):
+        again(resume=file, **settings)
+    file.write_bytes(b"PK nothing" + _digest(b"PK nothing"))
+    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got .*: "):
         again(resume=file, **settings)
     file.write_bytes(b"PK nothing")
     with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got"):
         again(resume=file, **settings)
     with pytest.raises(RootnoiseError, match=r"^path must be writable, got .*: No such file"):
         run.optimizer.save(tmp_path / "no" / "where")
+
+
+def other_data(change):
+    x, y = data().tensors
+    return {
+        "fewer": lambda: Subset(data(), range(23)),
+        "one number": lambda: TensorDataset(x + 1e-6 * (torch.arange(24) == 7)[:, None], y),
+        "another type": lambda: TensorDataset(x.double(), y),
+        "order": lambda: Subset(data(), [1, 0, *range(2, 24)]),
+        "in two": lambda: ConcatDataset([Subset(data(), range(12)), Subset(data(), range(12))]),
+    }[change]()
+
+
+@pytest.mark.parametrize("change", ["fewer", "one number", "another type", "order", "in two"])
+def test_a_run_goes_on_with_its_own_data_alone(change, tmp_path):
+    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL
+    run = again(**settings)
+    run.optimizer.save(tmp_path / "run.pt")
+    saved_key = run.optimizer.private.stream.key
+    assert saved_key.secret.hex().encode() not in str(identity(data(), saved_key)).encode()
+    del run
+    settings["resume"] = tmp_path / "run.pt"
+    line = "got 23 records, not 24" if change == "fewer" else "got other contents"
+    model, sgd = parts()
+    with pytest.raises(RootnoiseError, match=f"^data must be those of the run that is .*{line}$"):
+        make_private(model, sgd, other_data(change), **settings)
+    assert again(**settings).optimizer.t == 0
+
+
+def test_data_that_may_change_are_known_by_their_number():
+    class Augmented(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+    key = Key.from_seed(1)
+    assert identity(Augmented(), key) == [5, None]
+    assert identity(Subset(Augmented(), [0, 1]), key) == [2, None]
+    assert identity(data(), key) == identity(data(), key) != identity(data(), Key.from_seed(2))
+
+
+def test_auto_takes_independent_noise_for_adam_and_says_so():
+    """Large epsilon and many epochs: the plan's first is correlated, as it is for SGD."""
+    goal = {"epsilon": 64.0, "delta": 1e-5, "epochs": 8, "batch_size": BATCH}
+    model, sgd = parts()
+    first = make_private(model, sgd, data(), **goal).optimizer.private.mechanism
+    assert first.strategy.bands > 1
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        model, _ = parts()
+        with pytest.warns(AdaptiveOptimizerWarning, match=r"^mechanism auto takes ind") as w:
+            run = make_private(model, kind(model.parameters(), lr=0.1), data(), **goal)
+        (line,) = [str(x.message) for x in w if x.category is AdaptiveOptimizerWarning]
+        assert "\n" not in line
+        assert run.optimizer.private.mechanism.strategy.bands == 1
+    ratio = float(line.split("about ")[1].split()[0])
+    model, _ = parts()
+    adam = torch.optim.AdamW(model.parameters(), lr=0.1)
+    plan_of = plan(from_optimizer(adam, 24), Job(24, BATCH, 8, 64.0, 1e-5, 64)).rows
+    best, plain = plan_of[0], next(row for row in plan_of if row.bands == 1)
+    noises = []
+    for row in (best, plain):  # by dense matrices
+        split = factorize(from_optimizer(adam, 24), row.participation, row.mechanism, **row.options)
+        rows = np.linalg.norm(np.linalg.inv(split.strategy.dense()), axis=1)
+        noises.append(row.noise_multiplier * row.sensitivity * np.sqrt(np.mean(rows**2)))
+    assert ratio == pytest.approx(noises[0] / noises[1], rel=0.05)
+    assert ratio > 1
+    with warnings.catch_warnings():  # what is asked for by name is taken, in silence
+        warnings.simplefilter("error")
+        run = make_private(model, adam, data(), mechanism="bsr", **goal)
+    assert run.optimizer.private.mechanism.strategy.bands > 1
+
+
+@pytest.mark.parametrize("gain", [1.04, 1.06])
+def test_a_plan_hardly_better_is_passed_over_in_silence(gain):
+    """Rows of a plan in which independent noise comes second by a factor."""
+    adam = torch.optim.Adam([torch.zeros(1, requires_grad=True)])
+    workload, job = from_optimizer(adam, 24), Job(24, BATCH, 8, 64.0, 1e-5)
+    rows = plan(workload, job).rows
+    first, plain = rows[0], next(row for row in rows if row.bands == 1)
+    plain = replace(plain, rmse_per_example=gain * first.rmse_per_example)
+    with pytest.warns(AdaptiveOptimizerWarning) if gain > 1.05 else nullcontext():
+        assert choose([first, plain], workload, adam) is plain
+    assert choose([first], workload, adam) is first
+    assert choose([plain, first], workload, adam) is plain
 
 
 class Stream(IterableDataset):

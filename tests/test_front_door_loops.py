@@ -301,6 +301,19 @@ def test_evaluate():
         evaluate(model, [{"x": 1}])
 
 
+def test_metrics_of_the_training_set_are_refused():
+    training = data()
+    run, _ = private(dataset=training)
+    for same in (training, DataLoader(training, 4), run.loader):
+        with pytest.raises(
+            RootnoiseError, match=r"^data must be held out, for epsilon does not co"
+        ):
+            evaluate(run.model, same)
+    assert 0 <= evaluate(run.model, training, release_unnoised=True) <= 1
+    assert 0 <= evaluate(nn.Linear(5, 2), training) <= 1  # of another model
+    assert 0 <= evaluate(run.model, data()) <= 1
+
+
 # ---------------------------------------------------------------------------------- what it costs
 
 

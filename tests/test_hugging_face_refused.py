@@ -42,7 +42,6 @@ pytestmark = [
 
 
 SETTINGS = {
-    "gradient_accumulation_steps": (2, "be 1: one batch of per_device_train_batch_size is"),
     "auto_find_batch_size": (True, "be off: the batch size is a part of the guarantee"),
     "torch_compile": (True, "be off: clipping needs the layers as they are"),
     "gradient_checkpointing": (True, "be off: layers would run twice a step"),
@@ -146,6 +145,19 @@ class Hidden(BertForSequenceClassification):
         return {"scores": made.logits}
 
 
+class Normed(BertForSequenceClassification):
+    """A head that mixes the examples of a batch."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mixing = nn.BatchNorm1d(2)
+
+    def forward(self, *args, **kwargs):
+        made = super().forward(*args, **kwargs)
+        made.logits, made.loss = self.mixing(made.logits), None
+        return made
+
+
 class Wide(nn.Module):
     """An encoder-decoder by its config alone."""
 
@@ -167,6 +179,7 @@ WRONG: dict[str, tuple] = {
     "two labels": (gpt2, {"data_collator": both_labels}, "batch must hold labels and not shift_"),
     "a loss of its own": (lambda: bert(Other), {}, "loss of one example must be the model's own"),
     "no logits": (lambda: bert(Hidden), {}, "model must return logits .or give compute_loss_func"),
+    "batch norm": (lambda: bert(Normed), {}, "layer mixing must not mix examples"),
     "no decoder": (Wide, {}, "batch must hold decoder_input_ids for Wide, got none"),
     "a stream": (bert, {"rows": iter([]), "max_steps": 3}, "train_dataset must be a data set of "),
     "half an epoch": (bert, {"num_train_epochs": 1.5}, "num_train_epochs must be a whole number"),

@@ -137,7 +137,7 @@ def test_a_kill_in_every_state_of_the_folder_from_the_last_step_on(
         assert_can_end(out, whole)
     torn = [name for names in left for name in names if name.endswith(".partial")]
     # Metrics are written when the run is resumed and when it has been evaluated.
-    files = ["metrics.jsonl", "checkpoint.pt", "metrics.jsonl", "model.pt"]
+    files = ["metrics.jsonl", "checkpoint.pt", "metrics.jsonl", "model.pt", "model.safetensors"]
     files += ["privacy.json", "privacy.md", "result.json"]
     if kill == "inside":
         assert torn == [f".{name}.partial" for name in files]

@@ -73,7 +73,18 @@ def check_pip(words: list[str]) -> None:
         assert set(extra.split(",")) <= set(project["optional-dependencies"])
 
 
-CHECKS = {"rootnoise": check_rootnoise, "make": check_make, "pip": check_pip}
+def check_torchrun(words: list[str]) -> None:
+    start = words.index("rootnoise")
+    assert words[start - 1] == "-m"
+    parse(words[start + 1 :])
+
+
+CHECKS = {
+    "torchrun": check_torchrun,
+    "rootnoise": check_rootnoise,
+    "make": check_make,
+    "pip": check_pip,
+}
 
 
 @pytest.fixture

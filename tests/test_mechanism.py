@@ -377,3 +377,17 @@ def test_calibration_tells_the_accountant_its_strategy(monkeypatch):
     monkeypatch.setattr(accounting, "noise_multiplier", asked)
     make()
     assert told == [BSR.strategy]
+
+
+def test_epsilon_spent_grows_from_nothing_to_the_claim():
+    cycle = FixedCycle(4, 3)
+    made = Mechanism.calibrate(
+        factorize(SGD(12, 0.9), cycle, "bsr"), cycle, epsilon=4.0, delta=1e-5
+    )
+    spent = [made.epsilon_spent(t) for t in range(13)]
+    assert spent == sorted(spent)
+    assert spent[0] == 0.0 < spent[4] < spent[5] < spent[8] < spent[9]
+    assert spent[12] == made.epsilon
+    for t in (-1, 13):
+        with pytest.raises(RootnoiseError, match=rf"t must be in \[0, 12\], got {t}"):
+            made.epsilon_spent(t)

@@ -40,7 +40,7 @@ def private(micro=None, *, scheduler=None, workers=0, kind=torch.optim.SGD, key=
 
 def train(run, scheduler=None, epochs=EPOCHS):
     """The loop of everyone, and the sizes of what the loader gave."""
-    sizes = []
+    sizes: list[int] = []
     for _ in range(epochs):
         expected, before = len(run.loader), len(sizes)
         for x, y in run.loader:

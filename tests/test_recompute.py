@@ -193,3 +193,10 @@ def test_the_error_is_that_of_the_dense_matrices():
 def test_ranges_have_two_ends():
     found = Range(1.0, 2.0, "")
     assert [found.holds(x, 1e-6) for x in (0.999, 1.0, 1.5, 2.0, 2.001)] == [0, 1, 1, 1, 0]
+    assert [found.holds(x, 0.0) for x in (0.999, 1.0, 2.0, 2.001)] == [0, 1, 1, 0]
+
+
+def test_signs_are_aligned_with_the_leading_direction():
+    """|C u|^2 of all ones is 0 here, that of the signs of the leading eigenvector 4."""
+    assert recompute._aligned(np.array([[1.0, -1.0], [-1.0, 1.0]])) == pytest.approx(4.0)
+    assert recompute._aligned(np.ones((3, 3))) == pytest.approx(9.0)

@@ -9,6 +9,7 @@ import shlex
 import shutil
 from html import escape
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
 from rootnoise.runs import pictures, report
+from rootnoise.runs.audit import audit
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run
 from rootnoise.workload import SGD, prefix_sum
@@ -216,3 +218,53 @@ def test_sampled_epsilons_are_drawn_as_stated():
     made = Mechanism.calibrate(split, who, noise_multiplier=2.0, delta=1e-3)
     said = [{"delta": 1e-5, "epsilon": 3.0}, {"delta": 1e-2, "epsilon": 1.0}]
     assert "from 1 at delta 0.01 to 3 at 1e-05" in pictures.privacy(made, said)
+
+
+def test_every_colour_is_of_the_one_palette():
+    root, palette = Path(__file__).parents[1], Path("src/rootnoise/runs/palette.py")
+    files = [file for top in ("src", "papers", "benchmarks") for file in (root / top).rglob("*.py")]
+    named = re.compile(r"#[0-9A-Fa-f]{6}\b|\btab:\w+")
+    found = {file.relative_to(root): set(named.findall(file.read_text())) for file in files}
+    assert len(found.pop(palette)) == 9
+    assert set().union(*found.values()) == {pictures.INK}  # a placeholder
+
+
+# --------------------------------------------------------------------------------- the end of train
+
+
+def test_train_leaves_the_report_under_the_seal(tmp_path):
+    out = tmp_path / "run"
+    run(SMALL, out, report=True)
+    left = (out / "report.html").read_text()
+    stated = json.loads((out / "privacy.json").read_text())
+    assert "report.html" in stated["files"]
+    assert escape(stated["claim"]) in left
+    assert "<b>16 of 16</b>steps" in left
+    assert not Page(left).open
+    made = report.page(report.read(out))
+    row = f"<tr><td>seal of the folder</td><td>{stated['seal']}</td></tr>\n"
+    assert row in made
+    assert made.replace(row, "") == left  # only the seal is not on the page that it seals
+    assert all(check.held for check in audit(out))
+    (out / "report.html").write_text(left.replace("(4, 1e-05)", "(1, 1e-05)"))
+    assert [check.name for check in audit(out) if not check.held] == ["report.html"]
+
+
+def test_a_report_that_cannot_be_drawn_keeps_no_run_from_its_end(tmp_path, monkeypatch):
+    def broken(*_):
+        raise ValueError("no ink")
+
+    monkeypatch.setattr("rootnoise.runs.run.page", broken)
+    with pytest.warns(UserWarning, match=r"report.html is left out \(no ink\): rootnoise report"):
+        run(SMALL, tmp_path / "run", report=True)
+    assert (tmp_path / "run/result.json").exists()
+    assert not (tmp_path / "run/report.html").exists()
+    assert all(check.held for check in audit(tmp_path / "run"))
+
+
+def test_numbers_of_privacy_are_rounded_up(folder):
+    class Almost:
+        epsilon, delta, noise_multiplier = 2.00049, 1e-5, 1.0
+
+    made = dataclasses.replace(report.read(folder), mechanism=Almost())
+    assert "<li><b>2.001</b>epsilon</li>" in list(report._numbers(made))

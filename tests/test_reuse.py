@@ -12,8 +12,7 @@ from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
-from rootnoise.training import PrivateOptimizer, privatize
-from rootnoise.training import reuse
+from rootnoise.training import PrivateOptimizer, privatize, reuse
 from rootnoise.training.reuse import Releases, _digest
 from rootnoise.workload import prefix_sum
 

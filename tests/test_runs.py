@@ -23,7 +23,7 @@ from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
 SMALL = RunConfig(dataset="digits", model="logistic", epsilon=4.0, epochs=3, batch_size=200, lr=0.2)
 PERIOD = 8  # ceil(1442 / 200)
 LEFT = {"config.json", "claim.txt", "metrics.jsonl", "model.pt", "curves.png", "result.json"}
-LEFT |= {"privacy.json", "privacy.md"}
+LEFT |= {"privacy.json", "privacy.md", "run.toml", "model.safetensors"}
 PRIVATE = LEFT | {"mechanism.json", "ledger.bin"}
 
 
@@ -395,6 +395,24 @@ def test_resume_refuses_a_finished_run_and_deletes_forgotten_secrets(part):
     with pytest.raises(RootnoiseError, match="out must hold an unfinished run, got a finished one"):
         run(SMALL, part, resume=True)
     assert not (part / "noise.key").exists()
+
+
+def test_what_is_told_at_a_checkpoint_is_on_disk(tmp_path):
+    """A bar that shows an accuracy before it is committed would release it twice after a crash."""
+    told = []
+
+    def on_checkpoint(trainer):
+        state = RunFolder(tmp_path).checkpoint()
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert state["optimizer"]["t"] == trainer.t
+        assert [json.loads(line) for line in lines] == trainer.history == state["history"]
+        ours = Mechanism.load(tmp_path / "mechanism.json")
+        assert trainer.mechanism is not None
+        assert trainer.mechanism.fingerprint == ours.fingerprint
+        told.append(trainer.t)
+
+    run(SMALL, tmp_path, on_checkpoint=on_checkpoint, checkpoint_every=5)
+    assert told == [5, 8, 13, 16, 21, 24]
 
 
 # --------------------------------------------------------------------------------------------- demo

@@ -13,9 +13,10 @@ from rootnoise.batches.ledger_file import Journal, pack, unpack
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import audit as audit_module
-from rootnoise.runs import statement
+from rootnoise.runs import report, statement
 from rootnoise.runs.audit import audit
-from rootnoise.runs.run import run
+from rootnoise.runs.folder import RunFolder, as_json
+from rootnoise.runs.run import run, stored
 from test_runs import stopped, with_
 
 
@@ -302,15 +303,15 @@ def test_what_is_no_folder_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("sampling", "groups", "kind"),
+    ("sampling", "bands", "kind"),
     [
-        ("balls-in-bins", 1, "balls-in-bins"),
-        ("poisson", 4, "cyclic-poisson"),
-        ("min-sep-poisson", 4, "min-sep-poisson"),
+        ("balls-in-bins", {}, "balls-in-bins"),
+        ("poisson", {"groups": 4}, "cyclic-poisson"),
+        ("min-sep-poisson", {"separation": 4}, "min-sep-poisson"),
     ],
 )
-def test_amplified_runs_resume_and_pass(tmp_path, sampling, groups, kind):
-    out, config = tmp_path / "run", with_(sampling=sampling, groups=groups, epochs=2)
+def test_amplified_runs_resume_and_pass(tmp_path, sampling, bands, kind):
+    out, config = tmp_path / "run", with_(sampling=sampling, epochs=2, **bands)
     stopped(out, config)
     result = run(config, out, resume=True)
     assert result.sampling == sampling
@@ -318,3 +319,26 @@ def test_amplified_runs_resume_and_pass(tmp_path, sampling, groups, kind):
     assert 3.7 < result.epsilon <= 4
     assert Mechanism.load(out / "mechanism.json").participation.type == kind
     assert failures(out) == []
+
+
+@pytest.mark.parametrize(
+    ("sampling", "bands"), [("poisson", {"groups": 4}), ("min-sep-poisson", {"separation": 4})]
+)
+def test_a_folder_from_before_the_separation_had_a_name_goes_on(tmp_path, sampling, bands):
+    """Its config.json says `groups` for both."""
+    out = tmp_path / "run"
+    config = with_(sampling=sampling, epochs=1, **bands)
+    stopped(out, config, step=3)
+    today = json.loads((out / "config.json").read_bytes())
+    old = {n: v for n, v in today.items() if n != "separation"} | {"groups": 4}
+    (out / "config.json").write_bytes(as_json(old))
+    bound = RunFolder(out)
+    state = bound.checkpoint()
+    bound._bound = bound._hashes()
+    bound.save_checkpoint(state)
+    with RunFolder(out) as folder:
+        folder.reopen(today)
+        assert folder.config() == today
+    run(stored(out, bands), out, resume=True)
+    assert failures(out) == []
+    assert "--" + "".join(bands) + " 4" in report.page(report.read(out))

@@ -235,6 +235,23 @@ def test_secret_batches_survive_a_resume(capsys, tmp_path, monkeypatch, sampling
         ({"groups": 2}, "groups must be 1 but for a banded mechanism under poisson sampling, got"),
         ({"mechanism": "dpsgd", "groups": 2}, "groups must be 1 but for"),
         ({"groups": 0}, "groups must be >= 1, got 0"),
+        (
+            {"separation": 2, "sampling": "balls-in-bins"},
+            "^separation must be 1 but for a banded mechanism under min-sep-poisson sampling, got",
+        ),
+        ({"separation": 0}, "separation must be >= 1, got 0"),
+        (
+            {"sampling": "min-sep-poisson", "groups": 4},
+            "^groups must be 1 under min-sep-poisson sampling, got 4: give --separation 4$",
+        ),
+        (
+            {"sampling": "poisson", "separation": 4},
+            "^separation must be 1 under poisson sampling, got 4: give --groups 4$",
+        ),
+        (
+            {"sampling": "min-sep-poisson"},
+            "sampling must be fixed-cycle for mechanism bsr without separation, got min-sep-pois",
+        ),
         ({"schedule": "wavy"}, "schedule must be one of cosine, linear, exponential, step, got"),
         ({"warmup": 2}, "warmup must be left out without schedule, got 2"),
         ({"final": 0.5}, "final must be left out without schedule, got 0.5"),

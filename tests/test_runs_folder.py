@@ -26,7 +26,15 @@ from test_runs_audit import edited, leaves
 
 CONFIG = with_(insecure_noise_seed=5)
 JSON = ("config.json", "mechanism.json", "privacy.json")
-BYTES = ("claim.txt", "privacy.md", "metrics.jsonl", "checkpoint.pt", "noise.key", "ledger.bin")
+BYTES = (
+    "run.toml",
+    "claim.txt",
+    "privacy.md",
+    "metrics.jsonl",
+    "checkpoint.pt",
+    "noise.key",
+    "ledger.bin",
+)
 
 
 def files(out):
@@ -311,7 +319,7 @@ def test_other_batches_past_the_checkpoint_are_refused(runs, part):
 SECRET = {
     "dpsgd": {"mechanism": "dpsgd"},
     "cyclic": {"mechanism": "banded", "sampling": "poisson", "groups": 2},
-    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "groups": 2},
+    "min-sep": {"mechanism": "banded", "sampling": "min-sep-poisson", "separation": 2},
     "bins": {"mechanism": "banded", "sampling": "balls-in-bins"},
 }
 

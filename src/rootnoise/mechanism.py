@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from rootnoise import accounting, causal, participation, workload
-from rootnoise._check import RootnoiseError, clip_range, real, set_fields
+from rootnoise._check import RootnoiseError, clip_range, integer, real, set_fields
 from rootnoise._files import write_whole
 from rootnoise.accounting import PrivacyCost
 from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
-from rootnoise.causal import CausalMatrix
+from rootnoise.causal import CausalMatrix, Toeplitz
 from rootnoise.factorization import Factorization, error
-from rootnoise.participation import Participation, PoissonSampling
+from rootnoise.participation import (
+    CyclicPoisson,
+    FixedCycle,
+    Participation,
+    PoissonSampling,
+    SingleParticipation,
+)
 from rootnoise.participation.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
@@ -167,6 +173,37 @@ class Mechanism:
     def epsilon(self) -> float:
         """Privacy loss of the whole run at `delta`, one person added or removed."""
         return self.privacy.epsilon
+
+    def epsilon_spent(self, t: int, delta: float | None = None) -> float:
+        """Return an upper bound on the privacy loss of the first t steps.
+
+        If the strategy is Toeplitz and the sampling is by fixed cycles or (cyclic) Poisson, the
+        bound is for these steps alone: C restricted to them is again such a strategy. Otherwise it
+        is that of the whole run. It holds for a number of steps that was fixed in advance: a run
+        that stops early because of its results costs as much as the whole run.
+
+        Args:
+            t: steps released, in [0, n_steps].
+            delta: failure probability; the mechanism's when None.
+
+        Raises:
+            RootnoiseError: a value out of range.
+        """
+        integer("t", t, 0, self.n_steps)
+        if delta is None:
+            delta = self.delta
+        if t == 0:
+            return 0.0
+        strategy, who, sigma = self.strategy, self.participation, self.noise_multiplier
+        c, so_far = strategy.coefficients, _so_far(who, t)
+        if t < self.n_steps and c is not None and so_far is not None:
+            strategy, who = Toeplitz(c[:t], t), so_far
+            sigma = self.noise_std / (self.clip_norm * sensitivity(strategy, who).value)
+        elif delta == self.delta:
+            return self.epsilon
+        steps = strategy.n_steps
+        spent = accounting.privacy_cost(who, steps, sigma, delta, strategy=strategy).epsilon
+        return min(self.epsilon, spent) if delta == self.delta else spent
 
     @property
     def noise_std(self) -> float:
@@ -383,6 +420,18 @@ class Mechanism:
             "delta": self.delta,
             "clip_norm": self.clip_norm,
         }
+
+
+def _so_far(who: Participation, t: int) -> Participation | None:
+    """Return the participation in the first t steps, or None if it is not of the same kind."""
+    match who:
+        case FixedCycle(period, _):
+            return FixedCycle(period, -(-t // period))
+        case SingleParticipation():
+            return who
+        case CyclicPoisson(groups, _) if groups <= t:
+            return who
+    return None
 
 
 def _held(fields: Any) -> Optimality:

@@ -6,7 +6,7 @@ import math
 
 from matplotlib.figure import Figure
 
-from parts.figures import COLOURS, Panels, line, plain
+from parts.figures import Panels, line, plain
 from parts.part import (
     SEPARATION,
     Claim,
@@ -26,6 +26,7 @@ from rootnoise.bounds.theorems import (
     square_root_lower,
     square_root_upper,
 )
+from rootnoise.runs.palette import AMBER, BLACK, BROWN, GREEN, ORANGE, PURPLE, SKY
 
 TITLE = "The theorems' bounds"
 INTRO = (
@@ -143,13 +144,13 @@ def views(tables: Tables) -> dict[str, list[Row]]:
 
 # Column: label, dashes, colour.
 LINES = {
-    "square_root_upper": ("upper bound of the paper", "--", 1),
-    "limit": ("limit and upper bound, sharp (ours)", "-.", 3),
-    "growth": ("law sqrt(k n Σc²/2) b∞", "-.", 3),
-    "certified_lower": ("certified lower bound, any factorization (ours)", "-", 2),
-    "any_lower": ("lower bound of the paper, any factorization", "--", 6),
-    "repeated_lower": ("closed lower bound, any factorization", "--", 6),
-    "square_root_lower": ("lower bound of the paper, square root", ":", 5),
+    "square_root_upper": ("upper bound of the paper", "--", ORANGE),
+    "limit": ("limit and upper bound, sharp (ours)", "-.", PURPLE),
+    "growth": ("law sqrt(k n Σc²/2) b∞", ":", AMBER),
+    "certified_lower": ("certified lower bound, any factorization (ours)", "-", GREEN),
+    "any_lower": ("lower bound of the paper, any factorization", "--", BLACK),
+    "repeated_lower": ("closed lower bound, any factorization", "-.", BROWN),
+    "square_root_lower": ("lower bound of the paper, square root", ":", SKY),
 }
 
 
@@ -168,7 +169,7 @@ def draw(tables: Tables) -> dict[str, Figure]:
             if rows[0].get(name) is not None:
                 axes.plot(
                     n, column(rows, name), dashes,
-                    color=COLOURS[colour], linewidth=1.3, label=label,
+                    color=colour, linewidth=1.3, label=label,
                 )  # fmt: skip
         line(axes, n, column(rows, "measured"), "measured", 0)
         who = TITLES[kind].removeprefix("square root, ").removeprefix("BSR, ")

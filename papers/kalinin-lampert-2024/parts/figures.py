@@ -12,10 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
+from rootnoise.runs.palette import COLOURS, MARKERS
+
 Points = NDArray[np.float64]
-# Distinguishable for the colour-blind (Okabe & Ito 2008), and in grey by their markers.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<")
 # The same method looks the same in every figure.
 STYLES = {
     "BSR": 0, "BSR (p = b)": 0, "BSR (best p)": 0,

@@ -45,7 +45,7 @@ ETA = 8.0
 TAIL = 1e-14
 # Points of the longest transform: 0.25 GB and 2 s.
 LONGEST = 2**22
-# Chernoff's inequality is tried at so many over the deviation.
+# Chernoff's inequality is tried at these numbers, each divided by the standard deviation.
 CHERNOFF = tuple(np.geomspace(0.5, 500.0, 12).tolist())
 # Powers theta to choose from, as exponents of e.
 LOG_POWERS = (-12.0, 12.0)
@@ -60,7 +60,7 @@ class Losses:
         first: the loss of the first mass, in widths.
         masses: at first, first + 1, ...
         infinity: mass at infinite loss.
-        excess: losses may truly be higher by so much.
+        excess: by how much the true losses may be higher.
     """
 
     width: float
@@ -93,7 +93,7 @@ class Losses:
 
 @dataclass(frozen=True, eq=False)
 class _Tilted:
-    """r and what it stands for."""
+    """A loss distribution under a tilt: r(s) = p(s) e^(theta s - kappa)."""
 
     losses: Array
     log_masses: Array

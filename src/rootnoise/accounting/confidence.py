@@ -12,8 +12,8 @@ def upper(mean: float, square: float, size: int, largest: float, failure: float)
 
     The lesser of Maurer & Pontil (2009, "Empirical Bernstein bounds", Theorem 4), with the mean of
     the squares for the variance, and Hoeffding (1963, Theorem 1) in its relative-entropy form; each
-    has half of `failure`. Both grow with `mean`, `square` and `largest`: samples that shrink with
-    epsilon have a bound that does.
+    has half of `failure`. Both grow with `mean`, `square` and `largest`, so that where the samples
+    shrink as epsilon grows, the bound does too.
 
     Args:
         mean: mean of the samples.

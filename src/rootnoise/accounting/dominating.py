@@ -1,4 +1,4 @@
-"""|C|, which hides a person whose steps are random at most as well as C does.
+"""|C|, whose privacy loss bounds that of C where a person's steps are random.
 
 Let pattern pi have probability w_pi, whatever the data and the outputs, and let a person's
 gradients x_s, |x_s| <= 1, depend on all outputs before step s. In units of the noise the likelihood

@@ -17,7 +17,7 @@ from rootnoise.accounting import subsampled
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.cost import Progress
 
-# The formula of delta is right to 1e-12 (against 60 digits); delta is met with so much to spare.
+# The formula of delta is right to 1e-12 (against 60 digits); log delta is undercut by so much.
 MARGIN = 1e-11
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 ROOT = math.sqrt(2 * math.pi)
@@ -159,8 +159,8 @@ def poisson_multiplier(
 
     Targets below `FINEST_GRID` get the noise that suffices without amplification.
 
-    The search starts where the central limit has it (Bu, Dong, Long & Su 2020), on a coarse grid,
-    and goes on to finer ones, each about 4 times slower, as `_refined` does.
+    The search starts at the central limit theorem's sigma (Bu, Dong, Long & Su 2020), on a coarse
+    grid, and goes on to finer ones, each about 4 times slower, as `_refined` does.
 
     Raises:
         RootnoiseError: being drawn at all is less likely than delta: no noise is needed.
@@ -199,7 +199,7 @@ def poisson_multiplier(
 
 
 def _solved(ratio_at: Callable[[float], float], sigma: float, power: float) -> tuple[float, float]:
-    """Return sigma with ratio_at(sigma) = 1, and the power -p of sigma that the ratio falls as."""
+    """Return sigma with ratio_at(sigma) = 1, and p where the ratio falls as sigma^-p."""
     before = None
     for _ in range(SECANTS):
         ratio = min(max(ratio_at(sigma), 0.25), 4.0)  # infinite where sigma is far too small
@@ -232,12 +232,12 @@ def _refined(
 
 
 def _certain(sigma: float, rounds: int, delta: float) -> float:
-    """Return what holds whoever is drawn: `rounds` Gaussians are one of sigma / sqrt(rounds)."""
+    """Return epsilon without amplification: `rounds` Gaussians are one of sigma / sqrt(rounds)."""
     return gaussian_epsilon(sigma / math.sqrt(rounds) * (1 - 4 * UNIT), delta)
 
 
 def _span(sigma: float, q: float) -> float:
-    """Return about how far apart the losses of one step lie, both tails cut at e^-50."""
+    """Return about the range of one step's losses, with both tails cut at e^-50."""
     most, none = 0.5 / sigma**2 + 10.5 / sigma, math.log1p(-min(q, 0.999))
     return float(np.logaddexp(none, math.log(q) + most)) - none
 

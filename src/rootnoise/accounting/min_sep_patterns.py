@@ -1,9 +1,9 @@
 """Patterns of b-min-sep Poisson sampling under a tilt, one or two at a time, and their weight.
 
-A pattern has the weight of its drawing times exp((theta^2 - theta) |m_pi|^2 / 2), and two of them
-exp(theta^2 <m_pi, m_pi'>) more. As columns b apart do not overlap, the weights are a Markov chain
-in the waits: the steps until each pattern may go on. One backward pass gives their sum, kappa, and
-the probabilities with which patterns drawn forwards join each step.
+A pattern's weight is its probability times exp((theta^2 - theta) |m_pi|^2 / 2); that of a pair is
+the product of both, times exp(theta^2 <m_pi, m_pi'>). As columns b apart do not overlap, the
+weights are a Markov chain in the waits: the steps until each pattern may go on. One backward pass
+gives their sum, kappa, and the probabilities with which patterns drawn forwards join each step.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Chain:
     Attributes:
         log_scale: log kappa; not finite where it overflows.
         start: probability of the waits at step 0, shape (b,) or (b, b).
-        first: by step and wait of the other pattern, the probability to join for one that may.
-        second: the same for the second pattern, where the first either waits, its wait being the
-            index, or may join and does not (index 0), or joins (index b). None for one pattern.
+        first: probability that the first pattern joins if it may, by step and the other's wait.
+        second: the same of the second pattern, by step and what the first one does: its wait, or 0
+            where it may join and does not, or b where it joins. None for one pattern.
     """
 
     log_scale: float

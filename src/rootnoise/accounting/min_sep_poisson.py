@@ -60,7 +60,7 @@ class Separated(Mixture):
         self._last: tuple[Tilt, min_sep_patterns.Chain] | None = None
 
     def tilts(self) -> list[Tilt]:
-        """Return those of one pattern and, where that takes seconds, of two at a time."""
+        """Return the tilts of one pattern and, where it takes only seconds, of two at a time."""
         found = [Tilt(1, 1.0, 0.0)]
         for order in (1, 2) if self.n * self.b**2 <= WORK else (1,):
             for power in POWERS:
@@ -118,7 +118,7 @@ class Separated(Mixture):
 
     @cached_property
     def _overlaps(self) -> Array:
-        """Return <c_t, c_{t-b+a}> by step t and wait a of the other; 0 for who may join."""
+        """Return <c_t, c_{t-b+a}> by step t and the other's wait a, 0 where it may join."""
         n, b, p = self.n, self.b, len(self.rows)
         found = np.zeros((n, b))
         for d in range(1, p):

@@ -20,8 +20,8 @@ def round_up(value: float, digits: int = 6) -> str:
 def round_down(value: float, digits: int = 9) -> str:
     """Return a decimal of `digits` significant digits that is at most the positive `value`.
 
-    Noise that is claimed must not be more than is there. A part of 1e-12 is forgiven: machines
-    round the last digits of a product differently, and a claim is compared as text.
+    Noise that is claimed must not be more than is there. A relative excess of 1e-12 is allowed:
+    machines round the last digits of a product differently, and a claim is compared as text.
 
     >>> round_down(0.12345678999), round_down(0.3)
     ('0.123456789', '0.3')

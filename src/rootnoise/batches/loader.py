@@ -25,6 +25,8 @@ class Split:
     Args:
         number: micro-batches of each batch; some may be empty.
         most: most examples in one, in place of `number`; an empty batch is one of them.
+        rank: divides the part of each batch that this rank of several takes.
+        size: number of ranks.
 
     >>> [part.tolist() for part in Split(most=3)(np.arange(5))]
     [[0, 1, 2], [3, 4]]
@@ -34,9 +36,12 @@ class Split:
 
     number: int = 1
     most: int | None = None
+    rank: int = 0
+    size: int = 1
 
     def __call__(self, batch: Indices) -> list[Indices]:
         """Return the parts of a batch, in its order."""
+        batch = batch[self.rank :: self.size]
         number = self.number if self.most is None else max(1, -(-len(batch) // self.most))
         return list(np.array_split(batch, number))
 

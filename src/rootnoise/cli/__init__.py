@@ -18,6 +18,7 @@ from rootnoise.cli.demo import demo
 from rootnoise.cli.diagnose import diagnose
 from rootnoise.cli.factorize import factorize
 from rootnoise.cli.plan import plan
+from rootnoise.cli.predict import predict
 from rootnoise.cli.report import compare, report
 from rootnoise.cli.train import train
 
@@ -49,7 +50,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, factorize, account, diagnose, train, report, compare, audit, demo):
+for command in (plan, factorize, account, diagnose, train, predict, report, compare, audit, demo):
     app.command(cls=_Command)(command)
 
 

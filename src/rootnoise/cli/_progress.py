@@ -10,11 +10,15 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+
+# From this many columns on there is room for a bar and its title beside what it says.
+WIDE = 70
 
 
 @contextmanager
@@ -50,13 +54,13 @@ def pieces(
     The bar disappears when all is done, unless `keep` is set.
     """
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
+    columns: tuple[ProgressColumn, ...] = (
         MofNCompleteColumn(),
         TextColumn("{task.fields[what]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
     )
+    if console.width >= WIDE:
+        columns = (TextColumn("{task.description}"), BarColumn(), *columns)
     with Progress(
         *columns, console=console, transient=not keep, disable=quiet or not console.is_terminal
     ) as bar:
@@ -68,10 +72,27 @@ def pieces(
         yield update
 
 
+class Steps:
+    """A bar of a run's steps that stays, with what was last said of the run."""
+
+    def __init__(self, bar: Callable[[int, int, str], None], shown: bool) -> None:
+        self._bar, self.shown = bar, shown
+        self._said, self._at = "", (0, 1)
+
+    def step(self, step: int, n_steps: int, accuracy: float | None) -> None:
+        """Take one step; the accuracy is shown where nothing else was said."""
+        known = "" if accuracy is None else f"accuracy {accuracy:.3f}"
+        self._at = step, n_steps
+        self._bar(*self._at, self._said or known)
+
+    def say(self, text: str) -> None:
+        """Show this from now on."""
+        self._said = text
+        self._bar(*self._at, text)
+
+
 @contextmanager
-def steps(title: str, quiet: bool) -> Iterator[Callable[[int, int, float | None], None]]:
-    """Show a bar that stays and yield its update(step, n_steps, accuracy); only at a terminal."""
+def steps(title: str, quiet: bool) -> Iterator[Steps]:
+    """Show a bar of steps; `shown` is whether anybody sees it: only at a terminal."""
     with pieces(title, quiet, keep=True) as bar:
-        yield lambda step, n_steps, accuracy: bar(
-            step, n_steps, "" if accuracy is None else f"test accuracy {accuracy:.3f}"
-        )
+        yield Steps(bar, shown=not quiet and Console(stderr=True).is_terminal)

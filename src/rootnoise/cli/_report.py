@@ -46,10 +46,11 @@ def table(
         if sum(least[i] + 3 for i in shown) + 1 > console.width:
             shown.remove(headings.index(name))
             hidden.append(name)
+    others = sum(widths[i] + 3 for i in shown if i) + 1
+    widths[0] = max(least[0], min(widths[0], console.width - others - 3))
     for i in shown:
         justify: Literal["left", "right"] = "left" if i < 2 else "right"
-        width = widths[i] if i else None
-        grid.add_column(headings[i], justify=justify, overflow="fold", min_width=width)
+        grid.add_column(headings[i], justify=justify, overflow="fold", width=widths[i])
     for row in rows:
         grid.add_row(*(row[i] for i in shown))
     console.print(grid)
@@ -64,6 +65,19 @@ def percent(value: float) -> str:
     ('5.1%', '1305.0%', '1.5e-05%')
     """
     return f"{value:.1%}" if abs(value) >= 1e-3 or value == 0 else f"{100 * value:.2g}%"
+
+
+def aligned(values: Sequence[float], digits: int = 4) -> list[str]:
+    """Format numbers of one column alike: the least of them with so many digits.
+
+    >>> aligned([1.26, 14.8312]), aligned([0.0, 1e-7])
+    (['1.260', '14.831'], ['0.000e+00', '1.000e-07'])
+    """
+    least = min((abs(value) for value in values if value), default=1.0)
+    if least < 1e-4 or max(map(abs, values), default=0.0) >= 1e7:
+        return [f"{value:.{digits - 1}e}" for value in values]
+    places = max(0, digits - 1 - math.floor(math.log10(least)))
+    return [f"{value:.{places}f}" for value in values]
 
 
 def text(value: Any) -> str:

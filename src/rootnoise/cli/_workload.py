@@ -83,6 +83,16 @@ class Options:
         ),
     ] = None
 
+    def described(self) -> dict[str, Any]:
+        """Return the options that describe the workload by name, defaults of SGD included."""
+        given = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(self).items()
+            if value is not None and value is not False
+        }
+        own = {"momentum": 0.0, "decay": 1.0}
+        return given if self.workload or self.optimizer else own | given
+
     def value(self, steps: int | None) -> Workload:
         """Return the workload, with `steps` steps if given."""
         from rootnoise.workload import SGD, ScheduledSGD

@@ -28,8 +28,8 @@ def demo(
     from rootnoise.runs.demo import DELTA, REPETITIONS
     from rootnoise.runs.demo import demo as compare
 
-    with _progress.steps("training", quiet=json) as on_step:
-        result = compare(out, seed, on_step)
+    with _progress.steps("training", quiet=json) as bar:
+        result = compare(out, seed, bar.step)
     if json:
         print(jsonlib.dumps(dataclasses.asdict(result), allow_nan=False))
         return

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.cli import _options, _page, _plots, _progress, _report, _workload
+from rootnoise.cli import (
+    _options,
+    _page,
+    _plan_view,
+    _plots,
+    _progress,
+    _report,
+    _workload,
+)
 
 if TYPE_CHECKING:
     from rootnoise.planner import Job, Plan, Row
@@ -75,18 +83,19 @@ def plan(
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:
-        _page.write(html, _title(job), HEADINGS, cells(made), notes(made), made.rows)
+        _page.write(html, _plan_view.title(job, work.described()), made)
     if train_args is not None:
         row = integer("train-args", train_args, 1, len(made.rows), high_name="rows") - 1
         print(shlex.join(train_command(job, work, made.rows[row])))
         return
     if json:
-        _report.show("", _values(job, made), as_json=True)
+        _report.show("", _values(job, work, made), as_json=True)
         return
-    _report.table(_title(job), HEADINGS, cells(made)[:top], SPARE)
+    title, rows = _plan_view.title(job, work.described()), _plan_view.cells(made)[:top]
+    _report.table(title, _plan_view.HEADINGS, rows, _plan_view.SPARE)
     hidden = len(made.rows) - top
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
-    print("\n".join([*more, *notes(made)]))
+    print("\n".join([*more, *_plan_view.notes(made)]))
 
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
@@ -130,59 +139,7 @@ def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
         )
 
 
-HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
-# Columns to leave out in a narrow terminal, in this order.
-SPARE = ("bands", "noise", "memory", "batches")
-
-
-def cells(made: Plan) -> list[tuple[str, ...]]:
-    """Return the rows as text; a star marks batches that must stay secret."""
-    return [
-        (
-            _name(row),
-            _batches(row),
-            str(row.bands),
-            str(row.memory_rows),
-            f"{row.noise_multiplier:.4g}",
-            f"{row.rmse_per_example:.4g}",
-            _report.percent(row.gap),
-        )
-        for row in made.rows
-    ]
-
-
-def notes(made: Plan) -> list[str]:
-    """Return what the claims depend on, what was left out, and what could be better."""
-    lines = [
-        f"{'*' if _is_amplified(row) else ' '} {row.note}."
-        for row in {_is_amplified(row): row for row in reversed(made.rows)}.values()
-    ]
-    lines += [f"left out: {name}: {reason}" for name, reason in made.left_out.items()]
-    return lines + [f"{found.name}: {found.message}; {found.remedy}" for found in made.findings]
-
-
-def _name(row: Row) -> str:
-    return f"{row.mechanism} ({row.options['base']})" if "base" in row.options else row.mechanism
-
-
-def _is_amplified(row: Row) -> bool:
-    return row.sampling != "fixed-cycle"
-
-
-def _batches(row: Row) -> str:
-    groups = getattr(row.participation, "groups", 1)
-    name = f"poisson 1/{groups}" if groups > 1 else row.sampling
-    return name + "*" * _is_amplified(row)
-
-
-def _title(job: Job) -> str:
-    return (
-        f"{job.n_steps} steps, {job.epochs} epochs of {job.n_examples} examples in batches of "
-        f"{job.batch_size}, epsilon {job.epsilon:g}, delta {job.delta:g}"
-    )
-
-
-def _values(job: Job, made: Plan) -> dict[str, Any]:
+def _values(job: Job, work: _workload.Options, made: Plan) -> dict[str, Any]:
     from rootnoise import participation
 
     rows = [
@@ -196,6 +153,7 @@ def _values(job: Job, made: Plan) -> dict[str, Any]:
     return {
         **asdict(job),
         "n_steps": job.n_steps,
+        "workload": work.described(),
         "rows": rows,
         "left_out": dict(made.left_out),
         "diagnostics": [asdict(finding) for finding in made.findings],

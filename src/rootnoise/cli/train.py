@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rootnoise import __version__
-from rootnoise.cli import _options, _progress
-from rootnoise.cli._report import show
+from rootnoise.cli import _options, _progress, _report
+from rootnoise.runs import settings_file
 from rootnoise.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from rootnoise.runs.trainer import Trainer
+
+
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a file give the defaults: its values go through the checks of the flags, as text."""
+    if path is not None:
+        values = settings_file.read(path)
+        context.default_map = {name: str(value) for name, value in values.items()}
+    return path
 
 
 @_options.grouped
@@ -19,6 +31,15 @@ def train(
     *,
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="New or empty folder for everything the run leaves.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_from_file,
+            is_eager=True,
+            help="TOML file of these options, such as batch-size = 500; a flag overrides it. Every "
+            "run leaves its own as run.toml.",
+        ),
+    ] = None,
     settings: Settings,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints [default: once an epoch].")
@@ -65,17 +86,20 @@ def train(
             if resume:
                 moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
                 found = ranks.by_first(lambda: stored(out, without_choice(given)))
-                config = dataclasses.replace(found, **moved)
+                made = dataclasses.replace(found, **moved)
             else:
-                config = RunConfig(**values)
-            title, first = f"{config.mechanism} on {config.dataset}", ranks.rank == 0
-            with _progress.steps(title, quiet=json or not first) as on_step:
+                made = RunConfig(**values)
+            title, first = f"{made.mechanism} on {made.dataset}", ranks.rank == 0
+            private = made.mechanism != "none" and made.insecure_noise_seed is None
+            with _progress.steps(title, quiet=json or not first) as bar:
                 result = run(
-                    config,
+                    made,
                     out,
                     resume=resume,
                     checkpoint_every=checkpoint_every,
-                    on_step=on_step,
+                    on_step=bar.step,
+                    on_checkpoint=partial(_tell, bar, private) if bar.shown else None,
+                    report=True,
                     ranks=ranks,
                     fsdp=fsdp,
                 )
@@ -85,7 +109,20 @@ def train(
     except StoppedError:
         raise typer.Exit(2) from None
     if first:
-        show(title, dataclasses.asdict(result), json)
+        _report.show(title, dataclasses.asdict(result), json)
+
+
+def _tell(bar: _progress.Steps, private: bool, trainer: Trainer) -> None:
+    """Say what is released with the checkpoint: accuracy, and the epsilon of the steps so far."""
+    from rootnoise.accounting.rounding import round_up
+
+    said, mechanism = [], trainer.mechanism
+    if trainer.history:
+        said.append(f"accuracy {trainer.history[-1]['test_accuracy']:.3f}")
+    if private and mechanism is not None:
+        spent = round_up(mechanism.epsilon_spent(trainer.t), 3)
+        said.append(f"epsilon {spent} of {round_up(mechanism.epsilon, 3)}")
+    bar.say(", ".join(said))
 
 
 def _given(context: typer.Context, name: str) -> bool:

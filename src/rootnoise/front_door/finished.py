@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, Dataset
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise.front_door.making import is_training_set
 
 Metric = Callable[..., Any]
 
@@ -25,27 +26,40 @@ def accuracy(output: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def evaluate(
-    model: nn.Module, data: Any, metric: Metric = accuracy, *, batch_size: int = 256
+    model: nn.Module,
+    data: Any,
+    metric: Metric = accuracy,
+    *,
+    batch_size: int = 256,
+    release_unnoised: bool = False,
 ) -> float:
     """Return the mean of a metric over held-out data.
 
     The model runs in evaluation mode without gradients, on its own device, and then returns to the
     mode it was in, so it is safe to call between two epochs of private training. On the training
-    set the result is computed from raw data, and epsilon does not cover it.
+    set the result is computed from raw data, and epsilon does not cover it: that is refused, where
+    the data set is the very object that `make_private` was given.
 
     Args:
         model: any model, private or not.
         data: a map-style data set of rows (inputs..., target), or a loader of such batches.
         metric: a function of the model's output and the target: a mean over the rows of a batch.
         batch_size: rows per batch, for a data set.
+        release_unnoised: accept the training set.
 
     Raises:
-        RootnoiseError: no rows, or batches that are not (inputs..., target).
+        RootnoiseError: the model's training set, no rows, or batches that are not (inputs...,
+            target).
 
     >>> from torch.utils.data import TensorDataset
     >>> evaluate(nn.Identity(), TensorDataset(torch.eye(3), torch.tensor([0, 1, 0])))
     0.666...
     """
+    if not release_unnoised and is_training_set(model, data):
+        raise RootnoiseError(
+            "data must be held out, for epsilon does not cover metrics of the training set "
+            "(release_unnoised=True computes them), got the training set"
+        )
     if isinstance(data, Dataset):
         data = DataLoader(data, integer("batch_size", batch_size, 1))
     where = next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections import deque
@@ -13,16 +14,13 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
-from rootnoise import accounting
 from rootnoise._check import RootnoiseError
 from rootnoise.batches.loader import WHOLE, Split, count, data_loader
 from rootnoise.batches.samplers import Indices
-from rootnoise.causal import Toeplitz
 from rootnoise.front_door import saved
 from rootnoise.keys import Key
-from rootnoise.participation import CyclicPoisson, FixedCycle, Participation, SingleParticipation
-from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.training import PrivateOptimizer
+from rootnoise.training.ranks import SAVING
 from rootnoise.training.reuse import Releases
 
 RATE_TOLERANCE = 1e-6  # schedulers round
@@ -245,10 +243,14 @@ class LoopOptimizer(torch.optim.Optimizer):
         that contains the step. Resume from a file only once: two runs resumed from the same file
         share noise. The first call reads a `TensorDataset` whole, to recognise it on resume.
 
+        In several processes every rank must call it; rank 0 writes the file, which any number of
+        processes can resume, with shards or without.
+
         Raises:
-            RootnoiseError: a step failed midway or its batch is not whole, or the file cannot be
-                written.
+            RootnoiseError: a step failed midway or its batch is not whole, the file cannot be
+                written, or a rank does something else.
         """
+        self.private._ranks.agree(SAVING)
         if self._identity is None:
             self._identity = saved.identity(self.dataset, self.private.stream.key)
         saved.write(Path(path), self.private, self._identity)
@@ -296,21 +298,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         Raises:
             RootnoiseError: delta outside (0, 1).
         """
-        made, t = self.private.mechanism, self.t
-        if delta is None:
-            delta = made.delta
-        if t == 0:
-            return 0.0
-        strategy, who, sigma = made.strategy, made.participation, made.noise_multiplier
-        c, so_far = strategy.coefficients, _so_far(who, t)
-        if t < made.n_steps and c is not None and so_far is not None:
-            strategy, who = Toeplitz(c[:t], t), so_far
-            sigma = made.noise_std / (made.clip_norm * sensitivity(strategy, who).value)
-        elif delta == made.delta:
-            return made.epsilon
-        steps = strategy.n_steps
-        spent = accounting.privacy_cost(who, steps, sigma, delta, strategy=strategy).epsilon
-        return min(made.epsilon, spent) if delta == made.delta else spent
+        return self.private.mechanism.epsilon_spent(self.t, delta)
 
     def claim(self) -> str:
         """Return the guarantee of the whole run, as `PrivateOptimizer.claim` states it."""
@@ -358,7 +346,8 @@ class PrivateLoader:
             together: all micro-batches of a batch may be drawn before the first is stepped on.
         """
         parts = (self.dataset, self._optimizer, self.period, self.loading)
-        return type(self)(*parts, split, together=together)
+        own = dataclasses.replace(split, rank=self.split.rank, size=self.split.size)
+        return type(self)(*parts, own, together=together)
 
     @property
     def batch_size(self) -> int:
@@ -412,15 +401,3 @@ class PrivateLoader:
         collate = self.loading.get("collate_fn") or torch.utils.data.default_collate
         one = collate([self.dataset[0]])
         return tree_map(lambda x: x[:0] if isinstance(x, torch.Tensor) else x, one)
-
-
-def _so_far(who: Participation, t: int) -> Participation | None:
-    """Return the participation in the first t steps, or None if it is not of the same kind."""
-    match who:
-        case FixedCycle(period, _):
-            return FixedCycle(period, -(-t // period))
-        case SingleParticipation():
-            return who
-        case CyclicPoisson(groups, _) if groups <= t:
-            return who
-    return None

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import (
     DataLoader,
@@ -22,10 +24,11 @@ from torch.utils.data import (
 )
 
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.batches.loader import WHOLE, Split, refuse_mixing, refuse_repeats
+from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.factorization import Factorization, factorize
-from rootnoise.front_door import saved
+from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
+from rootnoise.front_door.several import compare, together
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
@@ -37,7 +40,8 @@ from rootnoise.participation import (
 )
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import MEMORY_ROWS, Job, plan
-from rootnoise.training import PrivateOptimizer, privatize
+from rootnoise.training import PrivateOptimizer, privatize, whole
+from rootnoise.training.ranks import Ranks
 from rootnoise.workload import Workload, from_optimizer
 
 Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in-bins"]
@@ -45,7 +49,8 @@ Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
 SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that schedulers change
 
-_MADE: WeakSet[nn.Module] = WeakSet()  # models that are already private
+# Models that are already private, and their training data.
+_MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 _KINDS = {
     "model": "a torch module",
     "optimizer": "a torch optimizer",
@@ -96,6 +101,11 @@ def make_private(
     `optimizer.step()`; an epoch is one pass over the loader. The loss must be a sum or a mean over
     examples, each example's term a function of that example alone.
 
+    In several processes that have met (`torch.distributed.init_process_group`), the loop is the
+    same on each, with the same arguments and data: the loader gives each its part of every batch,
+    and the ledger checks the joined batch. The model may be plain, of `DistributedDataParallel`
+    (the one inside is returned), or cut by `fully_shard`.
+
     Args:
         model: in training mode; each output row must depend on its own input row alone.
         optimizer: any torch optimizer of the model's parameters; the noise is planned for how it
@@ -118,7 +128,8 @@ def make_private(
             with the last. `scheduler` steps with batches alone; one that make_private is not given
             must step unless `optimizer.step_was_skipped`.
         mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
-            `memory_rows`.
+            `memory_rows`; with Adam and the like the first of independent noise, for correlated
+            noise needs a larger learning rate there, and a warning says how much larger.
         sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a
             mechanism given by name.
         scheduler: a learning-rate scheduler of `optimizer`, or a function that makes one; the noise
@@ -155,12 +166,11 @@ def make_private(
     (6, 8.0)
     """
     _check_parts(model, optimizer, data)
+    model, ranks = together(model)
     _check_kind("options", options or {}, Mapping)
     _check_kind("resume", resume or "", str | os.PathLike)
     dataset, batch, loading = _data(data, batch_size)
-    split_by = WHOLE
-    if micro_batch_size is not None:
-        split_by = Split(most=integer("micro_batch_size", micro_batch_size, 1))
+    split_by = _micro_batches(model, ranks, micro_batch_size)
     refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
     if sum(value is not None for value in goal.values()) != 1:
@@ -169,39 +179,84 @@ def make_private(
     rates: list[float] = []
     if workload is None:
         workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
-    split, who = _split(workload, job, mechanism, sampling, options or {}, epsilon is not None)
-    made = Mechanism.calibrate(
-        split,
-        who,
-        epsilon=epsilon,
-        noise_multiplier=_of_the_run(noise_multiplier, split, who),
-        delta=delta,
-        clip_norm=clip_norm,
-    )
-    before = None if resume is None else saved.read(Path(resume), made, dataset)
-    if before is not None:
-        if key is not None:
-            raise RootnoiseError("key must be left out on resume, which reads it from the file")
+    settings: dict[str, Any] = goal | {
+        "epochs": epochs,
+        "delta": delta,
+        "clip_norm": clip_norm,
+    }
+    settings |= {"batch_size": batch}
+    settings |= {"mechanism": mechanism, "sampling": sampling, "memory_rows": memory_rows}
+    settings |= {"options": options, "loss_reduction": loss_reduction, "resume": resume is None}
+    settings |= {"independence": independence, "learning rates": rates}
+    compare(ranks, dataset, settings)
+
+    by_plan = None if epsilon is None else optimizer
+
+    def calibrated() -> Mechanism:
+        split, who = _split(workload, job, mechanism, sampling, options or {}, by_plan)
+        return Mechanism.calibrate(
+            split,
+            who,
+            epsilon=epsilon,
+            noise_multiplier=_of_the_run(noise_multiplier, split, who),
+            delta=delta,
+            clip_norm=clip_norm,
+        )
+
+    made = ranks.by_first(calibrated)
+    before = None
+    if resume is not None:
+        before = ranks.by_first(lambda: _before(Path(resume), made, dataset, key))
         key = before.key
     collate = loading.get("collate_fn", default_collate)
     if independence == "probed" and collate is not default_collate:
         refuse_mixing(dataset, collate)
     module = privatize(model, loss_reduction)
-    _MADE.add(model)  # from here on it has hooks, even if something is refused below
+    _MADE[model] = dataset  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    sampler = job.sampler(who, seed)
+    sampler = job.sampler(made.participation, seed)
     # Planned for this optimizer, or for the workload that the caller chose.
     private = PrivateOptimizer(
-        optimizer, module, made, sampler, key, independence=independence, planned=True
+        optimizer,
+        module,
+        made,
+        sampler,
+        key,
+        process_group=ranks.group,
+        independence=independence,
+        planned=True,
     )
-    loop = LoopOptimizer(private, rates if split.strategy.bands > 1 else (), dataset)
+    loop = LoopOptimizer(private, rates if made.strategy.bands > 1 else (), dataset)
     if micro_batch_size is not None:
         loop.pace(scheduler)
     if before is not None:
-        loop.load_state_dict(before.optimizer)
+        whole.load_state_dict(private, before.optimizer)
         _load(module, before.weights)
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading, split_by))
+
+
+def _micro_batches(model: nn.Module, ranks: Ranks, most: int | None) -> Split:
+    """Return how the loader of this rank divides each batch."""
+    own = Split(rank=ranks.rank, size=ranks.size)
+    if most is None:
+        return own
+    if isinstance(model, FSDPModule):
+        raise RootnoiseError(f"micro_batch_size must be left out for a sharded model, got {most}")
+    return dataclasses.replace(own, most=integer("micro_batch_size", most, 1))
+
+
+def _before(path: Path, made: Mechanism, dataset: Any, key: Key | None) -> saved.Saved:
+    found = saved.read(path, made, dataset)
+    if key is not None:
+        raise RootnoiseError("key must be left out on resume, which reads it from the file")
+    return found
+
+
+def is_training_set(model: nn.Module, data: Any) -> bool:
+    """Whether `data`, a data set or a loader of one, is what a model was made private for."""
+    trained = _MADE.get(model)
+    return trained is not None and (data is trained or getattr(data, "dataset", None) is trained)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -224,7 +279,7 @@ def _check_parts(model: Any, optimizer: Any, data: Any) -> None:
 
 def _load(module: nn.Module, weights: dict[str, Any]) -> None:
     try:
-        module.load_state_dict(weights)
+        whole.load_weights(module, weights)
     except (RuntimeError, TypeError) as reason:
         line = " ".join(str(reason).split())
         raise RootnoiseError(f"resume must be of this model, got {line:.120}") from None
@@ -319,21 +374,24 @@ def _split(
     name: str,
     sampling: str,
     options: Mapping[str, Any],
-    planned: bool,
+    optimizer: torch.optim.Optimizer | None,
 ) -> tuple[Factorization, Participation]:
-    """Return the factorization, planned or as requested, and the participation."""
+    """Return the factorization, planned for an optimizer or as requested, and the participation."""
     if name == "auto":
-        if not planned:
+        if optimizer is None:
             raise RootnoiseError(
                 "mechanism must be given by name with noise_multiplier, for a plan needs epsilon, "
                 "got auto"
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        made = plan(workload, job)
-        row = made.first(sampling)
-        return made.split(row), row.participation
-    who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
+        rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
+        if not rows:
+            raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
+        row = adaptive.choose(rows, workload, optimizer)
+        who, name, options = row.participation, row.mechanism, row.options
+    else:
+        who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)
     return factorize(workload, who, name, **options), who
 
 

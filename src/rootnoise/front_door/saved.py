@@ -19,7 +19,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.training import PrivateOptimizer
+from rootnoise.training import PrivateOptimizer, whole
 
 VERSION = 2
 DIGEST_SIZE = 32
@@ -41,7 +41,7 @@ def read(path: Path, made: Mechanism, dataset: Any) -> Saved:
         raise RootnoiseError(f"resume must be readable, got {path}: {reason.strerror}") from None
     content, digest = content[:-DIGEST_SIZE], content[-DIGEST_SIZE:]
     if digest != _digest(content):
-        raise RootnoiseError(f"resume must be a file of save, as it was written, got {path}")
+        raise RootnoiseError(f"resume must be a file of save, got {path}: not as it was written")
     try:
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as reason:
@@ -105,7 +105,7 @@ def sealed(content: Any) -> bytes:
 
 
 def write(path: Path, private: PrivateOptimizer, data: list[Any]) -> None:
-    """Write the file atomically, readable by its owner alone.
+    """Write the file atomically, readable by its owner alone; of several ranks, by rank 0.
 
     Raises:
         RootnoiseError: a step failed midway, or the file cannot be written.
@@ -115,10 +115,14 @@ def write(path: Path, private: PrivateOptimizer, data: list[Any]) -> None:
         "fingerprint": private.mechanism.fingerprint,
         "key": private.stream.key.secret.hex(),
         "data": data,
-        "weights": private.module.state_dict(),
-        "optimizer": private.state_dict(),
+        "weights": whole.whole(private.module.state_dict()),
+        "optimizer": whole.state_dict(private),
     }
-    try:
-        write_whole(path, sealed(content), mode=0o600)
-    except OSError as reason:
-        raise RootnoiseError(f"path must be writable, got {path}: {reason.strerror}") from None
+
+    def put() -> None:
+        try:
+            write_whole(path, sealed(content), mode=0o600)
+        except OSError as reason:
+            raise RootnoiseError(f"path must be writable, got {path}: {reason.strerror}") from None
+
+    private._ranks.by_first(put)

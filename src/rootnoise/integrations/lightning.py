@@ -47,6 +47,7 @@ class Calls:
         self.made = False
 
     def __call__(self, model: nn.Module, args: Any) -> None:
+        """Note a call; the signature is that of a forward pre-hook."""
         self.made = self.made or model.training
 
 

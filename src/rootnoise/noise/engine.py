@@ -80,7 +80,7 @@ class Engine:
                     list(pool.map(work, workers))
 
     def wait(self) -> None:
-        """Let what the GPU does next come after the block; on the CPU there is nothing to await."""
+        """Make later work of the GPU wait for the block; on the CPU there is none to wait for."""
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.stream)
 
@@ -141,7 +141,7 @@ def _one_blas_thread() -> Iterator[None]:
 
 @contextmanager
 def _beside(stream: torch.cuda.Stream, memory: torch.Tensor) -> Iterator[None]:
-    """Launch on the stream, behind all that has been asked to read the memory so far."""
+    """Launch on the stream, after all work queued so far that reads the memory."""
     stream.wait_stream(torch.cuda.current_stream(memory.device))
     memory.record_stream(stream)
     with torch.cuda.stream(stream), full_precision():

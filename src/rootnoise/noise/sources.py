@@ -67,7 +67,7 @@ class AesSource:
     """
 
     name = "aes256ctr-boxmuller32"
-    # Of 1,024 to 16,384: smaller ones lose time between calls, larger ones waste a share's borders.
+    # Of 1,024 to 16,384: smaller ones lose time between calls, spans cut more off larger ones.
     chunk = 4096
 
     _PAIRS = chunk // 2

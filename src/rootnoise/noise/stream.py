@@ -266,7 +266,7 @@ def _checked(name: str, saved: torch.Tensor | None, shape: tuple[int, int]) -> t
 
 
 def _place(row: torch.Tensor, rows: list[torch.Tensor]) -> int:
-    """Return where an equal row stands in `rows`, where this one is put if there is none."""
+    """Return the position of an equal row in `rows`, appending this one if there is none."""
     for i, other in enumerate(rows):
         if torch.equal(row, other):
             return i

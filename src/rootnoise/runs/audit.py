@@ -23,9 +23,10 @@ from rootnoise.auditing.replay import Replay, replay
 from rootnoise.bounds import certificate
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import CyclicPoisson, MinSepPoisson
-from rootnoise.runs import statement
+from rootnoise.runs import settings_file, statement
 from rootnoise.runs.config import RunConfig, claim
 from rootnoise.runs.folder import SECRETS, RunFolder
+from rootnoise.runs.settings import as_of_today
 from rootnoise.runs.statement import Statement
 
 if TYPE_CHECKING:
@@ -142,7 +143,8 @@ class _Audit:
         yield Check("seal", found == "matches", stated["seal"], found)
         try:
             yield from self._files(stated) if finished else self._bound()
-            config = RunConfig(**self._json("config.json"))
+            config = RunConfig(**as_of_today(self._json("config.json")))
+            yield from self._settings(config)
             yield from self._finished(stated)
             if config.mechanism == "none":
                 yield _same("claim", stated["claim"], claim(config, None))
@@ -189,6 +191,13 @@ class _Audit:
         yield Check(
             "privacy.md", text == statement.as_markdown(stated), "says the same", "compared"
         )
+
+    def _settings(self, config: RunConfig) -> Iterator[Check]:
+        """Check that people read the same settings in run.toml as the run had."""
+        path = self.folder.path / "run.toml"
+        if path.exists():  # older runs left none
+            said = {name: value for name, value in vars(config).items() if value is not None}
+            yield _fields("run.toml agrees", settings_file.read(path), said)
 
     def _finished(self, stated: Statement) -> Iterator[Check]:
         made, n = stated["steps_made"], stated["sampler"]["n_steps"]

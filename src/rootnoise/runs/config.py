@@ -30,8 +30,9 @@ from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 # Largest learning rate, clip norm, and 1 / clip norm: weights and noise then fit into float32.
 LARGEST = 1e6
 
-# Samplings that need a strategy in which no two columns of one person overlap.
-POISSON = ("poisson", "min-sep-poisson")
+# Samplings that need a strategy in which no two columns of one person overlap, and the setting
+# that says how many bands that are.
+POISSON = {"poisson": "groups", "min-sep-poisson": "separation"}
 SAMPLINGS = ("fixed-cycle", "balls-in-bins", *POISSON)
 # A plan's names for each sampling that it may choose; cyclic Poisson is poisson with groups.
 PLANNED = {
@@ -67,7 +68,7 @@ class RunConfig(Settings):
         if self.mechanism == "dpsgd" and self.sampling != "poisson":
             rule = "poisson for mechanism dpsgd (identity takes both)"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
-        self._check_groups()
+        self._check_bands_of_poisson()
         self._check_planned()
 
     @property
@@ -75,15 +76,20 @@ class RunConfig(Settings):
         """The options of the mechanism, in the form that `factorize` takes."""
         return {name: v for name in OPTIONS if (v := getattr(self, name)) is not None}
 
-    def _check_groups(self) -> None:
-        g = integer("groups", self.groups, 1)
-        if g > 1 and (self.sampling not in POISSON or self.mechanism in ("none", "dpsgd", "auto")):
-            rule = "1 but for a banded mechanism under poisson sampling"
-            raise RootnoiseError(f"groups must be {rule}, got {g}")
+    def _check_bands_of_poisson(self) -> None:
+        """Amplification needs at most as many bands as groups, or as steps of separation."""
+        own = POISSON.get(self.sampling)
+        for sampling, name in POISSON.items():
+            given = integer(name, getattr(self, name), 1)
+            if given == 1 or (name == own and self.mechanism not in ("none", "dpsgd", "auto")):
+                continue
+            rule, cure = f"1 but for a banded mechanism under {sampling} sampling", ""
+            if own not in (None, name):
+                rule, cure = f"1 under {self.sampling} sampling", f": give --{own} {given}"
+            raise RootnoiseError(f"{name} must be {rule}, got {given}{cure}")
         alone = ("dpsgd", "identity", "auto")
-        if self.sampling in POISSON and g == 1 and self.mechanism not in alone:
-            # Amplification needs at most as many bands as groups.
-            rule = f"fixed-cycle for mechanism {self.mechanism} without groups"
+        if own and getattr(self, own) == 1 and self.mechanism not in alone:
+            rule = f"fixed-cycle for mechanism {self.mechanism} without {own}"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
 
     def _check_planned(self) -> None:
@@ -234,8 +240,9 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     if config.sampling == "balls-in-bins":
         return BallsInBinsSampler(size, batch, epochs, secret)
     steps = epochs * -(-size // batch)
-    kind = CyclicPoissonSampler if config.sampling == "poisson" else MinSepPoissonSampler
-    return kind(size, batch, steps, config.groups, secret)
+    if config.sampling == "poisson":
+        return CyclicPoissonSampler(size, batch, steps, config.groups, secret)
+    return MinSepPoissonSampler(size, batch, steps, config.separation, secret)
 
 
 def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:

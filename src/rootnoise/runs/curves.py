@@ -10,9 +10,7 @@ import numpy as np
 
 from rootnoise._check import extra
 from rootnoise._files import write_whole
-
-# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008).
-STYLES = (("#0072B2", "o"), ("#D55E00", "s"), ("#777777", "^"), ("#009E73", "D"))
+from rootnoise.runs.palette import COLOURS, MARKERS
 
 
 def check() -> None:
@@ -30,7 +28,7 @@ def learning_curves(
 
     Args:
         path: the file to write.
-        curves: for each label (at most 4) one or more repetitions, each a list of accuracies in
+        curves: for each label (at most 8) one or more repetitions, each a list of accuracies in
             [0, 1] by epoch. Their mean is drawn, and the range from lowest to highest is shaded.
         title: title of the picture.
         legend: title of the legend.
@@ -41,7 +39,7 @@ def learning_curves(
 
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for (label, runs), (colour, marker) in zip(curves.items(), STYLES, strict=False):
+    for (label, runs), colour, marker in zip(curves.items(), COLOURS, MARKERS, strict=False):
         percent = 100 * np.array(runs)
         epochs = np.arange(1, percent.shape[1] + 1)
         axes.plot(epochs, percent.mean(0), color=colour, marker=marker, markersize=5, label=label)

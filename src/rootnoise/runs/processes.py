@@ -16,6 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.rendezvous import rendezvous
@@ -55,7 +56,7 @@ def joined(lost: Callable[[], str] = lambda: "") -> Iterator[Ranks]:
     with reached():
         store, rank, size = next(rendezvous("env://"))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-    told = _Told(dist.PrefixStore("rootnoise", store))
+    told = _Told(PrefixStore("rootnoise", store))
     try:
         yield Ranks(dist.group.WORLD)
     except BaseException as error:
@@ -72,7 +73,7 @@ def joined(lost: Callable[[], str] = lambda: "") -> Iterator[Ranks]:
 class _Told:
     """What the processes of a run have told each other about its end."""
 
-    def __init__(self, store: dist.Store) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
 
     def another_says(self, error: BaseException, lost: bool) -> bool:

@@ -8,45 +8,22 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting.rounding import round_up
 from rootnoise.diagnostics import diagnose
 from rootnoise.mechanism import Mechanism
-from rootnoise.runs import pictures, statement
+from rootnoise.runs import pages, pictures, statement
 from rootnoise.runs.config import RunConfig
+from rootnoise.runs.settings import as_of_today
 
 # Most steps for which `diagnose` takes only seconds.
 DIAGNOSED = 2048
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8886; --soft: #8882; }
-* { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 1.5rem auto; padding: 0 1rem;
-  color: CanvasText; background: Canvas; }
-h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
-.claim { border-left: 4px solid #0072B2; padding: .3rem 1rem; background: var(--soft); }
-.none { border-color: #D55E00; }
-.big { display: flex; flex-wrap: wrap; gap: .5rem 2.5rem; padding: 0; list-style: none; }
-.big b { display: block; font-size: 1.6rem; font-variant-numeric: tabular-nums; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
-  gap: 1rem 2rem; }
-figure { margin: 0; break-inside: avoid; } figcaption { font-size: .9rem; }
-svg { width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; vertical-align: top; }
-td:first-child, th:first-child { white-space: nowrap; }
-.scroll { overflow-x: auto; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
-  padding: .6rem 1rem; }
-dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
-@media print { body { max-width: none; } h2 { break-after: avoid; } }
-"""
 
 TRUST = (
     (
@@ -95,7 +72,7 @@ def read(folder: Path) -> Run:
         RootnoiseError: no run, or a file that has changed since it was sealed.
     """
     try:
-        config = RunConfig(**json.loads((folder / "config.json").read_bytes()))
+        config = RunConfig(**as_of_today(json.loads((folder / "config.json").read_bytes())))
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         history = [json.loads(line) for line in lines]
         last = folder / "result.json"
@@ -122,13 +99,15 @@ def page(run: Run) -> str:
         "<h2>What could be better</h2>",
         _findings(run),
         "<h2>What to trust</h2>",
-        _definitions(TRUST),
+        pages.definitions(TRUST),
         "<h2>In numbers</h2>",
-        _table(("what", "value"), _rows(run)),
+        pages.table(("what", "value"), _rows(run)),
         "<h2>Make it again</h2>",
         f"<pre>{escape(command(c))}</pre>",
+        "<p>Or, with the run.toml of its folder, <code>rootnoise train --config run.toml --out "
+        "again</code>. Noise is drawn anew, and so the accuracy will not be quite the same.</p>",
     ]
-    return _document(f"{c.mechanism} on {c.dataset}: a private run", parts)
+    return pages.document(f"{c.mechanism} on {c.dataset}: a private run", parts)
 
 
 def comparison(runs: Sequence[Run]) -> str:
@@ -138,7 +117,7 @@ def comparison(runs: Sequence[Run]) -> str:
         (
             label,
             run.config.mechanism,
-            _number(None if run.mechanism is None else run.mechanism.epsilon),
+            "-" if run.mechanism is None else round_up(run.mechanism.epsilon, 5),
             _number(None if run.mechanism is None else run.mechanism.delta),
             _percent(run),
             _number(None if run.mechanism is None else run.mechanism.rmse),
@@ -150,13 +129,13 @@ def comparison(runs: Sequence[Run]) -> str:
     claims = [(label, run.stated["claim"]) for label, run in zip(labels, runs, strict=True)]
     parts = [
         f"<h1>{len(runs)} runs compared</h1>",
-        f'<div class="pictures">{_figure(pictures.accuracy(curves), "Test accuracy.")}</div>',
+        f'<div class="pictures">{pages.figure(pictures.accuracy(curves), "Test accuracy.")}</div>',
         "<h2>In numbers</h2>",
-        _table(heads, rows),
+        pages.table(heads, rows),
         "<h2>What each claims</h2>",
-        _definitions(claims),
+        pages.definitions(claims),
     ]
-    return _document(f"{len(runs)} runs compared", parts)
+    return pages.document(f"{len(runs)} runs compared", parts)
 
 
 def command(config: RunConfig) -> str:
@@ -190,11 +169,9 @@ def _numbers(run: Run) -> Iterator[str]:
     values = {"test accuracy": _percent(run)}
     if run.mechanism is not None:
         m = run.mechanism
-        values |= {"epsilon": f"{m.epsilon:.4g}", "delta": f"{m.delta:g}"}
+        values |= {"epsilon": round_up(m.epsilon, 4), "delta": f"{m.delta:g}"}
         values["noise multiplier"] = f"{m.noise_multiplier:.4g}"
-    made, n = run.stated["steps_made"], run.stated["sampler"]["n_steps"]
-    if run.result is None:
-        made = run.history[-1]["step"] if run.history else 0
+    made, n = run.history[-1]["step"] if run.history else 0, run.stated["sampler"]["n_steps"]
     values["steps"] = f"{made} of {n}"
     for name, value in values.items():
         yield f"<li><b>{escape(value)}</b>{name}</li>"
@@ -210,33 +187,33 @@ def _number(value: float | None) -> str:
 
 def _pictures(run: Run) -> Iterator[str]:
     if run.history:
-        yield _figure(pictures.accuracy({run.name: run.history}), "Accuracy on the test set.")
+        yield pages.figure(pictures.accuracy({run.name: run.history}), "Accuracy on the test set.")
     m = run.mechanism
     if m is None:
         return
     described = run.stated["mechanism"]
-    yield _figure(
+    yield pages.figure(
         pictures.privacy(m, described["privacy"]),
         "The same noise at other deltas: epsilon and delta are two readings of one guarantee.",
     )
     bound = (described.get("error") or {}).get("lower_bound")
     gap = (described.get("error") or {}).get("gap")
     more = "" if gap is None else f" No factorization is better by more than {100 * gap:.1f} %."
-    yield _figure(
+    yield pages.figure(
         pictures.errors(m, bound),
         f"How far the noise is expected to move the iterate of each step.{more}",
     )
-    yield _figure(
+    yield pages.figure(
         pictures.heatmap(m),
         "C inverse, which turns independent draws into the noise of the steps.",
     )
-    yield _figure(
+    yield pages.figure(
         pictures.autocorrelation(m),
         "Neighbouring steps' noise is opposed, and partly cancels."
         if m.strategy.bands > 1
         else "Independent noise: no step takes back what another added.",
     )
-    yield _figure(
+    yield pages.figure(
         pictures.participation(m),
         "When a record may take part, by the plan; who did is for the auditor alone.",
     )
@@ -253,7 +230,7 @@ def _findings(run: Run) -> str:
     )
     if not found:
         return "<p>Nothing was found.</p>"
-    return _definitions([(f"{each.message}", each.remedy) for each in found])
+    return pages.definitions([(f"{each.message}", each.remedy) for each in found])
 
 
 def _rows(run: Run) -> Iterator[tuple[str, str]]:
@@ -269,41 +246,6 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "memory", f"{m.noising.state_size} noise vectors of the model's size"
     if run.result is not None:
         yield "seconds of training", f"{run.result['seconds']:.1f}"
-    yield "seal of the folder", str(run.stated["seal"])
+    if "files" in run.stated:  # the page in the folder is under the seal, and cannot tell it
+        yield "seal of the folder", str(run.stated["seal"])
     yield "computed by", ", ".join(f"{k} {v}" for k, v in run.stated["versions"].items())
-
-
-def _figure(svg: str, caption: str) -> str:
-    return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n"
-
-
-def _definitions(pairs: Sequence[tuple[str, str]]) -> str:
-    return f"<dl>{''.join(f'<dt>{escape(a)}</dt><dd>{escape(b)}</dd>' for a, b in pairs)}</dl>"
-
-
-def _table(heads: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-    )
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    return f'<div class="scroll">{table}</div>'
-
-
-def _document(title: str, parts: Sequence[str]) -> str:
-    body = "\n".join(parts)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

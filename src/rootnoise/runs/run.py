@@ -6,17 +6,19 @@ computed from raw data, and epsilon would not cover them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise._files import write_whole
 from rootnoise.batches.ledger_file import Journal, pack
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.runs import curves
+from rootnoise.runs import curves, inference
 from rootnoise.runs.config import (
     OPTIONS,
     RunConfig,
@@ -28,10 +30,14 @@ from rootnoise.runs.config import (
 )
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.report import Run, page
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
 from rootnoise.runs.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
 from rootnoise.training.ranks import Ranks
+
+# Called when a checkpoint is on disk: what depends on the steps so far may be shown from then on.
+OnCheckpoint = Callable[[Trainer], None]
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,8 @@ def run(
     resume: bool = False,
     checkpoint_every: int | None = None,
     on_step: OnStep | None = None,
+    on_checkpoint: OnCheckpoint | None = None,
+    report: bool = False,
     ranks: Ranks | None = None,
     fsdp: bool = False,
 ) -> Result:
@@ -93,6 +101,9 @@ def run(
         resume: continue the unfinished run in `out`, with the same config.
         checkpoint_every: steps between two checkpoints; there is always one after each epoch.
         on_step: called after every step.
+        on_checkpoint: called with the trainer when a checkpoint is on disk: what it tells may be
+            shown.
+        report: also write report.html (`runs.report`), in about two seconds.
         ranks: the processes of the run, each of which calls this; rank 0 alone uses the folder, and
             the result is its. The number may change when the run is resumed.
         fsdp: cut the parameters over the ranks; this may change too.
@@ -110,8 +121,17 @@ def run(
     with RunFolder(out) as folder:
         config, trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
+            first = ranks.rank == 0
             return _to_the_end(
-                config, folder, trainer, stated, checkpoint_every, on_step, ranks.rank == 0
+                config,
+                folder,
+                trainer,
+                stated,
+                checkpoint_every,
+                on_step,
+                on_checkpoint,
+                report,
+                first,
             )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
@@ -144,7 +164,7 @@ def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
 def without_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without those that a plan chooses, or that are auto, to compare on resume."""
     auto = {name for name in ("mechanism", "sampling") if settings.get(name) == "auto"}
-    chosen = {*OPTIONS, "groups", "memory_rows"} if "mechanism" in auto else set()
+    chosen = {*OPTIONS, "groups", "separation", "memory_rows"} if "mechanism" in auto else set()
     return {name: value for name, value in settings.items() if name not in auto | chosen}
 
 
@@ -155,6 +175,8 @@ def _to_the_end(
     stated: Statement,
     every: int | None,
     on_step: OnStep | None,
+    on_checkpoint: OnCheckpoint | None,
+    report: bool,
     writes: bool,
 ) -> Result:
     """Train to the end; only the rank that `writes` changes the folder."""
@@ -166,6 +188,8 @@ def _to_the_end(
         if writes:
             folder.save_checkpoint(state)
             folder.write_metrics(trainer.history)
+        if on_checkpoint is not None:
+            on_checkpoint(trainer)
     result = _result(config, trainer, folder.path)
     weights = trainer.weights()
     if not writes:
@@ -175,8 +199,28 @@ def _to_the_end(
     curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
     optimizer = trainer.optimizer
     ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-    folder.finish(weights, asdict(result), stated, ledger)
+    if report:
+        _report(folder, config, stated, trainer, result)
+    about = inference.about(config, trainer.data.input_shape, trainer.data.n_classes)
+    folder.finish(weights, about, asdict(result), stated, ledger)
     return result
+
+
+def _report(
+    folder: RunFolder, config: RunConfig, stated: Statement, trainer: Trainer, result: Result
+) -> None:
+    """Write the page, or warn: no picture is worth a run that cannot end."""
+    name, mechanism = folder.path.resolve().name, trainer.mechanism
+    made = Run(name, config, stated, mechanism, trainer.history, asdict(result))
+    try:
+        text = page(made)
+    except Exception as reason:  # noqa: BLE001 - whatever it was, the run is whole
+        line = " ".join(f"{reason}".split())
+        warnings.warn(
+            f"report.html is left out ({line:.120}): rootnoise report may say more", stacklevel=2
+        )
+    else:
+        write_whole(folder.path / "report.html", text.encode())
 
 
 def _begin(

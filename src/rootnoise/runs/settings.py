@@ -81,13 +81,15 @@ class Settings(Options):
     )
     sampling: str = setting(
         "auto",
-        "fixed-cycle, balls-in-bins, poisson, min-sep-poisson (with --groups, where more "
-        "than one band) or auto: poisson for dpsgd, else fixed-cycle.",
+        "fixed-cycle, balls-in-bins, poisson (with --groups, where more than one band), "
+        "min-sep-poisson (with --separation) or auto: poisson for dpsgd, else fixed-cycle.",
     )
-    groups: int = setting(
+    groups: int = setting(1, "Groups of cyclic Poisson sampling; the mechanism has as many bands.")
+    separation: int = setting(
         1,
-        "Groups of cyclic Poisson sampling, or least separation of min-sep-poisson; the "
-        "mechanism has as many bands.",
+        "Least steps between two of one example in min-sep-poisson; the mechanism has as many "
+        "bands.",
+        flags=("--separation", "--min-sep"),
     )
     memory_rows: int | None = setting(
         None, "Most noise vectors of the model's size that auto may keep [default: 64]."
@@ -102,3 +104,11 @@ class Settings(Options):
     data_dir: str | None = setting(
         None, "Folder of the data set's files; --resume remembers it.", metavar="<path>"
     )
+
+
+def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings in a config.json; where it has no separation, `groups` stood for it."""
+    if "separation" in saved or "groups" not in saved:
+        return saved
+    own = "separation" if saved.get("sampling") == "min-sep-poisson" else "groups"
+    return saved | {"groups": 1, "separation": 1, own: saved["groups"]}

@@ -130,6 +130,12 @@ class Trainer:
         return self.optimizer.t
 
     @property
+    def mechanism(self) -> Mechanism | None:
+        """The mechanism, None without privacy."""
+        optimizer = self.optimizer
+        return optimizer.mechanism if isinstance(optimizer, PrivateOptimizer) else None
+
+    @property
     def epoch_end(self) -> int:
         """Number of steps taken when the epoch of the next step ends."""
         per_epoch = -(-self.sampler.n_examples // self.sampler.batch_size)
@@ -213,8 +219,10 @@ class Trainer:
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs except the key, on any number of ranks."""
-        private = isinstance(self.optimizer, PrivateOptimizer)
-        inner = whole.state_dict(self.optimizer) if private else self.optimizer.state_dict()
+        if isinstance(self.optimizer, PrivateOptimizer):
+            inner = whole.state_dict(self.optimizer)
+        else:
+            inner = self.optimizer.state_dict()
         return {
             "version": 1,
             "data": self._data,

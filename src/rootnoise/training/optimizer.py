@@ -178,7 +178,7 @@ class PrivateOptimizer:
     def _watch(self, independence: str, every: int) -> None:
         """Attach the guard of passes, and the probe if requested, to the model.
 
-        Autograd's graph keeps their hooks alive out of the garbage collector's sight. So they hold
+        The garbage collector does not see the hooks that autograd's graph keeps alive. So they hold
         references to the model and its parameters, but none to this optimizer.
         """
         module = self.module

@@ -20,7 +20,8 @@ from rootnoise._check import RootnoiseError
 
 Indices = NDArray[np.int64]
 
-REFUSED = -1  # sent in place of the step number
+# Sent in place of the step number.
+REFUSED, SAVING = -1, -2
 
 
 class PeerError(RootnoiseError):
@@ -140,7 +141,7 @@ class Ranks:
         return np.concatenate(self._gather(part))
 
     def agree(self, t: int) -> None:
-        """Wait until every rank is here.
+        """Wait until every rank is here, at step t or `SAVING`.
 
         Raises:
             RootnoiseError: on every rank, if one calls `refuse` instead or is at another step.
@@ -148,6 +149,9 @@ class Ranks:
         steps = self._steps(t)
         if REFUSED in steps:
             raise PeerError(f"step {t} was refused by rank {steps.index(REFUSED)}")
+        if SAVING in steps and len(set(steps)) > 1:
+            saving = [rank for rank, step in enumerate(steps) if step == SAVING]
+            raise RootnoiseError(f"save must be called on every rank, got it on {saving}")
         if len(set(steps)) > 1:
             raise RootnoiseError(f"ranks must be at one step, got {steps}")
 

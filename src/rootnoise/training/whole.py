@@ -22,10 +22,12 @@ from rootnoise.training.sharded import ShardedGradSampleModule
 
 def whole(value: Any) -> Any:
     """Return containers of tensors with all shards put together, on the CPU."""
+
+    def joined(x: Any) -> Any:
+        return x.full_tensor().detach().cpu() if isinstance(x, DTensor) else x
+
     with reached():
-        return tree_map(
-            lambda x: x.detach().full_tensor().cpu() if isinstance(x, DTensor) else x, value
-        )
+        return tree_map(joined, value)
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:

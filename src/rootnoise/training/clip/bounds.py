@@ -8,6 +8,9 @@ tokens, with inputs a_t and output gradients g_t. There are two ways to compute 
    of one example, and the clip norm bounds it.
 2. Do not compute c. Its squared norm is sum_{t,u} (a_t . a_u)(g_t . g_u), from two T x T Gram
    matrices, and the sum over all examples and tokens is one matrix product.
+3. Make the factor from a Gram norm, as in 2, but compute c in float32 when it is added, and measure
+   *that* array in float64: where it exceeds the norm bound, its factor shrinks. It takes float32
+   inputs of `SINGLE` tokens or more, on a CPU. Then Gram matrices may be float32 too.
 
 **Theorem (Gram norms).** Let u = 2^-53, S = sum_t |a_t| |g_t|, and q the sum above in float64,
 in any order. If d_in + d_out + T^2 <= GRAM, then max(q + FLOOR S^2, S^2 / RATIO^2) (1 + 1e-9)
@@ -20,6 +23,21 @@ most S^2 (1 + 1e-6). Together at most 2 (d_in + d_out + T^2 + 4) u S^2 < 0.9 FLO
 is known to a relative (d_in + d_out + T + 4) u. While S <= 31 |c|, q + FLOOR S^2 exceeds |c|^2 by
 at most 2 FLOOR S^2 <= 2e-3 |c|^2, and S^2 / RATIO^2 is the smaller. QED
 
+**Theorem (float32 Gram norms).** Let Gram entries be sums, in float64, of float32 inner products of
+`CHUNK` terms, whose squares lie in `SAFE`. Then q + ROUGH S^2 >= |c|^2, while T^2 <= 2^28.
+*Proof.* With v = 2^-24, a chunk k of an entry errs by at most gamma |a_tk| |a_uk| for
+gamma = CHUNK v / (1 - CHUNK v), and so an entry by gamma |a_t| |a_u| by the Cauchy-Schwarz
+inequality, however many chunks. So each product of two entries errs by at most
+2.01 CHUNK v |a_t||a_u||g_t||g_u|, their float64 sum by 2^-25 S^2, less than 0.004 CHUNK v S^2, and
+S^2 is known to a relative 2.01 CHUNK v. A token of `SAFE` squares is longer than 2^-41. Below
+float32's normal numbers an entry loses at most d 2^-126 <= 0.02 CHUNK v 2^-82, for widths d of at
+most 2^20. Together less than 2.1 CHUNK v S^2 < ROUGH S^2. QED
+
+Where ROUGH S^2 is more than COSTLY q, so that a norm might be over 0.1 % too large, or a token is
+not `SAFE`, the example's norm is made anew in float64. That looks at one example alone. That a norm
+is not too small rests on float32 products that are made in float32; that a sum moves by at most C
+does not, as its arrays are measured.
+
 For T tokens in independent directions, S is about sqrt(T) |c|. If S exceeds 31 |c|, the tokens
 nearly cancel; the clipping factor is then smaller than necessary, never larger.
 
@@ -30,15 +48,17 @@ that differ in one example differ by at most C, the other examples' arrays being
 matrices of at most K terms (sums for a bias: 2 K), whose magnitudes for example i have norm at most
 f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATIO N C in norm, by
 the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
-of norm at most C, err by u N each times N C. Way 1 has magnitudes of norm at most C and at most N
+of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of norm at most C and at most N
 terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different coordinates, at
 most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for two. Norms and
 factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
 QED
 
-Float32 matrix products would be twice as fast and err by up to K^2 2^-24 C: 0.8 % of C for two sums
-of 256 examples, which would need more noise; and torch may be set to compute them in TF32 or
-bfloat16. So sums are float64 on every device.
+No float32 product adds up several examples, although it is twice as fast. Adding K rows of norm at
+most C in any order errs by at most v (2 + 3 + ... + K) C, the nodes of its tree in norm: over N
+examples in blocks of K, added up in float64, by v N K C / 2. For two sums of 256 examples in blocks
+of 64 that is 0.1 % of C, of 4096 it is 1.6 %; and a record's absence moves all others to other
+blocks, so that no less can be said. In way 3 a product sums up one example, and costs nothing.
 
 The analysis assumes that an example's own arrays do not depend on who else is in the batch. In
 floating point the kernels of some processors round a row differently at another batch size; as
@@ -47,11 +67,14 @@ elsewhere (docs/privacy.md, *Floating point*), that is not covered.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from rootnoise._check import RootnoiseError
+from rootnoise.noise.engine import full_precision
 
 SLACK = 1e-5  # fraction of the clip norm, for the rounding of sums and of float64 norms
 FLOOR = 1e-6  # fraction of S^2, for the rounding of Gram norms
@@ -60,6 +83,11 @@ GRAM = 4_000_000_000  # most additions behind a Gram norm
 ROWS = 1024  # terms of one matrix product, unless one example has more
 EXAMPLES = 100_000  # most examples in a step
 TERMS = 110_000_000  # most examples in a step times terms of a product
+SINGLE = 48  # fewest tokens for float32 products; with fewer, passes over arrays take longer
+CHUNK = 64  # terms of a float32 inner product
+ROUGH = 1.25 * 2 * CHUNK * 2.0**-24  # fraction of S^2, for the rounding of float32 Gram norms
+COSTLY = 9e-4  # fraction of a norm that its float32 bound may add
+SAFE = (2.0**-80, 2.0**100)  # squares whose float32 products neither underflow nor overflow
 BLOCK = 1 << 21  # float64 numbers computed at a time for one product, 16 MB
 CACHED = 1 << 18  # numbers computed at a time that are read once, 1 to 2 MB
 
@@ -123,15 +151,58 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
     if a.shape[2] == 1:  # one token: a product of norms, without cancellation
         inputs = _squares(a) if weight else torch.zeros_like(a[..., 0], dtype=torch.float64)
         return ((inputs + int(bias)) * _squares(g)).sum((1, 2))
-    a, g = a.double(), g.double()
-    outputs = g @ g.mT
-    inputs = a @ a.mT if weight else torch.zeros_like(outputs)
+    if not (weight and single(a, g)):
+        inputs = a.double() @ a.double().mT if weight else None
+        return _gram_bound(inputs, g.double() @ g.double().mT, bias, FLOOR)[0].sum(1)
+    inputs, outputs = _gram_in_chunks(a), _gram_in_chunks(g)
+    squares, lengths = _gram_bound(inputs, outputs, bias, ROUGH)
+    sure = (ROUGH * lengths <= COSTLY * squares).all(1)
+    for gram in (inputs, outputs):
+        own = gram.diagonal(dim1=2, dim2=3)
+        sure &= ((own >= SAFE[0]) & (own <= SAFE[1])).all(2).all(1)
+    total = squares.sum(1)
+    if not bool(sure.all()):
+        total[~sure] = gram_squares(a[~sure].double(), g[~sure].double(), weight, bias)
+    return total
+
+
+def single(a: torch.Tensor, g: torch.Tensor) -> bool:
+    """Return whether products of these inputs and output gradients are made in float32.
+
+    Both are (examples, groups, tokens, width). A GPU for training multiplies float64 as fast.
+    """
+    float32 = a.dtype == g.dtype == torch.float32
+    return float32 and a.device.type == "cpu" and a.shape[2] >= SINGLE
+
+
+@contextmanager
+def float32_products() -> Iterator[None]:
+    """Multiply float32 as float32, whatever precision or autocast the user has set."""
+    with full_precision(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def _gram_in_chunks(x: torch.Tensor) -> torch.Tensor:
+    """Return x x^T, float64, of float32 products of `CHUNK` columns at a time."""
+    with float32_products():
+        parts = x.flatten(0, 1).split(CHUNK, -1)  # of three dimensions, which bmm does not copy
+        gram = torch.bmm(parts[0], parts[0].mT).double()
+        for part in parts[1:]:
+            gram += torch.bmm(part, part.mT)
+    return gram.unflatten(0, x.shape[:2])
+
+
+def _gram_bound(
+    inputs: torch.Tensor | None, outputs: torch.Tensor, bias: bool, floor: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the bound on squared norms, and S^2, (examples, groups), of Gram matrices."""
+    inputs = torch.zeros_like(outputs) if inputs is None else inputs
     if bias:
         inputs = inputs + 1
     lengths = (inputs.diagonal(dim1=2, dim2=3) * outputs.diagonal(dim1=2, dim2=3)).sqrt().sum(2)
     lengths = lengths.square()
-    squares = (inputs * outputs).sum((2, 3)) + FLOOR * lengths
-    return squares.maximum(lengths / RATIO**2).sum(1)
+    squares = (inputs * outputs).sum((2, 3)) + floor * lengths
+    return squares.maximum(lengths / RATIO**2), lengths
 
 
 def row_squares(rows: torch.Tensor) -> torch.Tensor:
@@ -152,6 +223,48 @@ def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor
         out[0].addmm_(left[0], right[0], beta=beta)
     else:
         out.baddbmm_(left, right, beta=beta)
+
+
+def add_each_(
+    total: Sum,
+    a: torch.Tensor,
+    g: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor,
+    allowed: torch.Tensor,
+) -> torch.Tensor:
+    """Add scale_i sum_t g_it a_it^T as float32 arrays of one example each; return the factors used.
+
+    The array that is added is measured: where its squared norm, with that of its row of `bias`,
+    exceeds `allowed`, from which its factor was made, the factor shrinks. Examples of factor 0 are
+    left out.
+
+    Args:
+        total: (groups, d_out, d_in) when flat.
+        a: inputs, float32 (examples, groups, tokens, d_in).
+        g: output gradients, float32 (examples, groups, tokens, d_out).
+        bias: gradients of the bias, which get the same factors, (examples, size).
+        scale: (examples,), float64.
+        allowed: (examples,), float64.
+    """
+    out = total.whole().view(a.shape[1], g.shape[3], a.shape[3])
+    made, array = torch.empty(out.shape, dtype=torch.float32), torch.empty_like(out)
+    flat = array.view(-1)
+    taken = [0.0] * len(scale) if bias is None else row_squares(bias).tolist()
+    factors = scale.tolist()
+    with float32_products():
+        for i, most in enumerate(allowed.tolist()):
+            if factors[i] == 0:
+                continue
+            array.copy_(torch.bmm(g[i].mT, a[i], out=made))
+            square = float(flat.dot(flat)) + taken[i]
+            if not math.isfinite(square):  # beyond float32
+                torch.bmm(g[i].double().mT, a[i].double(), out=array)
+                square = float(flat.dot(flat)) + taken[i]
+            if square > most:
+                factors[i] *= math.sqrt(most / square)
+            out.add_(array, alpha=factors[i])
+    return torch.tensor(factors, dtype=torch.float64)
 
 
 def add_rows_(total: Sum, rows: torch.Tensor, scale: torch.Tensor) -> None:

@@ -25,11 +25,13 @@ from rootnoise.training.clip.bounds import (
     CACHED,
     GRAM,
     Sum,
+    add_each_,
     add_outer_,
     add_rows_,
     example_blocks,
     gram_squares,
     row_squares,
+    single,
 )
 
 Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
@@ -161,11 +163,12 @@ class Products:
 
 
 class KeptProducts:
-    """Norms by Gram matrices, and the sum as one product, in blocks of examples."""
+    """Norms by Gram matrices; the sum as one float64 product, or float32 ones of each example."""
 
     def __init__(self, row: Products, taps: Sequence[Taps]) -> None:
         self.row, self.taps = row, taps
         self.tokens = row.length(taps)
+        self._found = torch.empty(0)  # what `squares` has returned
 
     def _blocks(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         n = len(self.taps[0][1])
@@ -183,13 +186,22 @@ class KeptProducts:
     def squares(self) -> torch.Tensor:
         """See `Kept`."""
         row = self.row
-        return torch.cat([gram_squares(a, g, row.weight, row.bias) for _, a, g in self._blocks()])
+        found = [gram_squares(a, g, row.weight, row.bias) for _, a, g in self._blocks()]
+        self._found = torch.cat(found)
+        return self._found
 
     def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
         """See `Kept`."""
         row = self.row
         for part, inputs, outputs in self._blocks():
             a, g = inputs, outputs
+            if row.weight and single(a, g):
+                left, right = (g, a) if row.transposed else (a, g)
+                bias = g.sum(2).flatten(1) if row.bias else None
+                own = add_each_(sums["weight"], left, right, bias, scale[part], self._found[part])
+                if bias is not None:
+                    add_rows_(sums["bias"], bias.masked_fill(own[:, None] == 0, 0), own)
+                continue
             if bad is not None:
                 a, g = (x.masked_fill(bad[part, None, None, None], 0) for x in (a, g))
             if row.weight:

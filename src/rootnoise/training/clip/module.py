@@ -19,7 +19,6 @@ from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
 from rootnoise.training.clip.rules import ClipRule
 from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter
 
-
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
 

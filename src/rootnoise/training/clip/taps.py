@@ -303,7 +303,7 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
     What remains is a term of the loss that depends on parameters alone, such as a penalty: it is
     ignored.
     """
-    known = weakref.ref(book)  # autograd holds hooks out of the garbage collector's sight
+    known = weakref.ref(book)  # the garbage collector does not see autograd's hooks
 
     def refuse(gradient: torch.Tensor) -> torch.Tensor | None:
         owner = known()

@@ -84,10 +84,10 @@ def heatmap() -> Figure:
 def errors() -> Figure:
     """Draw the noise that a step adds, and that of all steps so far, beside the least possible."""
     made, panels = figure(2, 3.4)
-    for name in NAMES:
+    for name, label in NAMES.items():
         for panel, values in zip(panels, (in_a_step, in_the_sum), strict=True):
             line = values(mechanism(name))
-            panel.plot(np.arange(1, STEPS + 1), line, color=COLOURS[name], label=NAMES[name])
+            panel.plot(np.arange(1, STEPS + 1), line, color=COLOURS[name], label=label)
     least = numbers()["least"]
     panels[1].axhline(
         least, color=GREY, linestyle="--", linewidth=1, label="no noise is lower on average"

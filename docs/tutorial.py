@@ -47,7 +47,6 @@ def accuracy(rate: float, options: dict[str, str] | None) -> float:
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     print(f"rootnoise {rn.__version__}, torch {torch.__version__}, {platform.machine()}")
     for name, options in ROWS.items():

@@ -64,38 +64,14 @@ PRIVACY = [
     "training/sharded.py",
     "training/tape.py",
 ]
-# Of these files a sample is planted by name or with --all alone: not each survivor is judged yet.
-UNJUDGED = {
-    "_check.py",
-    "accounting/balls_in_bins.py",
-    "accounting/min_sep_patterns.py",
-    "accounting/min_sep_poisson.py",
-    "auditing/recompute.py",
-    "causal/base.py",
-    "causal/elementary.py",
-    "causal/product.py",
-    "training/clip/__init__.py",
-    "training/clip/attention.py",
-    "training/clip/bounds.py",
-    "training/clip/fallback.py",
-    "training/clip/layers.py",
-    "training/clip/module.py",
-    "training/clip/rules.py",
-    "training/clip/taps.py",
-    "keys.py",
-    "noise/engine.py",
-    "noise/sources.py",
-    "participation/overlaps.py",
-    "runs/folder.py",
-    "runs/statement.py",
-    "training/optimizer.py",
-    "training/ranks.py",
-    "training/sharded.py",
-}
 SAMPLE = 12  # mutants a file
 BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
 # What several processes run is not recorded: these files of tests are tried last, whole.
-PROCESSES = {"training/ranks.py": "parallel", "training/sharded.py": "sharded"}
+PROCESSES = {
+    "training/optimizer.py": "parallel",
+    "training/ranks.py": "parallel",
+    "training/sharded.py": "sharded",
+}
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"
 
 
@@ -229,7 +205,7 @@ def choose(options: argparse.Namespace) -> list[Mutant | Mutation]:
     files = privacy_files()
     for file in files:
         named = any(file == name or Path(file).name == name for name in options.file or ())
-        if not named and (options.file or (file in UNJUDGED and not options.all)):
+        if options.file and not named:
             continue
         found = mutants(file, (PACKAGE / file).read_text())
         found.sort(key=lambda mutant: mutant.order(options.seed))

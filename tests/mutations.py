@@ -356,6 +356,20 @@ MUTATIONS = [
         "randomness",
     ),
     Mutation(
+        "float32 arrays longer than their norm bound are added as they are",
+        "training/clip/bounds.py",
+        "if square > most:",
+        "if False:",
+        "clip_bounds",
+    ),
+    Mutation(
+        "float32 Gram norms without a bound of their rounding",
+        "training/clip/bounds.py",
+        "ROUGH = 1.25 * 2 *",
+        "ROUGH = 0 *",
+        "clip_bounds",
+    ),
+    Mutation(
         "two optimizers release two gradients under one noise",
         "training/reuse.py",
         'return any(other not in (b"", digest) for other in found)',

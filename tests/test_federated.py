@@ -161,6 +161,16 @@ def test_rounds_are_opened_and_closed_in_turn(tmp_path):
         server.finish()
 
 
+def test_the_server_refuses_parts_of_another_kind(tmp_path):
+    for mechanism, weights, message in (
+        (None, runs.WEIGHTS, r"^mechanism must be a Mechanism, got NoneType$"),
+        (runs.mechanism(), None, r"^weights must be a model's state_dict, got NoneType$"),
+    ):
+        with pytest.raises(RootnoiseError, match=message):
+            PrivateAggregator(tmp_path, mechanism, weights, cohort_size=2)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     cyclic = CyclicPoisson(groups=2, probability=0.1)
     poisson = Mechanism.calibrate(

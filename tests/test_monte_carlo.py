@@ -223,7 +223,7 @@ def test_calibration_confirms_what_it_returns():
 
 def test_too_few_samples_cost_noise_and_not_privacy():
     who, few = BallsInBins(10, 5), MonteCarlo(samples=1000)
-    strategy = factorize(prefix_sum(50), who, "identity").strategy
+    strategy = factorize(prefix_sum(50), who, "bsr").strategy
     sigma = accounting.noise_multiplier(who, 50, 1.0, 1e-9, strategy=strategy, monte_carlo=few)
     cost = accounting.privacy_cost(who, 50, sigma, 1e-9, strategy=strategy, monte_carlo=few)
     assert cost.epsilon <= 1.0

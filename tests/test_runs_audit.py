@@ -13,7 +13,7 @@ from rootnoise.batches.ledger_file import Journal, pack, unpack
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import audit as audit_module
-from rootnoise.runs import report, statement
+from rootnoise.runs import inference, report, statement
 from rootnoise.runs.audit import audit
 from rootnoise.runs.folder import RunFolder, as_json
 from rootnoise.runs.run import run, stored
@@ -294,6 +294,12 @@ def test_the_command_can_attack_too(copy, capsys):
     assert checks["attack: one run"]["found"].startswith("epsilon > ")
 
 
+def test_a_missing_page_is_named(copy):
+    (copy / "privacy.md").unlink()
+    found = [check for check in audit(copy) if not check.held]
+    assert [(check.name, check.found) for check in found] == [("privacy.md", "missing")]
+
+
 def test_what_is_no_folder_is_refused(tmp_path, capsys):
     with pytest.raises(RootnoiseError, match=r"^run must be a folder, got .*none$"):
         audit(tmp_path / "none")
@@ -341,4 +347,5 @@ def test_a_folder_from_before_the_separation_had_a_name_goes_on(tmp_path, sampli
         assert folder.config() == today
     run(stored(out, bands), out, resume=True)
     assert failures(out) == []
+    assert inference.settings(out) == config
     assert "--" + "".join(bands) + " 4" in report.page(report.read(out))

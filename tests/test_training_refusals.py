@@ -108,6 +108,12 @@ def test_step_refuses_a_bad_batch_and_can_go_on():
     refused("indices must be distinct", [0, 1, 1, 2])
     refused("indices must be 1-D integers", [0.5, 1, 2, 3])
     refused("step must get the indices of the batch, got a closure", lambda: None)
+    refused(r"step must get the indices of the batch, got none \(the optimizer of make_pri", None)
+    for call in (optimizer.step, optimizer.accumulate):
+        with pytest.raises(RootnoiseError, match=r"^step must get the indices .*, got none"):
+            call()
+    with pytest.raises(RootnoiseError, match=r"^saved state must be a mapping, got NoneType$"):
+        optimizer.load_state_dict(None)
     cross_entropy(optimizer.module(x[first]), y[first]).backward()
     refused("forward must run once a step .*, got 2 in training mode since the last step", first)
     assert optimizer.t == 0

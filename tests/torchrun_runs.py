@@ -16,6 +16,7 @@ from processes import die, start
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.runs import curves
+from rootnoise.runs import run as whole_run
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.trainer import Trainer
 
@@ -48,7 +49,8 @@ def command(
     where["TORCHELASTIC_USE_AGENT_STORE"] = True
     if size > 1:
         os.environ |= {name: str(value) for name, value in where.items()}
-    curves.learning_curves = lambda *_: None  # it takes longest
+    curves.learning_curves = lambda *_: None  # pictures take longest
+    whole_run._report = lambda *_: None
     torch.set_num_threads(1)
     written: list[str] = []
 

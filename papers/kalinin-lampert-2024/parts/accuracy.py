@@ -20,8 +20,9 @@ INTRO = (
     "doubling and halving on a seed that no table reports (one-epoch: on the mean of two); that "
     "may miss the best by a factor of two, which is more than BSR and AOF differ by. All of it ran "
     "on two busy CPU cores: the models are small, the seeds few, and cells without a number were "
-    "not run. The page on the command line has ten epochs of the CNN on Fashion-MNIST. Noise comes from "
-    "the seed, so that each number can be made again; so no privacy is claimed for these models."
+    "not run. The page on the command line has ten epochs of the CNN on Fashion-MNIST. Noise comes "
+    "from the seed, so that each number can be made again; so no privacy is claimed for these "
+    "models."
 )
 CAPTIONS = {"accuracy.png": "Mean and one standard deviation."}
 

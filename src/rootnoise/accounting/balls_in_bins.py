@@ -20,12 +20,15 @@ BLOCK = 2**22
 TRIPLES = 512
 
 
-def bin_gram(strategy: CausalMatrix, bins: int) -> Array:
-    """Return <m_i, m_j> of the means m_i = sum_j |C|[:, jb + i], before division by the noise."""
+def bin_gram(strategy: CausalMatrix, bins: int, *, signed: bool = False) -> Array:
+    """Return <m_i, m_j> of the means m_i = sum_j |C|[:, jb + i], before division by the noise.
+
+    `signed` takes C itself: the means of a person whose gradients are all the same.
+    """
     n = strategy.n_steps
     comb = np.zeros((n, bins))
     comb[np.arange(n), np.arange(n) % bins] = 1.0
-    means = magnitudes(strategy).apply(comb)
+    means = (strategy if signed else magnitudes(strategy)).apply(comb)
     gram: Array = means.T @ means
     return gram
 

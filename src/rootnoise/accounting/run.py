@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.accounting import gaussian
+from rootnoise.accounting import bin_bounds, gaussian
 from rootnoise.accounting import monte_carlo as estimate
 from rootnoise.accounting.balls_in_bins import Bins, bin_gram
 from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
 from rootnoise.accounting.gaussian import GRID_TOLERANCE
 from rootnoise.accounting.min_sep_poisson import Separated, band_rows
 from rootnoise.accounting.monte_carlo import Mixture
+from rootnoise.accounting.random_allocation import SIZES, Interval
 from rootnoise.causal import CausalMatrix
 from rootnoise.participation import (
     BallsInBins,
@@ -58,7 +59,8 @@ def privacy_cost(
     Unamplified: Balle & Wang (2018), Theorem 8, exact. Cyclic Poisson: ceil(n / groups)
     compositions of the Poisson-subsampled Gaussian (Choquette-Choo et al. 2023, Theorem 4; one
     group is DP-SGD) by privacy loss distributions, an upper bound.
-    Balls in bins and min-sep Poisson: an upper confidence bound by Monte Carlo.
+    Balls in bins: the lesser of a certain upper bound and, where that is not tight, of an upper
+    confidence bound by Monte Carlo. Min-sep Poisson: the latter.
 
     Args:
         participation: who may take part when.
@@ -184,6 +186,7 @@ class _Run:
         name: the participation's type.
         digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
+        bounds: certain ones on epsilon, at a noise multiplier, a delta and grids of so many points.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """
@@ -191,6 +194,7 @@ class _Run:
     name: str
     digest: bytes
     at: Callable[[float], Mixture] = field(compare=False)
+    bounds: Callable[[float, float, tuple[int, ...]], Interval] = field(compare=False)
     worst: float
     settings: MonteCarlo
 
@@ -207,22 +211,41 @@ class _Run:
         settings = settings or MonteCarlo()
         scale = sensitivity(strategy, participation).value
         if isinstance(participation, BallsInBins):
-            gram = bin_gram(strategy, participation.period) / scale**2
+            b, square = participation.period, scale**2
+            gram, signed = (bin_gram(strategy, b, signed=x) / square for x in (False, True))
             known = _digest(participation, gram)
-            return cls(participation.type, known, lambda s: Bins(gram / s**2), 1.0, settings)
+            return cls(
+                participation.type,
+                known,
+                lambda s: Bins(gram / s**2),
+                lambda s, delta, sizes: bin_bounds.bounds(gram / s**2, delta, signed / s**2, sizes),
+                1.0,
+                settings,
+            )
         b, p = participation.min_sep, participation.probability
         rows = band_rows(strategy) / scale
         often = MinSeparation(b, -(-n_steps // b))
         worst = sensitivity(strategy, often).value / scale
         known = _digest(participation, rows)
-        return cls(participation.type, known, lambda s: Separated(rows / s, b, p), worst, settings)
+        return cls(
+            participation.type,
+            known,
+            lambda s: Separated(rows / s, b, p),
+            lambda s, delta, sizes: Interval(0.0, math.inf),
+            worst,
+            settings,
+        )
 
     def cost(self, sigma: float, delta: float) -> PrivacyCost:
-        """Return the lesser of the upper confidence bound and of what holds anyway."""
-        certain = gaussian.gaussian_epsilon(sigma / self.worst, delta)
-        found = _sampled(self, sigma, delta)
-        if found >= certain:  # too few samples; random or not, the run is one Gaussian mechanism
-            return PrivacyCost(certain, delta, False, "analytic Gaussian, not amplified")
+        """Return the least of the certain bound, the confidence bound and what holds anyway."""
+        alone = gaussian.gaussian_epsilon(sigma / self.worst, delta)
+        certain = _bounded(self, sigma, delta)
+        found = math.inf if certain.tight else _sampled(self, sigma, delta)
+        if min(found, certain.upper) >= alone:  # random or not, the run is one Gaussian mechanism
+            return PrivacyCost(alone, delta, False, "analytic Gaussian, not amplified")
+        if certain.upper <= found:
+            method = f"certain upper bound for {self.name}, by sums of log-normals"
+            return PrivacyCost(certain.upper, delta, False, method)
         method = (
             f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
             f"samples each way from seed {self.settings.seed}, too small with probability "
@@ -236,7 +259,11 @@ class _Run:
 
         def forecast(log_sigma: float) -> float:
             sigma = math.exp(log_sigma)
-            epsilon = estimate.forecast(self.at(sigma), delta, self.settings)
+            certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
+            epsilon = certain.upper
+            if not certain.tight and certain.lower < target < certain.upper:
+                guess = estimate.forecast(self.at(sigma), delta, self.settings)
+                epsilon = min(epsilon, guess)
             report(sigma, epsilon)
             return min(epsilon, 10 * target)  # it is infinite where sigma is far too small
 
@@ -281,3 +308,8 @@ def _sampled(run: _Run, sigma: float, delta: float) -> float:
     # this one, its bound fails with an ATTEMPTS-th of `failure`: the union bound holds.
     (bits,) = struct.unpack("<Q", struct.pack("<d", sigma))
     return estimate.epsilon(run.at(sigma), delta, attempt, bits)
+
+
+@lru_cache(maxsize=64)
+def _bounded(run: _Run, sigma: float, delta: float, sizes: tuple[int, ...] = SIZES) -> Interval:
+    return run.bounds(sigma, delta, sizes)

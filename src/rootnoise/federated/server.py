@@ -109,6 +109,11 @@ class PrivateAggregator:
         memory: Memory = "look-ahead",
         key: Key | None = None,
     ) -> None:
+        if not isinstance(mechanism, Mechanism):
+            raise RootnoiseError(f"mechanism must be a Mechanism, got {type(mechanism).__name__}")
+        if not isinstance(weights, Mapping):
+            kind = type(weights).__name__
+            raise RootnoiseError(f"weights must be a model's state_dict, got {kind}")
         size = integer("cohort_size", cohort_size, 1, MOST_CLIENTS)
         self.cohort_size, self.mechanism, self.policy = size, mechanism, policy
         self.least = integer("least", least, 1, size, high_name="cohort_size")

@@ -187,10 +187,12 @@ class _Audit:
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
             expected = vouched.get(name, "not of this run")
             yield Check(name, found == expected, expected[:16], found[:16])
-        text = (self.folder.path / "privacy.md").read_bytes()
-        yield Check(
-            "privacy.md", text == statement.as_markdown(stated), "says the same", "compared"
-        )
+        path = self.folder.path / "privacy.md"
+        if not path.is_file():
+            yield Check("privacy.md", False, "says the same", "missing")
+            return
+        same = path.read_bytes() == statement.as_markdown(stated)
+        yield Check("privacy.md", same, "says the same", "compared")
 
     def _settings(self, config: RunConfig) -> Iterator[Check]:
         """Check that people read the same settings in run.toml as the run had."""

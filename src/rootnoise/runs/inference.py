@@ -21,6 +21,7 @@ from torch import nn
 from rootnoise._check import RootnoiseError
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.models import build
+from rootnoise.runs.settings import as_of_today
 
 # The one entry of the file's metadata: safetensors keeps no order among several.
 ABOUT = "rootnoise"
@@ -126,7 +127,7 @@ def settings(run_dir: str | Path) -> RunConfig:
         RootnoiseError: no config.json in its folder, or one that is not of a run.
     """
     try:
-        return RunConfig(**json.loads((Path(run_dir) / "config.json").read_bytes()))
+        return RunConfig(**as_of_today(json.loads((Path(run_dir) / "config.json").read_bytes())))
     except (OSError, TypeError, ValueError) as reason:
         line = " ".join(f"{reason}".split())
         raise RootnoiseError(f"run must have its config.json, got {run_dir}: {line:.100}") from None

@@ -237,7 +237,7 @@ class PrivateOptimizer:
         self._place.clear()
         self._taken = self._taken[:0]
 
-    def accumulate(self, indices: ArrayLike, batch: ArrayLike | None = None) -> None:
+    def accumulate(self, indices: ArrayLike | None = None, batch: ArrayLike | None = None) -> None:
         """Add the gradients of one part of step `t`'s batch; `step` adds the last part.
 
         Micro-batches may have any size and order. Together with the part given to `step` they must
@@ -307,7 +307,7 @@ class PrivateOptimizer:
             raise RootnoiseError(f"{rule}, got another one")
         return self._batch
 
-    def step(self, indices: ArrayLike) -> None:
+    def step(self, indices: ArrayLike | None = None) -> None:
         """Take step `t` with the gradients of the examples `indices`.
 
         Args:
@@ -375,8 +375,13 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)
 
-    def _checked(self, indices: ArrayLike) -> Indices:
+    def _checked(self, indices: ArrayLike | None) -> Indices:
         """Return this process's part of the batch; refuse it, or its gradients, if not valid."""
+        if indices is None:
+            raise RootnoiseError(
+                "step must get the indices of the batch, got none (the optimizer of make_private "
+                "is the one that needs none)"
+            )
         if callable(indices):
             raise RootnoiseError("step must get the indices of the batch, got a closure")
         if os.getpid() != self._process:
@@ -454,6 +459,8 @@ class PrivateOptimizer:
                 `keep` afterwards), or the saved one had another mechanism (any field of it), key,
                 sampler, decay or layout. Nothing has changed then.
         """
+        if not isinstance(state, Mapping):
+            raise RootnoiseError(f"saved state must be a mapping, got {type(state).__name__}")
         if self.t or self.ledger.t or self.stream.t:
             raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
         self.ledger.check_unkept()

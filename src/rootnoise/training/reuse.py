@@ -81,4 +81,4 @@ def _digest(release: torch.Tensor) -> bytes:
         weighted += sums
     rest = (release[rows * lanes :] + 0.0).view(torch.int64)
     found = torch.cat([sums, weighted, rest])
-    return hashlib.blake2b(found.cpu().numpy(), digest_size=WIDTH).digest()
+    return hashlib.blake2b(found.cpu().numpy().tobytes(), digest_size=WIDTH).digest()

@@ -48,10 +48,11 @@ that differ in one example differ by at most C, the other examples' arrays being
 matrices of at most K terms (sums for a bias: 2 K), whose magnitudes for example i have norm at most
 f_i S_i <= RATIO C: over all layers and examples they err by gamma_{2K + 2} RATIO N C in norm, by
 the triangle inequality. The at most N additions to the running sum, whose value is a sum of vectors
-of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of norm at most C and at most N
-terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different coordinates, at
-most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for two. Norms and
-factors, float64, err by less than 1e-8 C. So the difference is at most C (1 - SLACK + 8.5e-6) < C.
+of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of norm at most C and at
+most N terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different
+coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for
+two. Norms and factors, float64, err by less than 1e-8 C. So the difference is at most
+C (1 - SLACK + 8.5e-6) < C.
 QED
 
 No float32 product adds up several examples, although it is twice as fast. Adding K rows of norm at
@@ -152,8 +153,8 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
         inputs = _squares(a) if weight else torch.zeros_like(a[..., 0], dtype=torch.float64)
         return ((inputs + int(bias)) * _squares(g)).sum((1, 2))
     if not (weight and single(a, g)):
-        inputs = a.double() @ a.double().mT if weight else None
-        return _gram_bound(inputs, g.double() @ g.double().mT, bias, FLOOR)[0].sum(1)
+        own = a.double() @ a.double().mT if weight else None
+        return _gram_bound(own, g.double() @ g.double().mT, bias, FLOOR)[0].sum(1)
     inputs, outputs = _gram_in_chunks(a), _gram_in_chunks(g)
     squares, lengths = _gram_bound(inputs, outputs, bias, ROUGH)
     sure = (ROUGH * lengths <= COSTLY * squares).all(1)
@@ -185,11 +186,11 @@ def float32_products() -> Iterator[None]:
 def _gram_in_chunks(x: torch.Tensor) -> torch.Tensor:
     """Return x x^T, float64, of float32 products of `CHUNK` columns at a time."""
     with float32_products():
-        parts = x.flatten(0, 1).split(CHUNK, -1)  # of three dimensions, which bmm does not copy
+        parts = torch.split(x.flatten(0, 1), CHUNK, -1)  # bmm does not copy three dimensions
         gram = torch.bmm(parts[0], parts[0].mT).double()
         for part in parts[1:]:
             gram += torch.bmm(part, part.mT)
-    return gram.unflatten(0, x.shape[:2])
+    return gram.view(*x.shape[:2], x.shape[2], x.shape[2])
 
 
 def _gram_bound(

@@ -1,0 +1,111 @@
+"""Certain bounds on epsilon for balls in bins of any Gram matrix, by comparison.
+
+For convex f, E_Q f(L) grows with every entry of the Gram matrix (Kahane 1985; `dominating` has the
+formula), and by Jensen's inequality it falls when L is replaced by a mean of variables like it.
+Both directions of the hockey-stick divergence are such f. So, with v on the diagonal, c elsewhere,
+
+* from above: the b means, in a circle, are the average over its b rotations of b // m of them, m
+  apart. They hide at least as well as b // m means with v the largest entry of the diagonal, and c
+  the largest entry of any two means at least m apart in the circle. m is free.
+* from below: the means cut into ceil(b / m) runs of at most m neighbours hide at most as well as as
+  many equally likely means with v the least entry of any two that are less than m apart, and c the
+  least entry off the diagonal. (Unequal weights would only hide less.) m is free.
+
+Bins whose means are orthogonal and equally long, as those of independent noise, are compared with
+themselves: the bounds are tight. docs/accounting.md has the proofs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from rootnoise._check import Array
+from rootnoise.accounting.gaussian import gaussian_epsilon
+from rootnoise.accounting.random_allocation import SIZES, Allocation, Interval
+
+# Distances m that are tried, and the grids that choose among them.
+DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+COARSE = SIZES[:2]
+# Grids for a first look at a noise multiplier.
+QUICK = SIZES[:3]
+
+
+def bounds(
+    gram: Array, delta: float, attained: Array | None = None, sizes: tuple[int, ...] = SIZES
+) -> Interval:
+    """Return bounds on the epsilon of b equally likely means against none.
+
+    Args:
+        gram: their products, >= 0, in units of the noise.
+        delta: in (0, 1).
+        attained: products of means that somebody's data can have, entry by entry at most `gram`;
+            the lower bound is theirs. `gram` itself where left out.
+        sizes: points of the grids; fewer are faster, and their bounds wider.
+    """
+    above, below = _spaced(gram), _merged(gram if attained is None else attained)
+    found = _best(above, delta, sizes, above=True)
+    lower = _alone(gram if attained is None else attained, delta)
+    if above == below:  # nothing is lost on either side
+        return Interval(max(lower, found.lower), found.upper)
+    return Interval(max(lower, _best(below, delta, sizes, above=False).lower), found.upper)
+
+
+def _best(
+    candidates: list[Allocation], delta: float, sizes: tuple[int, ...], *, above: bool
+) -> Interval:
+    """Return the bounds of the candidate that is best from one side."""
+    if not candidates:
+        return Interval(0.0, math.inf)
+    if len(candidates) == 1:
+        return candidates[0].epsilon(delta, sizes)
+    coarse = [candidate.epsilon(delta, COARSE) for candidate in candidates]
+    ranks = [found.upper if above else -found.lower for found in coarse]
+    return candidates[int(np.argmin(ranks))].epsilon(delta, sizes)
+
+
+def _spaced(gram: Array) -> list[Allocation]:
+    """Return what hides at most as well, from above."""
+    b, largest = len(gram), _diagonals(gram).max(axis=1)
+    found: dict[float, Allocation] = {}
+    for m in DISTANCES:
+        if m > 1 and b // m < 2:
+            break
+        shared = float(largest[m : b - m + 1].max(initial=0.0))
+        own = float(largest[0]) - shared
+        if own > 0:  # more distance without smaller products only leaves fewer bins
+            found.setdefault(shared, Allocation(b // m, own, shared))
+    return list(found.values())
+
+
+def _merged(gram: Array) -> list[Allocation]:
+    """Return what hides at least as well, from below."""
+    b, least = len(gram), _diagonals(gram).min(axis=1)
+    shared = float(least[1:].min(initial=math.inf)) if b > 1 else 0.0
+    found = []
+    for m in DISTANCES:
+        # Neighbours less than m apart in a row are so in the circle.
+        nearest = np.concatenate([least[:m], least[b - m + 1 :]])
+        own = float(nearest.min()) - shared
+        if m > b or shared < 0 or own <= 0:
+            break
+        found.append(Allocation(-(-b // m), own, shared))
+    return found
+
+
+def _alone(gram: Array, delta: float) -> float:
+    """Return what the longest mean gives alone: as L >= x / b, delta >= delta_x(b e^eps) / b."""
+    b, longest = len(gram), float(np.diag(gram).max())
+    if b * delta >= 1 or longest <= 0:
+        return 0.0
+    # Known to 1e-11 of delta, from above.
+    alone = gaussian_epsilon(1 / math.sqrt(longest), min(b * delta * (1 + 1e-9), 1 - 1e-9))
+    return max(0.0, alone * (1 - 1e-9) - math.log(b) - 1e-9)
+
+
+def _diagonals(gram: Array) -> Array:
+    """Return gram[i, (i + d) % b] at place [d, i]."""
+    i = np.arange(len(gram))
+    products: Array = gram[i, (i + i[:, None]) % len(gram)]
+    return products

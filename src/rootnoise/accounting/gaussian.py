@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import erfcx, ndtr
@@ -241,6 +242,8 @@ def _span(sigma: float, q: float) -> float:
     return float(np.logaddexp(none, math.log(q) + most)) - none
 
 
+# A calibration confirms on the grids it used, and whoever makes the mechanism asks again.
+@lru_cache(maxsize=256)
 def _on_grid(sigma: float, q: float, rounds: int, delta: float, grid: float) -> float:
     cut = math.log(delta / rounds) + CUT
     steps = (subsampled.losses(sigma, q, grid, cut, add=add) for add in (False, True))

@@ -100,6 +100,8 @@ def plan(
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
     """Return the words of the command that trains with a row; DATASET and OUT are placeholders."""
+    from rootnoise.runs.config import row_settings
+
     given = {
         name: getattr(work, name)
         for name in ("momentum", "decay", "schedule", "warmup", "final", "lr")
@@ -114,14 +116,8 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
         "epochs": job.epochs,
         "momentum": 0.0,  # the default of `plan`, not that of `train`
         **given,
-        "mechanism": row.mechanism,
-        **row.options,
-        "sampling": "poisson" if row.sampling == "cyclic-poisson" else row.sampling,
+        **row_settings(row),
     }
-    if row.sampling == "poisson":
-        words["mechanism"] = "dpsgd"
-    elif row.sampling == "cyclic-poisson":
-        words["groups"] = getattr(row.participation, "groups")  # noqa: B009 - of this sampling only
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in words.items())
     return ["rootnoise", "train", *chain(*pairs)]
 

@@ -318,6 +318,7 @@ def test_spaced_bins_are_compared_with_the_closest_left():
     assert bin_bounds._spaced(gram) == [Allocation(4, 3.0, 2.0), Allocation(2, 4.0, 1.0)]
     # Runs of one, and of two.
     assert bin_bounds._merged(gram) == [Allocation(4, 3.0, 1.0), Allocation(2, 1.0, 1.0)]
+    assert bin_bounds._merged(np.array([[2.0, 1], [1, 2]])) == [Allocation(2, 1.0, 1.0)]
     uneven = np.diag([1.0, 2.0, 3.0])
     assert bin_bounds._spaced(uneven) == [Allocation(3, 3.0)]
     assert bin_bounds._merged(uneven) == [Allocation(3, 1.0)]

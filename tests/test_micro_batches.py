@@ -235,6 +235,31 @@ def test_a_forward_of_a_pass_before_is_not_of_the_batch_drawn_anew():
         run.optimizer.step()
 
 
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_what_zero_grad_drops_between_parts_counts_for_nothing(broken_off):
+    run, _ = private(3)
+    train(run)
+    before = ended(run)
+    del run
+    gc.collect()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run, _ = private(3)
+    for _ in range(EPOCHS):
+        for x, y in run.loader:
+            if broken_off:
+                with run.model.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+                    run.model(3 * x)
+            else:
+                cross_entropy(run.model(3 * x), y).backward()
+            run.optimizer.zero_grad()
+            cross_entropy(run.model(x), y, reduction="sum").backward()
+            run.optimizer.step()
+    same_run(ended(run), before)
+
+
 def test_parts_are_stepped_on_once_each_in_their_order():
     run, _ = private(3)
     batches = iter(run.loader)

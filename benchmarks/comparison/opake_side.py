@@ -20,8 +20,8 @@ from clock import (
 )  # of rootnoise.bench, through PYTHONPATH
 from torch.nn import functional
 
-# opake-accounting 0.16.1 does not import on CPython before 3.11.11, 3.12.8 and 3.13.1, whose
-# dataclasses overlook an inherited __weakref__. This is what later ones do.
+# opake-accounting 0.16.1 does not import on CPython 3.11.7, whose dataclasses overlook an inherited
+# __weakref__. This is what later ones do.
 _older = dataclasses._get_slots
 
 

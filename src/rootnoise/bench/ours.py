@@ -93,7 +93,7 @@ def _private_step(model: str, n: int) -> tuple[Callable[[], None], int]:
 
     def step() -> None:
         optimizer.zero_grad()
-        functional.cross_entropy(private(x), y).backward()
+        functional.cross_entropy(private(x), y).backward()  # type: ignore[no-untyped-call]
         optimizer.step(torch.from_numpy(sampler.batch(optimizer.t)))
 
     return step, optimizer.stream.block_steps
@@ -168,14 +168,14 @@ def accuracy(
     for _ in range(epochs):
         for inputs, labels in loader:
             optimizer.zero_grad()
-            functional.cross_entropy(private(inputs), labels).backward()
+            functional.cross_entropy(private(inputs), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         right = (net.eval()(test_x).argmax(1) == test_y).double().mean()
     return {"value": float(right), "epsilon": optimizer.epsilon_spent()}
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "versions": versions,
     "factors": factors,
     "plan_time": plan_time,

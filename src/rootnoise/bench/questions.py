@@ -49,8 +49,8 @@ def questions(section: str, quick: bool) -> list[Question]:
         whats = ("step", "ghost")
         return [{"what": what, "model": m, "n": n} for m, n in models for what in whats]
     if section == "memory":
-        whats = ("plain_memory", "memory", "ghost_memory")
-        return [{"what": what, "model": m, "n": n} for m, n in models for what in whats]
+        ways = ("plain_memory", "memory", "ghost_memory")
+        return [{"what": what, "model": m, "n": n} for m, n in models for what in ways]
     if section == "factors":
         n, k = (256, 4) if quick else (512, 4)
         banded = [(name, n // k, 0.0) for name in ("bsr", "banded", "bandmf")]

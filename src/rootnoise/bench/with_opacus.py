@@ -115,9 +115,10 @@ def calibrate(target: float, q: float, n: int, delta: float, groups: int) -> dic
         return {"missing": True}
 
     def find() -> float:
-        return get_noise_multiplier(
+        found: float = get_noise_multiplier(
             target_epsilon=target, target_delta=delta, sample_rate=q, steps=n, accountant="prv"
         )
+        return found
 
     return measured(find)
 
@@ -157,14 +158,14 @@ def accuracy(
     for _ in range(epochs):
         for inputs, labels in loader:
             optimizer.zero_grad()
-            functional.cross_entropy(private(inputs), labels).backward()
+            functional.cross_entropy(private(inputs), labels).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     with torch.no_grad():
         right = (private.eval()(test_x).argmax(1) == test_y).double().mean()
     return {"value": float(right), "epsilon": float(engine.get_epsilon(delta))}
 
 
-MEASURES = {
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
     "versions": versions,
     "noise": noise,
     "step": step,

@@ -12,12 +12,16 @@ from torch.utils.data import (
     DataLoader,
     IterableDataset,
     Subset,
+    TensorDataset,
     WeightedRandomSampler,
     default_collate,
 )
 
 from front_door_parts import BATCH, GOAL, bsr, data, parts, weights
-from rootnoise import RootnoiseError, make_private
+from rootnoise import (
+    RootnoiseError,
+    make_private,
+)
 
 
 class Stream(IterableDataset):
@@ -43,6 +47,12 @@ def mixed_up(examples):
 def centred(examples):
     x, y = default_collate(examples)
     return (x - x.mean(0)).numpy(), y
+
+
+def unfolded(examples):
+    """A row has one dimension more where an example comes twice."""
+    x, y = default_collate(examples)
+    return (x if len(x.unique(dim=0)) == len(x) else x[:, None]), y
 
 
 class Jittered:
@@ -115,6 +125,10 @@ WRONG = {
         lambda: (*parts(), data(), {"scheduler": 3}),
         "scheduler must be one of torch, or a function that makes one, got int",
     ),
+    "no noise": (
+        lambda: (*parts(), data(), {"epsilon": None, "noise_multiplier": -1.0}),
+        "noise_multiplier must be a finite number > 0, got -1.0$",
+    ),
     "an index twice": (
         lambda: (*parts(), Subset(Subset(data(), [*range(12), 0]), range(9)), {}),
         "data must hold each record once, for epsilon is one index's, got a Subset with index 0 2 ",
@@ -123,6 +137,25 @@ WRONG = {
         lambda: (*parts(), ConcatDataset([data(), ConcatDataset([d := data(), d])]), {}),
         "data must hold each record once, for epsilon is one index's, got a ConcatDataset of one",
     ),
+    "a rare class twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), Subset(d, [3, 5])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 3 2 times",
+    ),
+    "folds that overlap": (
+        lambda: (*parts(), ConcatDataset([Subset(d := data(), range(8)), Subset(d, [9, 7])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 7 2 times",
+    ),
+    "an index from the end": (
+        lambda: (*parts(), Subset(data(), [1, 1 - len(data())]), {}),
+        "data must hold each record once, for epsilon is one index's, got a Subset with index 1 2 ",
+    ),
+    "tensors twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), TensorDataset(*d.tensors)]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 0 2 times",
+    ),
     "mix-up": (
         lambda: (*parts(), DataLoader(data(), collate_fn=mixed_up), {}),
         "collate_fn must make each example's row of that example alone, got another row of one "
@@ -130,6 +163,11 @@ WRONG = {
     ),
     "a mean": (
         lambda: (*parts(), DataLoader(data(), collate_fn=centred), {}),
+        "collate_fn must make each example's row of that example alone, got another row of one "
+        "example beside others",
+    ),
+    "a shape": (
+        lambda: (*parts(), DataLoader(data(), collate_fn=unfolded), {}),
         "collate_fn must make each example's row of that example alone, got another row of one "
         "example beside others",
     ),

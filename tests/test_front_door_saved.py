@@ -1,15 +1,26 @@
 """`save` and `resume=`: the same run goes on, with its own data, or not at all."""
 
 import io
+import random  # noqa: TID251 - data sets use it
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    Subset,
+    TensorDataset,
+)
 
 from front_door_parts import BATCH, GOAL, again, data, parts, train, weights
-from rootnoise import Key, RootnoiseError, make_private
+from rootnoise import (
+    Key,
+    RootnoiseError,
+    make_private,
+)
 from rootnoise.front_door.saved import _digest, identity, sealed
+from rootnoise.front_door.several import _contents
 
 
 def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
@@ -23,6 +34,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
         nn.functional.cross_entropy(run.model(x), y).backward()
         run.optimizer.step()
     file = tmp_path / "run.pt"
+    run.optimizer.private.non_finite = 3  # as if
     run.optimizer.save(file)
     assert file.stat().st_mode & 0o077 == 0
     train(run.model, run.optimizer, batches, epochs=1)
@@ -32,7 +44,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
 
     model, sgd = parts(seed=9)
     run = make_private(model, sgd, data(), resume=file, **settings)
-    assert run.optimizer.t == 2
+    assert (run.optimizer.t, run.optimizer.private.non_finite) == (2, 3)
     train(*run, epochs=1)
     assert torch.equal(weights(model), whole)
 
@@ -100,4 +112,31 @@ def test_data_that_may_change_are_known_by_their_number():
     key = Key.from_seed(1)
     assert identity(Augmented(), key) == [5, None]
     assert identity(Subset(Augmented(), [0, 1]), key) == [2, None]
+    assert identity(ConcatDataset([data(), Augmented()]), key) == [29, None]
     assert identity(data(), key) == identity(data(), key) != identity(data(), Key.from_seed(2))
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Records that every global generator has a part in."""
+
+    def __init__(self, name="x", shift=0):
+        self.name, self.shift = name, shift
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        drawn = random.random(), np.random.rand(), torch.rand(2)  # noqa: S311
+        return {self.name: drawn, "y": i + self.shift}
+
+
+def test_ranks_compare_records_by_name_and_value_and_move_no_generator():
+    def states():
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+
+    before, found = states(), _contents(Drawn())
+    assert before[:2] == states()[:2]
+    assert torch.equal(before[2], states()[2])
+    random.random(), np.random.rand(), torch.rand(1)  # noqa: S311
+    assert _contents(Drawn()) == found
+    assert _contents(Drawn("z")) != found != _contents(Drawn(shift=1))

@@ -950,9 +950,9 @@ MUTATIONS = [
     ),
     Mutation(
         "what Opacus skips ends a batch",
-        "integrations/opacus.py",
-        "not loop._skips_next)",
-        "True)",
+        "integrations/opacus/loop.py",
+        "not loop._skips_next",
+        "True",
         "opacus",
     ),
     Mutation(

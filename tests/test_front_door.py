@@ -534,6 +534,25 @@ WRONG = {
         lambda: (*parts(), ConcatDataset([data(), ConcatDataset([d := data(), d])]), {}),
         "data must hold each record once, for epsilon is one index's, got a ConcatDataset of one",
     ),
+    "a rare class twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), Subset(d, [3, 5])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 3 2 times",
+    ),
+    "folds that overlap": (
+        lambda: (*parts(), ConcatDataset([Subset(d := data(), range(8)), Subset(d, [9, 7])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 7 2 times",
+    ),
+    "an index from the end": (
+        lambda: (*parts(), Subset(data(), [1, 1 - len(data())]), {}),
+        "data must hold each record once, for epsilon is one index's, got a Subset with index 1 2 ",
+    ),
+    "tensors twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), TensorDataset(*d.tensors)]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 0 2 times",
+    ),
     "mix-up": (
         lambda: (*parts(), DataLoader(data(), collate_fn=mixed_up), {}),
         "collate_fn must make each example's row of that example alone, got another row of one "

@@ -247,6 +247,8 @@ def test_metrics_of_the_training_set_are_refused(tmp_path):
     run = trainer(tmp_path, rows=same, eval_dataset={"other": data(seed=2)})
     with pytest.raises(RootnoiseError, match=line):
         run.evaluate(same)
+    with pytest.raises(RootnoiseError, match=line):
+        run.predict(same)
     assert run.evaluate("other")["eval_loss"] > 0
 
 

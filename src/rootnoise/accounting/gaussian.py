@@ -52,6 +52,15 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     return mu * t * (1 + 4 * UNIT)
 
 
+def gaussian_delta(sigma: float, epsilon: float) -> float:
+    """Return delta of N(1, sigma^2) against N(0, sigma^2) at `epsilon`, by the same theorem.
+
+    Never below the true one, by `MARGIN` of delta.
+    """
+    mu = 1 / sigma
+    return min(1.0, math.exp(_log_delta(epsilon / mu - mu / 2, mu) + MARGIN))
+
+
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
     """Return the least sigma found whose `gaussian_epsilon` is at most `epsilon`.
 

@@ -18,6 +18,7 @@ from rootnoise.diagnostics import Finding
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
+from rootnoise.planner.sizing import Fleet, Size, Speed
 from rootnoise.workload import Workload
 
 # Most steps of a job, for which all candidates together take about half a minute.
@@ -44,6 +45,7 @@ class Job:
         epsilon: privacy loss to spend.
         delta: its failure probability.
         memory_rows: most noise vectors of the model's size to keep; None for no limit.
+        fleet: the model's size and the devices: rows that do not fit are not chosen.
 
     Raises:
         RootnoiseError: a value out of range.
@@ -58,6 +60,7 @@ class Job:
     epsilon: float
     delta: float
     memory_rows: int | None = None
+    fleet: Fleet | None = None
 
     def __post_init__(self) -> None:
         integer("n_examples", self.n_examples, 1)
@@ -127,6 +130,7 @@ class Row:
         gap: upper bound on how far rmse is above the best factorization for the same sampling.
         memory_rows: noise vectors of the model's size that must be kept between steps.
         note: what the privacy claim depends on.
+        remembers_noise: those vectors are the noise of the last steps (see `sizing.held_rows`).
     """
 
     mechanism: str
@@ -140,6 +144,7 @@ class Row:
     gap: float
     memory_rows: int
     note: str
+    remembers_noise: bool = False
 
     @property
     def sampling(self) -> str:
@@ -178,14 +183,37 @@ class Plan:
     def first(self, *samplings: str) -> Row:
         """Return the best row, of all or of some samplings.
 
+        Rows that do not fit the job's devices are passed over.
+
         Raises:
-            RootnoiseError: no row has one of these samplings.
+            RootnoiseError: no row has one of these samplings, or none of them fits.
         """
-        for row in self.rows:
-            if not samplings or "auto" in samplings or row.sampling in samplings:
+        any_ = not samplings or "auto" in samplings
+        rows = [row for row in self.rows if any_ or row.sampling in samplings]
+        if not rows:
+            names = " or ".join(samplings)
+            raise RootnoiseError(f"sampling must be one that the plan has, got {names!r}")
+        for row in rows:
+            if self.fits(row):
                 return row
-        names = " or ".join(samplings)
-        raise RootnoiseError(f"sampling must be one that the plan has, got {names!r}")
+        least = min(size.total for row in rows if (size := self.size(row)) is not None)
+        limit = self.job.fleet.device_memory if self.job.fleet else None
+        raise RootnoiseError(
+            f"device_memory must hold the least row, {least / 1e9:.3g} GB (more ranks, or "
+            f"sharded), got {(limit or 0) / 1e9:.3g} GB"
+        )
+
+    def size(self, row: Row, speed: Speed | None = None) -> Size | None:
+        """Return what a row takes on each rank of the job's fleet, None without one."""
+        fleet = self.job.fleet
+        if fleet is None:
+            return None
+        return fleet.size(self.job.n_steps, row.memory_rows, row.remembers_noise, speed)
+
+    def fits(self, row: Row) -> bool:
+        """Whether a row fits the devices; it does where they are not known."""
+        size = self.size(row)
+        return size is None or size.fits
 
     def split(self, row: Row) -> Factorization:
         """Return the factorization of a row."""

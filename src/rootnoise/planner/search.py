@@ -16,7 +16,7 @@ from typing import Any
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.bounds.certificate import Certificate, lower_bound
-from rootnoise.causal import CausalMatrix
+from rootnoise.causal import CausalMatrix, Inverse, Toeplitz
 from rootnoise.diagnostics import Finding, diagnose
 from rootnoise.factorization import Factorization, default_bands, factorize
 from rootnoise.mechanism import Mechanism
@@ -257,6 +257,8 @@ def _row(
         gap=bound.gap(rmse),
         memory_rows=split.memory_rows,
         note=note if sens.exact else f"{note}; sensitivity is an upper bound",
+        remembers_noise=isinstance(split.noising, Inverse)
+        and isinstance(split.noising.base, Toeplitz),
     )
 
 

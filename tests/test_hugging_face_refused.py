@@ -33,6 +33,7 @@ from rootnoise.integrations.hugging_face import (
     PrivacyArguments,
     PrivateTrainer,
 )
+from rootnoise.integrations.per_example import check_batch
 
 # peft 0.21 asks transformers 5.24 by a name that it is about to drop.
 pytestmark = [
@@ -217,6 +218,14 @@ def test_t5_is_refused_even_where_its_positions_are_as_many_as_the_examples(tmp_
     rows = data("causal")
     with pytest.raises(RootnoiseError, match=r"relative_attention_bias .* one row an example"):
         trainer(tmp_path, t5(freeze=False), rows, per_device_train_batch_size=LENGTH).train()
+
+
+def test_the_mask_of_a_batch_says_where_its_padding_is():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"attention_mask": mask}
+    assert check_batch(batch, 2) is batch
+    with pytest.raises(RootnoiseError, match=r"^data_collator must pad on the right"):
+        check_batch({"attention_mask": mask.flip(1)}, 2)
 
 
 def test_padding_is_on_the_right(tmp_path):

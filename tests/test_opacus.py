@@ -272,6 +272,8 @@ def test_another_checkpoint_is_refused(tmp_path):
         PrivacyEngine().save_checkpoint(path=tmp_path / "x", **mine)
     with pytest.raises(RootnoiseError, match=r"^noise and clip norm must stay as calibrated, and"):
         engine.save_checkpoint(path=tmp_path / "x", noise_scheduler=1, **mine)
+    with pytest.raises(RootnoiseError, match=r"^noise and clip norm must .* got grad_clip_sch"):
+        engine.load_checkpoint(path=tmp_path / "run.pt", grad_clip_scheduler=1, **mine)
     with pytest.raises(RootnoiseError, match=r"^path must be writable, got .*: No such file"):
         engine.save_checkpoint(path=tmp_path / "no" / "x", **mine)
     with pytest.raises(RootnoiseError, match=r"^path must be readable, got .*: No such file"):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger_file import pack
 from rootnoise.federated import Clients, pick
 from rootnoise.participation import (
     BallsInBins,
@@ -68,6 +69,20 @@ def test_policies_take_whom_they_say():
         pick(clients, everyone, 2, rng, "mine")
     with pytest.raises(RootnoiseError, match="size must be >= 1, got 0"):
         pick(clients, everyone, 0, rng)
+
+
+@pytest.mark.parametrize("policy", ["fewest", "longest"])
+def test_nobody_is_taken_before_one_with_a_better_claim(policy):
+    """Of 40, whose counts and last rounds are all different."""
+    clients = Clients(MinSeparation(min_sep=1, max_participations=99))
+    everyone, order = clients.join(range(40)), np.random.default_rng(2).permutation(40)
+    for t in range(40):
+        clients.admit(order[: 40 - t])
+    count, last = clients.rounds(everyone)
+    claim = count if policy == "fewest" else last
+    for size in range(1, 40):
+        chosen = pick(clients, everyone, size, np.random.default_rng(size), policy)
+        assert np.sort(claim[chosen]).tolist() == np.sort(claim)[:size].tolist()
 
 
 def test_ties_fall_by_chance():
@@ -197,6 +212,7 @@ def test_changed_files_are_refused(tmp_path):
         ("clients.jsonl", b'"client 3"', b'"client 3'),
         ("cohorts.bin", sound[tmp_path / "cohorts.bin"][-3:], b""),
         ("cohorts.bin", sound[tmp_path / "cohorts.bin"][-1:], b"\xff"),
+        ("cohorts.bin", pack(np.array([5, 7])), pack(np.array([5, 6]))),  # whole, of another
     ]
     for name, old, new in harms:
         edit(tmp_path, name, old, new)

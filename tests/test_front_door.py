@@ -38,6 +38,7 @@ from rootnoise import (
 )
 from rootnoise.front_door.adaptive import AdaptiveOptimizerWarning, choose
 from rootnoise.front_door.saved import _digest, identity, sealed
+from rootnoise.front_door.several import _contents
 from rootnoise.planner import Job, plan
 
 EPOCHS, BATCH = 3, 8
@@ -267,6 +268,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
         nn.functional.cross_entropy(run.model(x), y).backward()
         run.optimizer.step()
     file = tmp_path / "run.pt"
+    run.optimizer.private.non_finite = 3  # as if
     run.optimizer.save(file)
     assert file.stat().st_mode & 0o077 == 0
     train(run.model, run.optimizer, batches, epochs=1)
@@ -276,7 +278,7 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
 
     model, sgd = parts(seed=9)
     run = make_private(model, sgd, data(), resume=file, **settings)
-    assert run.optimizer.t == 2
+    assert (run.optimizer.t, run.optimizer.private.non_finite) == (2, 3)
     train(*run, epochs=1)
     assert torch.equal(weights(model), whole)
 
@@ -344,7 +346,34 @@ def test_data_that_may_change_are_known_by_their_number():
     key = Key.from_seed(1)
     assert identity(Augmented(), key) == [5, None]
     assert identity(Subset(Augmented(), [0, 1]), key) == [2, None]
+    assert identity(ConcatDataset([data(), Augmented()]), key) == [29, None]
     assert identity(data(), key) == identity(data(), key) != identity(data(), Key.from_seed(2))
+
+
+class Drawn(torch.utils.data.Dataset):
+    """Records that every global generator has a part in."""
+
+    def __init__(self, name="x", shift=0):
+        self.name, self.shift = name, shift
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        drawn = random.random(), np.random.rand(), torch.rand(2)  # noqa: S311
+        return {self.name: drawn, "y": i + self.shift}
+
+
+def test_ranks_compare_records_by_name_and_value_and_move_no_generator():
+    def states():
+        return random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+
+    before, found = states(), _contents(Drawn())
+    assert before[:2] == states()[:2]
+    assert torch.equal(before[2], states()[2])
+    random.random(), np.random.rand(), torch.rand(1)  # noqa: S311
+    assert _contents(Drawn()) == found
+    assert _contents(Drawn("z")) != found != _contents(Drawn(shift=1))
 
 
 def test_auto_takes_independent_noise_for_adam_and_says_so():
@@ -417,6 +446,12 @@ def centred(examples):
     return (x - x.mean(0)).numpy(), y
 
 
+def unfolded(examples):
+    """A row has one dimension more where an example comes twice."""
+    x, y = default_collate(examples)
+    return (x if len(x.unique(dim=0)) == len(x) else x[:, None]), y
+
+
 class Jittered:
     def __init__(self):
         self.rng = torch.Generator().manual_seed(0)
@@ -487,6 +522,10 @@ WRONG = {
         lambda: (*parts(), data(), {"scheduler": 3}),
         "scheduler must be one of torch, or a function that makes one, got int",
     ),
+    "no noise": (
+        lambda: (*parts(), data(), {"epsilon": None, "noise_multiplier": -1.0}),
+        "noise_multiplier must be a finite number > 0, got -1.0$",
+    ),
     "an index twice": (
         lambda: (*parts(), Subset(Subset(data(), [*range(12), 0]), range(9)), {}),
         "data must hold each record once, for epsilon is one index's, got a Subset with index 0 2 ",
@@ -495,6 +534,25 @@ WRONG = {
         lambda: (*parts(), ConcatDataset([data(), ConcatDataset([d := data(), d])]), {}),
         "data must hold each record once, for epsilon is one index's, got a ConcatDataset of one",
     ),
+    "a rare class twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), Subset(d, [3, 5])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 3 2 times",
+    ),
+    "folds that overlap": (
+        lambda: (*parts(), ConcatDataset([Subset(d := data(), range(8)), Subset(d, [9, 7])]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 7 2 times",
+    ),
+    "an index from the end": (
+        lambda: (*parts(), Subset(data(), [1, 1 - len(data())]), {}),
+        "data must hold each record once, for epsilon is one index's, got a Subset with index 1 2 ",
+    ),
+    "tensors twice": (
+        lambda: (*parts(), ConcatDataset([d := data(), TensorDataset(*d.tensors)]), {}),
+        "data must hold each record once, for epsilon is one index's, got a ConcatDataset with "
+        "index 0 2 times",
+    ),
     "mix-up": (
         lambda: (*parts(), DataLoader(data(), collate_fn=mixed_up), {}),
         "collate_fn must make each example's row of that example alone, got another row of one "
@@ -502,6 +560,11 @@ WRONG = {
     ),
     "a mean": (
         lambda: (*parts(), DataLoader(data(), collate_fn=centred), {}),
+        "collate_fn must make each example's row of that example alone, got another row of one "
+        "example beside others",
+    ),
+    "a shape": (
+        lambda: (*parts(), DataLoader(data(), collate_fn=unfolded), {}),
         "collate_fn must make each example's row of that example alone, got another row of one "
         "example beside others",
     ),

@@ -454,9 +454,21 @@ class EngineLoader(PrivateLoader):
         return Batches(self)
 
     def collate_fn(self, examples: list[Any]) -> Any:
-        """Collate the next examples of a batch, and tell the optimizer that they were drawn."""
+        """Collate the next examples of a batch, and tell the optimizer that they were drawn.
+
+        Raises:
+            RootnoiseError: the last examples of a batch are not those of its last physical one, as
+                when two iterators over one manager take turns: then some would be taken twice.
+        """
         loop: Any = self._optimizer
-        loop.draw(self.batch_sampler.take(len(examples)), not loop._skips_next)
+        part, last = self.batch_sampler.take(len(examples)), not loop._skips_next
+        if last != (self.batch_sampler.left == 0):
+            raise RootnoiseError(
+                "physical batches must come in their order from one iterator, got "
+                f"{'the last one' if last else 'another one'} with {self.batch_sampler.left} "
+                "examples of the batch to come"
+            )
+        loop.draw(part, last)
         collate = self.loading.get("collate_fn") or default_collate
         return collate(examples) if examples else self._nobody()
 
@@ -483,6 +495,11 @@ class Batches:
                 )
             self._rest = loop.private.sampler.batch(t)
             yield self._rest.tolist()
+
+    @property
+    def left(self) -> int:
+        """How many examples of the last batch were not taken."""
+        return self._rest.size
 
     def take(self, n: int) -> Indices:
         """Return the next n examples of the batch."""

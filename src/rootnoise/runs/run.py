@@ -121,7 +121,6 @@ def run(
     with RunFolder(out) as folder:
         config, trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
-            first = ranks.rank == 0
             return _to_the_end(
                 config,
                 folder,
@@ -131,7 +130,7 @@ def run(
                 on_step,
                 on_checkpoint,
                 report,
-                first,
+                ranks,
             )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
@@ -177,22 +176,26 @@ def _to_the_end(
     on_step: OnStep | None,
     on_checkpoint: OnCheckpoint | None,
     report: bool,
-    writes: bool,
+    ranks: Ranks,
 ) -> Result:
-    """Train to the end; only the rank that `writes` changes the folder."""
-    if writes:
+    """Train to the end; rank 0 alone changes the folder, and the others wait for it."""
+    first = ranks.rank == 0
+    if first:
         folder.write_metrics(trainer.history)
     while trainer.t < trainer.sampler.n_steps:
         trainer.epoch(on_step, every)
         state = trainer.state_dict()
-        if writes:
+
+        def commit(state: Any = state) -> None:
             folder.save_checkpoint(state)
             folder.write_metrics(trainer.history)
+
+        ranks.by_first(commit)  # before any rank tells of these steps
         if on_checkpoint is not None:
             on_checkpoint(trainer)
     result = _result(config, trainer, folder.path)
     weights = trainer.weights()
-    if not writes:
+    if not first:
         return result
     title = f"{config.mechanism} on {config.dataset}"
     curve = [entry["test_accuracy"] for entry in trainer.history]

@@ -140,9 +140,9 @@ def _median(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     refused = [dict(answer) for answer in answers if "missing" in answer or "refused" in answer]
     if refused:
         return refused[0]
-    if len(answers) == 1:
-        return dict(answers[0])
-    found = {name: median(answer[name] for answer in answers) for name in answers[0]}
+    found = dict(answers[0])  # a single one may hold a strategy
+    if len(answers) > 1:
+        found = {name: median(answer[name] for answer in answers) for name in answers[0]}
     if answers[0].get("plain"):
         found["ratio"] = median(answer["seconds"] / answer["plain"] for answer in answers)
     return found

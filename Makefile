@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help venv demo paper test flower mutations lint docs dist benchmarks clean
+.PHONY: help venv demo paper test flower mutations lint docs dist benchmarks rivals comparison clean
 
 help: ## print this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
@@ -48,8 +48,14 @@ dist: $(VENV)/.dist ## build the wheel and the source archive into dist/
 benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 	@set -e; for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script"; done
 
+rivals: $(VENV)/.lab ## install JAX-Privacy and opake, each in .venv-rivals-NAME (FASTDP=FOLDER: fastDP too)
+	$(BIN)/python benchmarks/comparison/install.py $(if $(FASTDP),--fastdp $(FASTDP))
+
+comparison: $(VENV)/.lab ## measure rootnoise beside them (QUICK=1: less): writes docs/comparison.json and .md
+	$(BIN)/python benchmarks/comparison/run.py $(if $(QUICK),--quick)
+
 clean: ## remove .venv, caches and everything the targets above wrote
-	rm -rf $(VENV) .venv-flower demo paper site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-flower .venv-rivals-* demo paper site build dist .hypothesis .import_linter_cache .mutations .mypy_cache .pytest_cache .ruff_cache
 	find src tests papers -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra of pyproject.toml; an edit of either file below renews the install.

@@ -5,8 +5,8 @@ a cell is the median over rounds of the ratio. Blocks are timed whole: the time 
 m steps over m. Candidates: this engine in two memory modes; the usual implementation, which rolls
 and concatenates p - 1 buffers and multiplies with `tensordot`; a ring of p - 1 buffers, added up
 one by one; and the copy of one row, which bounds them all. JAX-Privacy, where the interpreter given
-has it (`--jax PYTHON`), is timed beside, in a process of its own. (opake 0.16 has independent noise
-only.) `--train` times a step of private training instead, with Opacus and its independent noise.
+has it (`--jax PYTHON`), is timed beside, in a process of its own. `--train` times a step of private
+training instead, with Opacus and its independent noise. (opake: benchmarks/comparison.)
 """
 
 from __future__ import annotations

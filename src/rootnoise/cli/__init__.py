@@ -14,6 +14,7 @@ import rootnoise
 from rootnoise._check import RootnoiseError
 from rootnoise.cli.account import account
 from rootnoise.cli.audit import audit
+from rootnoise.cli.bench import bench
 from rootnoise.cli.demo import demo
 from rootnoise.cli.diagnose import diagnose
 from rootnoise.cli.factorize import factorize
@@ -50,7 +51,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (plan, factorize, account, diagnose, train, predict, report, compare, audit, demo):
+COMMANDS = (
+    *(plan, factorize, account, diagnose, train, predict),
+    *(report, compare, audit, bench, demo),
+)
+for command in COMMANDS:
     app.command(cls=_Command)(command)
 
 

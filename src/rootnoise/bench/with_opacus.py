@@ -1,0 +1,182 @@
+"""The side of Opacus: its hooks and its ghost clipping, with its independent noise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, TensorDataset
+
+from rootnoise.bench import models
+from rootnoise.bench.clock import growth, measured, paired, seconds, serve
+
+
+def versions() -> dict[str, Any]:
+    """Return what is measured."""
+    return {"opacus": version("opacus"), "torch": torch.__version__}
+
+
+def noise(d: int, bands: int) -> dict[str, Any]:
+    """Return the time of its noise, which is independent: one band."""
+    from opacus.optimizers.optimizer import _generate_noise
+
+    if bands > 1:
+        return {"missing": True}
+    like = torch.zeros(d)
+    return {"seconds": seconds(lambda: _generate_noise(1.0, like)), "plain": 0.0}
+
+
+def _private_step(model: str, n: int, ghost: bool) -> Callable[[], None]:
+    from opacus import GradSampleModule
+    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
+        GradSampleModuleFastGradientClipping,
+    )
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    net, x, y = models.batch(model, n)
+    sgd = torch.optim.SGD(net.parameters(), lr=1e-3)
+    options: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
+    options["expected_batch_size"] = n
+    wrapped: nn.Module
+    criterion: Any
+    if ghost:
+        wrapped = GradSampleModuleFastGradientClipping(
+            net, max_grad_norm=1.0, use_ghost_clipping=True
+        )
+        optimizer = DPOptimizerFastGradientClipping(sgd, **options)
+        criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
+    else:
+        wrapped = GradSampleModule(net)
+        optimizer, criterion = DPOptimizer(sgd, **options), functional.cross_entropy
+
+    def step() -> None:
+        optimizer.zero_grad()
+        criterion(wrapped(x), y).backward()
+        optimizer.step()
+
+    return step
+
+
+@cache
+def _pair(model: str, n: int, ghost: bool) -> tuple[Callable[[], None], Callable[[], None]]:
+    step = _private_step(model, n, ghost)
+    step()
+    step()
+    return models.plain_step(model, n), step
+
+
+def step(model: str, n: int) -> dict[str, Any]:
+    """Return the time of a step with hooks and of a plain one."""
+    return paired(*_pair(model, n, False), steps=2)
+
+
+def ghost(model: str, n: int) -> dict[str, Any]:
+    """Return the time of a step with ghost clipping and of a plain one."""
+    return paired(*_pair(model, n, True), steps=2)
+
+
+def memory(model: str, n: int) -> dict[str, Any]:
+    """Return the peak memory of steps with hooks."""
+    return {"MB": growth(lambda: _private_step(model, n, False))}
+
+
+def ghost_memory(model: str, n: int) -> dict[str, Any]:
+    """Return the peak memory of steps with ghost clipping."""
+    return {"MB": growth(lambda: _private_step(model, n, True))}
+
+
+def epsilon(sigma: float, q: float, n: int, delta: float, groups: int) -> dict[str, Any]:
+    """Return the epsilon of its PRV accountant, its default."""
+    from opacus.accountants import PRVAccountant
+
+    if groups > 1:
+        return {"missing": True}
+
+    def cost() -> float:
+        accountant = PRVAccountant()
+        accountant.history = [(sigma, q, n)]
+        return float(accountant.get_epsilon(delta))
+
+    return measured(cost)
+
+
+def calibrate(target: float, q: float, n: int, delta: float, groups: int) -> dict[str, Any]:
+    """Return the noise multiplier that it finds by its PRV accountant."""
+    from opacus.accountants.utils import get_noise_multiplier
+
+    if groups > 1:
+        return {"missing": True}
+
+    def find() -> float:
+        found: float = get_noise_multiplier(
+            target_epsilon=target, target_delta=delta, sample_rate=q, steps=n, accountant="prv"
+        )
+        return found
+
+    return measured(find)
+
+
+def draw(n_examples: int) -> dict[str, Any]:
+    """Return the time to draw one Poisson batch of 64 expected examples."""
+    from opacus.utils.uniform_sampler import UniformWithReplacementSampler
+
+    sampler = UniformWithReplacementSampler(
+        num_samples=n_examples, sample_rate=64 / n_examples, steps=10**6
+    )
+    batches = iter(sampler)
+    return {"seconds": seconds(lambda: next(batches))}
+
+
+def accuracy(
+    data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int
+) -> dict[str, Any]:
+    """Return the test accuracy of one private run by its `PrivacyEngine`, with Poisson batches."""
+    from opacus import PrivacyEngine
+
+    arrays = np.load(data)
+    names = ("x", "y", "test_x", "test_y")
+    x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in names)
+    net = models.small(x.shape[1], seed)
+    sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+    engine = PrivacyEngine()
+    private, optimizer, loader = engine.make_private_with_epsilon(
+        module=net,
+        optimizer=sgd,
+        data_loader=DataLoader(TensorDataset(x, y), batch_size=n),
+        target_epsilon=target,
+        target_delta=delta,
+        epochs=epochs,
+        max_grad_norm=1.0,
+    )
+    for _ in range(epochs):
+        for inputs, labels in loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(private(inputs), labels).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        right = (private.eval()(test_x).argmax(1) == test_y).double().mean()
+    return {"value": float(right), "epsilon": float(engine.get_epsilon(delta))}
+
+
+MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
+    "versions": versions,
+    "noise": noise,
+    "step": step,
+    "ghost": ghost,
+    "memory": memory,
+    "ghost_memory": ghost_memory,
+    "epsilon": epsilon,
+    "calibrate": calibrate,
+    "draw": draw,
+    "accuracy": accuracy,
+}
+
+if __name__ == "__main__":
+    serve(MEASURES)

@@ -139,4 +139,4 @@ def test_ranks_compare_records_by_name_and_value_and_move_no_generator():
     assert torch.equal(before[2], states()[2])
     random.random(), np.random.rand(), torch.rand(1)  # noqa: S311
     assert _contents(Drawn()) == found
-    assert _contents(Drawn("z")) != found != _contents(Drawn(shift=1))
+    assert _contents(Drawn("w")) != found != _contents(Drawn(shift=1))

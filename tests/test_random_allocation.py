@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -229,6 +230,30 @@ def test_delta_is_confirmed_on_both_sides_of_a_root():
 
 
 # -------------------------------------------------------------------------- the parts of the proof
+
+PAID = {
+    ("above", "removed"): ("cut", "lost", "error"),
+    ("above", "added"): ("lost", "error"),
+    ("below", "removed"): ("lost", "slipped", "error"),
+    ("below", "added"): ("cut", "lost", "slipped", "error"),
+}
+
+
+@pytest.mark.parametrize(("side", "law"), PAID)
+def test_each_bound_pays_for_each_error_in_either_direction(side, law):
+    """The errors are far below what quadrature sees; here one of them is larger by 1e-6."""
+    more, epsilon, sign = 1e-6, 0.3, 1 if side == "above" else -1
+    grid = _Grid.of(Allocation(3, 1.0), 1e-4, 2**12)
+    other = {"removed": "added", "added": "removed"}[law]
+    alone = dataclasses.replace(grid, **{other: np.zeros_like(grid.added)})
+    before = getattr(alone, side)(epsilon)
+    for name in ("cut", "lost", "slipped", "error"):
+        larger = dataclasses.replace(alone, **{name: getattr(alone, name) + more})
+        moved = sign * (getattr(larger, side)(epsilon) - before)
+        if name in PAID[side, law]:
+            assert moved >= 0.99 * more, name
+        else:
+            assert moved == 0, name
 
 
 @pytest.mark.parametrize("h", [0.05, 0.7, 3.0])

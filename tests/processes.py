@@ -20,8 +20,17 @@ from typing import Any
 import rootnoise
 
 CONTEXT = multiprocessing.get_context("forkserver")
-# The last: torch imports it in the first optimizer, for a second and a half.
-CONTEXT.set_forkserver_preload(["rootnoise.runs.run", "sklearn.datasets", "torch._dynamo"])
+# Loaded once and not by every child: pictures and what typer asks of pydantic take a third of a
+# second each, and the last, which torch imports in the first optimizer, a second and a half.
+CONTEXT.set_forkserver_preload(
+    [
+        "rootnoise.runs.run",
+        "sklearn.datasets",
+        "matplotlib.figure",
+        "pydantic.type_adapter",
+        "torch._dynamo",
+    ]
+)
 
 PACKAGE = str(Path(rootnoise.__file__).parent)
 

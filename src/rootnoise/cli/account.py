@@ -145,8 +145,8 @@ def account(
     Without random steps the whole run is one Gaussian mechanism, for every factorization and
     participation: they differ only in the sensitivity, which scales the noise. With Poisson
     sampling the steps are composed, and epsilon is an upper bound. With balls in bins and b-min-sep
-    Poisson it is for the strategy in --mechanism-file: a certain upper bound, or an upper confidence
-    bound by Monte Carlo, as the method says.
+    Poisson it is for the strategy in --mechanism-file: a certain upper bound, or an upper
+    confidence bound by Monte Carlo, as the method says.
     """
     from rootnoise import accounting
 

@@ -38,11 +38,26 @@ PRIVACY = [
     "auditing/recompute.py",
     "batches/ledger.py",
     "batches/ledger_file.py",
+    "batches/loader.py",
     "batches/samplers.py",
     "causal/base.py",
     "causal/elementary.py",
     "causal/product.py",
     "training/clip/*.py",
+    "federated/clients.py",
+    "federated/cohorts.py",
+    "federated/server.py",
+    "federated/store.py",
+    "federated/updates.py",
+    "front_door/finished.py",
+    "front_door/loop.py",
+    "front_door/making.py",
+    "front_door/saved.py",
+    "front_door/several.py",
+    "integrations/hugging_face/*.py",
+    "integrations/lightning.py",
+    "integrations/opacus/*.py",
+    "integrations/per_example.py",
     "keys.py",
     "mechanism.py",
     "noise/blockplan.py",
@@ -52,7 +67,10 @@ PRIVACY = [
     "participation/kinds.py",
     "participation/overlaps.py",
     "participation/sensitivity.py",
+    "planner/job.py",
+    "runs/config.py",
     "runs/folder.py",
+    "runs/processes.py",
     "runs/statement.py",
     "training/clipping.py",
     "training/guards.py",
@@ -63,14 +81,19 @@ PRIVACY = [
     "training/reuse.py",
     "training/sharded.py",
     "training/tape.py",
+    "training/whole.py",
 ]
 SAMPLE = 12  # mutants a file
 BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
 # What several processes run is not recorded: these files of tests are tried last, whole.
 PROCESSES = {
+    "front_door/saved.py": "front_door_ranks",
+    "front_door/several.py": "front_door_ranks",
+    "runs/processes.py": "torchrun",
     "training/optimizer.py": "parallel",
-    "training/ranks.py": "parallel",
+    "training/ranks.py": "parallel front_door_ranks",
     "training/sharded.py": "sharded",
+    "training/whole.py": "front_door_ranks",
 }
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"
 

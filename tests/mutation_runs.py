@@ -37,6 +37,7 @@ HEAVY = (  # what takes long to import and is not of this project
     "dp_accounting",
     "dp_accounting.pld",
     "hypothesis",
+    "lightning.pytorch",
     "matplotlib.pyplot",
     "mpmath",
     "numpy",
@@ -52,6 +53,7 @@ HEAVY = (  # what takes long to import and is not of this project
     "threadpoolctl",
     "torch",
     "torch.distributed.fsdp",
+    "transformers",
     "typer",
     "typer.testing",
 )

@@ -136,6 +136,25 @@ def run_divided(rank: int, size: int, out: Path, until: int) -> None:
     torch.save(saved(optimizer), out / f"{rank}.pt")
 
 
+def hold_gradients(rank: int, size: int, out: Path) -> None:
+    """Keep a step's noised gradients, in float64, through the micro-batches of the next step."""
+    optimizer = private(privatize(network(1).double(), "sum"), 1, join(rank, size, out))
+    x, y = examples()
+    held: list[tuple[Any, Any]] = []
+    for t in range(3):
+        *parts, last = np.split(optimizer.sampler.batch(t)[rank::size], [1, 2])
+        for part in (*parts, last):
+            cross_entropy(optimizer.module(x[part].double()), y[part], reduction="sum").backward()
+            if part is last:
+                optimizer.step(part)
+            else:
+                optimizer.accumulate(part)
+            assert all(torch.equal(g, then) for g, then in held), f"changed in step {t}"
+        grads = [p.grad for p in optimizer.module.parameters()]
+        held += [(g, g.clone()) for g in grads if g is not None]
+    assert len(held) == 12
+
+
 def run_wrong(rank: int, size: int, out: Path, until: int) -> None:
     """The mistake: every rank adds all of the noise."""
     Ranks.span = lambda self, n: (0, n)  # type: ignore[method-assign]

@@ -211,4 +211,4 @@ def test_a_plan_warns_of_nothing():
     """Newton's method meets Hessians whose norm overflows here."""
     job = planner.Job(60_000, 600, 20, 4.0, 1e-5)
     work, who = SGD(job.n_steps, momentum=0.9), planner.samplings(job)[0]
-    assert planner._split(work, job, who, "banded-inverse", {"bands": 16}).memory_rows == 15
+    assert planner.search._split(work, job, who, "banded-inverse", {"bands": 16}).memory_rows == 15

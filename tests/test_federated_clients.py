@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
+from rootnoise.batches.ledger_file import pack
 from rootnoise.federated import Clients, pick
 from rootnoise.participation import (
     BallsInBins,
@@ -68,6 +69,18 @@ def test_policies_take_whom_they_say():
         pick(clients, everyone, 2, rng, "mine")
     with pytest.raises(RootnoiseError, match="size must be >= 1, got 0"):
         pick(clients, everyone, 0, rng)
+
+
+def test_nobody_is_taken_before_one_who_has_waited_longer():
+    """Of 1000, each of whom took part once."""
+    clients = Clients(MinSeparation(min_sep=1, max_participations=9))
+    everyone, rng = clients.join(range(1000)), np.random.default_rng(2)
+    for client in rng.permutation(1000):
+        clients.admit([client])
+    _, last = clients.rounds(everyone)
+    for size in range(1, 1000):
+        chosen = pick(clients, everyone, size, rng, "longest")
+        assert np.sort(last[chosen]).tolist() == list(range(size))
 
 
 def test_ties_fall_by_chance():
@@ -197,6 +210,7 @@ def test_changed_files_are_refused(tmp_path):
         ("clients.jsonl", b'"client 3"', b'"client 3'),
         ("cohorts.bin", sound[tmp_path / "cohorts.bin"][-3:], b""),
         ("cohorts.bin", sound[tmp_path / "cohorts.bin"][-1:], b"\xff"),
+        ("cohorts.bin", pack(np.array([5, 7])), pack(np.array([5, 6]))),  # whole, of another
     ]
     for name, old, new in harms:
         edit(tmp_path, name, old, new)

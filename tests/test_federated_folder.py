@@ -1,5 +1,6 @@
 """A run's folder: gone on from where it stands, and no other or damaged one."""
 
+import pickle
 import runpy
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import federated_runs as runs
 from federated_runs import closed
 from rootnoise._check import RootnoiseError
 from rootnoise.federated import PrivateAggregator
+from rootnoise.federated.store import KEY, MODEL, STATE, _digest
 from rootnoise.keys import Key
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "federated_loop.py"
@@ -117,6 +119,49 @@ def test_damaged_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(content[: len(content) // 2])
     with pytest.raises(RootnoiseError, match=f"{name} must be as a run wrote it"):
         runs.server(tmp_path)
+
+
+class Harm:
+    """A pickle that does something when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", [STATE, MODEL])
+def test_files_that_hold_a_programme_do_not_run_it(tmp_path, name):
+    server = runs.server(tmp_path)
+    server.leave()
+    done = tmp_path.parent / f"done by {name}"
+    torch.save({"t": 0, "harm": Harm(done)}, tmp_path / name)
+    if name == STATE:  # its digest has no key
+        content = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(content + _digest(content))
+    with pytest.raises((RootnoiseError, pickle.UnpicklingError)):
+        runs.server(tmp_path)
+    assert not done.exists()
+
+
+def test_secrets_are_for_their_owner_alone(tmp_path):
+    server = runs.server(tmp_path)
+    for _ in range(2):
+        modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in (STATE, KEY, MODEL)}
+        assert modes == {STATE: 0o600, KEY: 0o600, MODEL: 0o644}
+        one_round(server)
+
+
+def test_a_refusal_does_not_keep_the_folder(tmp_path):
+    server = runs.server(tmp_path)
+    one_round(server)
+    server.finish()
+    refusals = []
+    for _ in range(2):
+        with pytest.raises(RootnoiseError, match="folder must be of a run that has not") as refusal:
+            runs.server(tmp_path)
+        refusals.append(refusal)  # it keeps what was being made
 
 
 def test_a_finished_run_is_refused_and_has_no_secrets(tmp_path):

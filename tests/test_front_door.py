@@ -1,8 +1,6 @@
 """`make_private`: the unchanged loop makes the very run that the five objects make by hand."""
 
 import copy
-import io
-import random  # noqa: TID251 - data sets use it
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,16 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, StepLR
-from torch.utils.data import (
-    ConcatDataset,
-    DataLoader,
-    IterableDataset,
-    Subset,
-    TensorDataset,
-    WeightedRandomSampler,
-    default_collate,
-)
+from torch.utils.data import DataLoader
 
+from front_door_parts import BATCH, EPOCHS, GOAL, bsr, data, parts, train, weights
 from rootnoise import (
     CyclicPoissonSampler,
     FixedCycleSampler,
@@ -37,49 +28,7 @@ from rootnoise import (
     privatize,
 )
 from rootnoise.front_door.adaptive import AdaptiveOptimizerWarning, choose
-from rootnoise.front_door.saved import _digest, identity, sealed
 from rootnoise.planner import Job, plan
-
-EPOCHS, BATCH = 3, 8
-GOAL = {"epsilon": 4.0, "delta": 1e-5, "epochs": EPOCHS}
-
-
-def data(n=24):
-    rng = torch.Generator().manual_seed(1)
-    x = torch.randn(n, 5, generator=rng)
-    return TensorDataset(x, (x[:, 0] > 0).long())
-
-
-def parts(seed=0, **settings):
-    with torch.random.fork_rng():
-        torch.random.set_rng_state(torch.Generator().manual_seed(seed).get_state())
-        model = nn.Linear(5, 2)
-    return model, torch.optim.SGD(model.parameters(), **({"lr": 0.5, "momentum": 0.9} | settings))
-
-
-def train(model, optimizer, loader, *, scheduler=None, epochs=EPOCHS):
-    for _ in range(epochs):
-        for x, y in loader:
-            optimizer.zero_grad(set_to_none=True)
-            nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-
-
-def bsr():
-    model, sgd = parts()
-    run = make_private(model, sgd, data(), batch_size=BATCH, mechanism="bsr", **GOAL)
-    return model, sgd, run
-
-
-def again(**settings):
-    model, sgd = parts()
-    return make_private(model, sgd, data(), **settings)
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def test_the_loop_makes_the_bits_of_the_five_objects():
@@ -256,97 +205,6 @@ def test_epsilon_spent_grows_to_the_claim_and_is_that_of_the_steps_made():
     assert spent[1] == pytest.approx(alone.epsilon, rel=1e-9)
 
 
-def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
-    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL
-    model, sgd = parts()
-    run = make_private(model, sgd, data(), **settings)
-    batches = iter(run.loader)
-    for _ in range(2):  # in the middle of an epoch
-        x, y = next(batches)
-        run.optimizer.zero_grad()
-        nn.functional.cross_entropy(run.model(x), y).backward()
-        run.optimizer.step()
-    file = tmp_path / "run.pt"
-    run.optimizer.save(file)
-    assert file.stat().st_mode & 0o077 == 0
-    train(run.model, run.optimizer, batches, epochs=1)
-    whole = weights(model)
-    saved = torch.load(io.BytesIO(file.read_bytes()[:-32]), weights_only=True)
-    del run, batches, sgd
-
-    model, sgd = parts(seed=9)
-    run = make_private(model, sgd, data(), resume=file, **settings)
-    assert run.optimizer.t == 2
-    train(*run, epochs=1)
-    assert torch.equal(weights(model), whole)
-
-    with pytest.raises(RootnoiseError, match=r"^resume must be of the mechanism that these arg"):
-        again(resume=file, **(settings | {"epsilon": 5.0}))
-    with pytest.raises(RootnoiseError, match=r"^key must be left out on resume"):
-        again(resume=file, key=Key.fresh(), **settings)
-    with pytest.raises(RootnoiseError, match=r"^resume must be readable, got .*: No such file"):
-        again(resume=tmp_path / "none", **settings)
-    for damaged in (saved | {"key": "no key"}, {n: saved[n] for n in saved if n != "optimizer"}):
-        file.write_bytes(sealed(damaged))
-        with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got a damaged"):
-            again(resume=file, **settings)
-    file.write_bytes(sealed(saved | {"weights": saved["weights"] | {"more": torch.ones(1)}}))
-    with pytest.raises(RootnoiseError, match=r"^resume must be of this model, got .*more"):
-        again(resume=file, **settings)
-    file.write_bytes(sealed(saved | {"version": 0}))
-    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, version 2"):
-        again(resume=file, **settings)
-    file.write_bytes(sealed(saved)[:-1] + b"x")
-    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got .*: not as it"):
-        again(resume=file, **settings)
-    file.write_bytes(b"PK nothing" + _digest(b"PK nothing"))
-    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got .*: "):
-        again(resume=file, **settings)
-    file.write_bytes(b"PK nothing")
-    with pytest.raises(RootnoiseError, match=r"^resume must be a file of save, got"):
-        again(resume=file, **settings)
-    with pytest.raises(RootnoiseError, match=r"^path must be writable, got .*: No such file"):
-        run.optimizer.save(tmp_path / "no" / "where")
-
-
-def other_data(change):
-    x, y = data().tensors
-    return {
-        "fewer": lambda: Subset(data(), range(23)),
-        "one number": lambda: TensorDataset(x + 1e-6 * (torch.arange(24) == 7)[:, None], y),
-        "another type": lambda: TensorDataset(x.double(), y),
-        "order": lambda: Subset(data(), [1, 0, *range(2, 24)]),
-        "in two": lambda: ConcatDataset([Subset(data(), range(12)), Subset(data(), range(12))]),
-    }[change]()
-
-
-@pytest.mark.parametrize("change", ["fewer", "one number", "another type", "order", "in two"])
-def test_a_run_goes_on_with_its_own_data_alone(change, tmp_path):
-    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL
-    run = again(**settings)
-    run.optimizer.save(tmp_path / "run.pt")
-    saved_key = run.optimizer.private.stream.key
-    assert saved_key.secret.hex().encode() not in str(identity(data(), saved_key)).encode()
-    del run
-    settings["resume"] = tmp_path / "run.pt"
-    line = "got 23 records, not 24" if change == "fewer" else "got other contents"
-    model, sgd = parts()
-    with pytest.raises(RootnoiseError, match=f"^data must be those of the run that is .*{line}$"):
-        make_private(model, sgd, other_data(change), **settings)
-    assert again(**settings).optimizer.t == 0
-
-
-def test_data_that_may_change_are_known_by_their_number():
-    class Augmented(torch.utils.data.Dataset):
-        def __len__(self):
-            return 5
-
-    key = Key.from_seed(1)
-    assert identity(Augmented(), key) == [5, None]
-    assert identity(Subset(Augmented(), [0, 1]), key) == [2, None]
-    assert identity(data(), key) == identity(data(), key) != identity(data(), Key.from_seed(2))
-
-
 def test_auto_takes_independent_noise_for_adam_and_says_so():
     """Large epsilon and many epochs: the plan's first is correlated, as it is for SGD."""
     goal = {"epsilon": 64.0, "delta": 1e-5, "epochs": 8, "batch_size": BATCH}
@@ -390,172 +248,6 @@ def test_a_plan_hardly_better_is_passed_over_in_silence(gain):
         assert choose([first, plain], workload, adam) is plain
     assert choose([first], workload, adam) is first
     assert choose([plain, first], workload, adam) is plain
-
-
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([])
-
-
-def twice():
-    model, _, run = bsr()
-    return model, run.optimizer, data()
-
-
-def weighted():
-    return DataLoader(data(), BATCH, sampler=WeightedRandomSampler([1.0] * 24, 24))
-
-
-def mixed_up(examples):
-    x, y = default_collate(examples)
-    order = torch.randperm(len(x))
-    return {"x": 0.75 * x + 0.25 * x[order], "y": [y, y[order]]}
-
-
-def centred(examples):
-    x, y = default_collate(examples)
-    return (x - x.mean(0)).numpy(), y
-
-
-class Jittered:
-    def __init__(self):
-        self.rng = torch.Generator().manual_seed(0)
-
-    def __call__(self, examples):
-        x, y = default_collate(examples)
-        return x + torch.randn(x.shape, generator=self.rng), y
-
-
-def padded(examples):
-    """Each example is longer than the last; counts are of the whole batch."""
-    rows = [x[:1].repeat(1 + int(10 * abs(x[1]))) for x, _ in examples]
-    rows = [row + torch.rand(1) + random.random() for row in rows]  # noqa: S311
-    x = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=torch.nan)
-    lengths = [len(row) for row in rows]
-    return {"x": x, "lengths": lengths, "n": sum(lengths), "text": ["a"] * len(rows), "rows": rows}
-
-
-def generators():
-    numpy = np.random.get_state(legacy=False)["state"]
-    return random.getstate(), torch.get_rng_state().tolist(), numpy["key"].tolist(), numpy["pos"]
-
-
-@pytest.mark.parametrize("n", [1, 2, 24])
-def test_collate_functions_may_pad_augment_and_count(n):
-    """They are tried, and move no generator."""
-    model, sgd = parts()
-    loader = DataLoader(data(n), 1, collate_fn=padded)
-    before = generators()
-    run = make_private(model, sgd, loader, mechanism="identity", **GOAL)
-    assert generators() == before
-    assert next(iter(run.loader))["text"] == ["a"]
-
-
-def test_collate_functions_may_be_trusted():
-    model, sgd = parts()
-    loader = DataLoader(data(), BATCH, collate_fn=centred)
-    make_private(model, sgd, loader, mechanism="bsr", independence="assumed", **GOAL)
-
-
-WRONG = {
-    "a second call": (lambda: (*twice(), {}), "make_private must be called once a run"),
-    "another sampler": (lambda: (*parts(), weighted(), {}), "loader must draw single examples at"),
-    "no batch size": (lambda: (*parts(), data(), {"batch_size": None}), "batch_size must be given"),
-    "a stream": (lambda: (*parts(), Stream(), {}), "data must be a map-style data set of known"),
-    "no such sampling": (lambda: (*parts(), data(), {"sampling": "x"}), "sampling must be auto, "),
-    "no such plan": (
-        lambda: (*parts(), data(), {"sampling": "x", "mechanism": "auto"}),
-        "sampling must be one that the plan has, got 'x'",
-    ),
-    "options of auto": (
-        lambda: (*parts(), data(), {"options": {"bands": 2}, "mechanism": "auto"}),
-        "options must be left out with mechanism auto",
-    ),
-    "an interval": (
-        lambda: (*parts(), data(), {"scheduler_interval": "day"}),
-        "scheduler_interval must be step or epoch, got 'day'",
-    ),
-    "a foreign scheduler": (
-        lambda: (*parts(), data(), {"scheduler": StepLR(parts()[1], 1)}),
-        "scheduler must be the optimizer's own",
-    ),
-    "no module": (lambda: (None, parts()[1], data(), {}), "model must be a torch module, got None"),
-    "no optimizer": (lambda: (parts()[0], None, data(), {}), "optimizer must be a torch optimizer"),
-    "no options": (lambda: (*parts(), data(), {"options": 5}), "options must be a mapping, got"),
-    "no path": (lambda: (*parts(), data(), {"resume": 5}), "resume must be a path, got int"),
-    "no scheduler": (
-        lambda: (*parts(), data(), {"scheduler": 3}),
-        "scheduler must be one of torch, or a function that makes one, got int",
-    ),
-    "an index twice": (
-        lambda: (*parts(), Subset(Subset(data(), [*range(12), 0]), range(9)), {}),
-        "data must hold each record once, for epsilon is one index's, got a Subset with index 0 2 ",
-    ),
-    "a set twice": (
-        lambda: (*parts(), ConcatDataset([data(), ConcatDataset([d := data(), d])]), {}),
-        "data must hold each record once, for epsilon is one index's, got a ConcatDataset of one",
-    ),
-    "mix-up": (
-        lambda: (*parts(), DataLoader(data(), collate_fn=mixed_up), {}),
-        "collate_fn must make each example's row of that example alone, got another row of one "
-        "example beside others",
-    ),
-    "a mean": (
-        lambda: (*parts(), DataLoader(data(), collate_fn=centred), {}),
-        "collate_fn must make each example's row of that example alone, got another row of one "
-        "example beside others",
-    ),
-    "a generator of its own": (
-        lambda: (*parts(), DataLoader(data(), collate_fn=Jittered()), {}),
-        "collate_fn must make each example's row of that example alone, got another row of one "
-        r"example \(or",
-    ),
-    "batch norm": (
-        lambda: (m := nn.BatchNorm1d(5), torch.optim.SGD(m.parameters()), data(), {}),
-        "layer model must not mix examples",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_use_is_refused_in_one_line(wrong):
-    make, line = WRONG[wrong]
-    model, optimizer, dataset, changes = make()
-    settings = {"batch_size": BATCH, "mechanism": "bsr"} | GOAL | changes
-    with pytest.raises(RootnoiseError, match=f"^{line}") as refusal:
-        make_private(model, optimizer, dataset, **settings)
-    assert "\n" not in str(refusal.value)
-
-
-def test_batches_are_stepped_on_once_each():
-    _model, _sgd, run = bsr()
-    with pytest.raises(RootnoiseError, match=r"^step must follow a new batch of the loader"):
-        run.optimizer.step()
-    batches = iter(run.loader)
-    x, y = next(batches)
-    with pytest.raises(RootnoiseError, match=r"^each batch must be stepped on once before the ne"):
-        next(batches)
-    x, y = next(iter(run.loader))
-    nn.functional.cross_entropy(run.model(x), y).backward()
-    run.optimizer.step()
-    with pytest.raises(RootnoiseError, match=r"^step must follow a new batch of the loader"):
-        run.optimizer.step()
-    assert run.optimizer.t == 1
-
-
-def test_no_scaler_and_no_new_parameters():
-    model, _sgd, run = bsr()
-    with pytest.raises(RootnoiseError, match=r"^parameters must all be the optimizer's before"):
-        run.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
-    scaler = torch.amp.GradScaler("cpu")
-    x, y = next(iter(run.loader))
-    before = weights(model)
-    scaler.scale(nn.functional.cross_entropy(run.model(x), y)).backward()
-    with pytest.raises(
-        RootnoiseError, match=r"^step must get gradients as they are .* got a GradScaler"
-    ):
-        scaler.step(run.optimizer)
-    assert torch.equal(before, weights(model))
 
 
 def test_weights_can_be_averaged_beside():

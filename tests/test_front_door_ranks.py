@@ -8,7 +8,9 @@ import front_door_runs
 from front_door_runs import data, loop, private, weights
 from parallel_runs import flat
 from processes import launch
+from rootnoise._check import RootnoiseError
 from rootnoise.front_door import evaluate
+from rootnoise.front_door.several import _contents
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +57,31 @@ def test_a_saved_run_goes_on_with_other_ranks(tmp_path, alone, size, kind, then)
     assert_close(torch.load(tmp_path / "0.pt", weights_only=True), alone)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):  # 5 steps are not 12
         np.testing.assert_allclose(weights(resume), alone[1], rtol=1e-3)
+
+
+class Record:
+    def __init__(self, value):
+        self.value = value
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        Record,
+        lambda x: {"x": [Record(torch.tensor(float(x), dtype=torch.bfloat16))]},
+        lambda x: np.array([None, x], dtype=object),
+        complex,
+    ],
+    ids=["object", "bfloat16 in an object", "objects", "complex"],
+)
+def test_records_of_every_kind_are_compared(kind):
+    digests = [_contents([kind(i), kind(x)]) for i, x in ((1, 2), (1, 2), (1, 3))]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_records_that_cannot_be_compared_are_refused():
+    with pytest.raises(RootnoiseError, match=r"^data must give records of arrays, numbers and t"):
+        _contents([object()])
 
 
 def test_all_ranks_refuse_together(tmp_path):

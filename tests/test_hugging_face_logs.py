@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import (
     BertForSequenceClassification,
     TrainerCallback,
@@ -22,6 +23,7 @@ from rootnoise.integrations.hugging_face import (
     STATE,
     UnnoisedWarning,
 )
+from rootnoise.integrations.hugging_face.checkpoint import digest
 
 # peft 0.21 asks transformers 5.24 by a name that it is about to drop.
 pytestmark = [
@@ -177,7 +179,18 @@ def other_weights(folder):
     bert(dropout=0.1, seed=3).save_pretrained(folder)
 
 
+class Harm:
+    """A pickle that does something when it is read."""
+
+    def __reduce__(self):
+        return print, ("read",)
+
+
 DAMAGED = {
+    "a programme": (
+        lambda d: torch.save({"harm": Harm()}, d / STATE),
+        "checkpoint must have a readable rootnoise.pt, got Weights only load failed",
+    ),
     "no state": (lambda d: (d / STATE).unlink(), "resume_from_checkpoint must be a whole checkp"),
     "no json": (lambda d: (d / "trainer_state.json").unlink(), "resume_from_checkpoint must be a"),
     "bytes": (lambda d: (d / STATE).write_bytes(b"PK"), "checkpoint must have a readable rootnoi"),
@@ -187,6 +200,15 @@ DAMAGED = {
     "weights": (other_weights, "checkpoint must hold the weights of its step, got others in"),
     "step": (other_step, "checkpoint must be at one step, got trainer_state.json at 4 and root"),
 }
+
+
+def test_weights_are_known_by_name_and_value():
+    """Two layers that change places are other weights."""
+    one, other = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+    made = nn.ModuleDict({"a": one, "b": other})
+    assert digest(made) == digest(nn.ModuleDict({"a": one, "b": other}))
+    assert digest(made) != digest(nn.ModuleDict({"a": one, "c": other}))
+    assert digest(made) != digest(nn.ModuleDict({"a": other, "b": one}))
 
 
 @pytest.mark.parametrize("what", DAMAGED)

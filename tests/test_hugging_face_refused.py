@@ -33,6 +33,7 @@ from rootnoise.integrations.hugging_face import (
     PrivacyArguments,
     PrivateTrainer,
 )
+from rootnoise.integrations.per_example import check_batch
 
 # peft 0.21 asks transformers 5.24 by a name that it is about to drop.
 pytestmark = [
@@ -219,6 +220,14 @@ def test_t5_is_refused_even_where_its_positions_are_as_many_as_the_examples(tmp_
         trainer(tmp_path, t5(freeze=False), rows, per_device_train_batch_size=LENGTH).train()
 
 
+def test_the_mask_of_a_batch_says_where_its_padding_is():
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    batch = {"attention_mask": mask}
+    assert check_batch(batch, 2) is batch
+    with pytest.raises(RootnoiseError, match=r"^data_collator must pad on the right"):
+        check_batch({"attention_mask": mask.flip(1)}, 2)
+
+
 def test_padding_is_on_the_right(tmp_path):
     rows, collate = long()
     assert trainer(tmp_path, rows=rows, data_collator=collate).train().global_step == 6
@@ -238,6 +247,8 @@ def test_metrics_of_the_training_set_are_refused(tmp_path):
     run = trainer(tmp_path, rows=same, eval_dataset={"other": data(seed=2)})
     with pytest.raises(RootnoiseError, match=line):
         run.evaluate(same)
+    with pytest.raises(RootnoiseError, match=line):
+        run.predict(same)
     assert run.evaluate("other")["eval_loss"] > 0
 
 

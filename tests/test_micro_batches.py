@@ -208,7 +208,11 @@ def test_a_batch_broken_off_releases_nothing_and_starts_over(tmp_path):
         RootnoiseError, match=r"^state must be that between two steps, got step 0 i"
     ):
         run.optimizer.save(tmp_path / "run.pt")
-    train(run)  # in the same process: a new pass begins with the batch
+    for _ in range(EPOCHS):  # in the same process: a new pass begins with the batch
+        for x, y in run.loader:  # gradients dropped after the step, as some loops do
+            cross_entropy(run.model(x), y, reduction="sum").backward()
+            run.optimizer.step()
+            run.optimizer.zero_grad()
     same_run(ended(run), whole)
     del run, batches
     gc.collect()
@@ -217,6 +221,43 @@ def test_a_batch_broken_off_releases_nothing_and_starts_over(tmp_path):
     run, _ = private(5, **settings)  # in another one, in parts of another size
     train(run)
     same_run(ended(run), whole)
+
+
+def test_a_forward_of_a_pass_before_is_not_of_the_batch_drawn_anew():
+    """Else examples 4 to 6 of the batch would count for 1 to 3, and then once more."""
+    run, _ = private(3)
+    x, y = next(iter(run.loader))
+    old = cross_entropy(run.model(x), y)
+    next(iter(run.loader))
+    with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward, got one"):
+        old.backward()
+    with pytest.raises(RootnoiseError, match="missing: run forward and backward once"):
+        run.optimizer.step()
+
+
+@pytest.mark.parametrize("broken_off", [False, True])
+def test_what_zero_grad_drops_between_parts_counts_for_nothing(broken_off):
+    run, _ = private(3)
+    train(run)
+    before = ended(run)
+    del run
+    gc.collect()
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    run, _ = private(3)
+    for _ in range(EPOCHS):
+        for x, y in run.loader:
+            if broken_off:
+                with run.model.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt):
+                    run.model(3 * x)
+            else:
+                cross_entropy(run.model(3 * x), y).backward()
+            run.optimizer.zero_grad()
+            cross_entropy(run.model(x), y, reduction="sum").backward()
+            run.optimizer.step()
+    same_run(ended(run), before)
 
 
 def test_parts_are_stepped_on_once_each_in_their_order():

@@ -45,7 +45,7 @@ def test_bound_and_pilot_have_streams_and_failures_of_their_own(monkeypatch):
     monkeypatch.setattr(
         estimate, "_add", lambda m, r, n, t, f: failures.append((n, f)) or add(m, r, n, t, f)
     )
-    strategy = Toeplitz(np.ones(1), 8)
+    strategy = Toeplitz(np.array([1.0, 0.9]), 8)  # of independent noise no samples are drawn
     settings = MonteCarlo(samples=20_000, failure=1e-3)
     ask = accounting.privacy_cost
     for sigma in (1.0, 1.5):

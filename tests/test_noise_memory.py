@@ -28,7 +28,7 @@ from noise_cases import (
 )
 from rootnoise._check import RootnoiseError
 from rootnoise.noise import NoiseStream
-from rootnoise.noise.stream import MOST_STEPS, SMALL
+from rootnoise.noise.blockplan import MOST_STEPS, SMALL
 
 # ------------------------------------------------------------------------------------------ spans
 

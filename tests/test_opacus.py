@@ -2,6 +2,7 @@
 
 import gc
 import io
+import itertools
 import math
 import runpy
 from contextlib import nullcontext
@@ -272,6 +273,8 @@ def test_another_checkpoint_is_refused(tmp_path):
         PrivacyEngine().save_checkpoint(path=tmp_path / "x", **mine)
     with pytest.raises(RootnoiseError, match=r"^noise and clip norm must stay as calibrated, and"):
         engine.save_checkpoint(path=tmp_path / "x", noise_scheduler=1, **mine)
+    with pytest.raises(RootnoiseError, match=r"^noise and clip norm must .* got grad_clip_sch"):
+        engine.load_checkpoint(path=tmp_path / "run.pt", grad_clip_scheduler=1, **mine)
     with pytest.raises(RootnoiseError, match=r"^path must be writable, got .*: No such file"):
         engine.save_checkpoint(path=tmp_path / "no" / "x", **mine)
     with pytest.raises(RootnoiseError, match=r"^path must be readable, got .*: No such file"):
@@ -414,6 +417,26 @@ def test_physical_batches_are_stepped_on_once_each(manager):
         train(model, optimizer, physical)
     assert optimizer.t == len(batches)
     assert physical.collate_fn is not None
+
+
+def test_iterators_that_take_turns_are_refused():
+    """Else the second part of a batch would be taken twice, under the numbers of the third."""
+    model, optimizer, batches = planned()
+    parts = {"data_loader": batches, "max_physical_batch_size": 1, "optimizer": optimizer}
+
+    def take(walk, n=1):
+        for x, y in itertools.islice(walk, n):
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+    with OpacusMemoryManager(**parts) as physical:
+        old, new = iter(physical), iter(physical)
+        next(old)
+        take(new)
+        take(old)
+        with pytest.raises(RootnoiseError, match=r"^physical batches must come in their order"):
+            take(new, 2)
+    assert optimizer.t == 0
 
 
 def test_what_splits_no_batch_of_the_loader_is_refused():

@@ -25,6 +25,11 @@ def test_a_run_on_ranks_is_the_run_of_one_process(tmp_path, size):
         assert other["optimizer"]["ledger"]["digest"] == found[0]["optimizer"]["ledger"]["digest"]
 
 
+def test_no_raw_sum_is_made_in_the_memory_of_gradients(tmp_path):
+    """Nobody who holds the last step's gradients sees the next one's sum before its noise."""
+    launch(2, parallel_runs.hold_gradients, tmp_path)
+
+
 def test_noise_that_is_added_once_a_rank_is_seen(tmp_path):
     launch(2, parallel_runs.run_wrong, tmp_path, N_STEPS)
     first, optimizer = alone(N_STEPS)

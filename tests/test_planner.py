@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,11 +15,21 @@ from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
-from rootnoise.planner import AFFORDABLE, AMPLIFIED, Job, candidates, plan, samplings
+from rootnoise.planner import (
+    AFFORDABLE,
+    AMPLIFIED,
+    Job,
+    candidates,
+    groups,
+    plan,
+    samplings,
+    search,
+)
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
 WORK = SGD(28, momentum=0.9)
+TINY = replace(JOB, memory_rows=0)
 CALLS: list[tuple[int, str]] = []
 
 
@@ -28,11 +40,17 @@ def made():
     return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)))
 
 
-def sampler(row, job):
+def sampler(row, job, seed=0):
     if row.sampling == "fixed-cycle":
-        return FixedCycleSampler(job.n_examples, job.batch_size, job.epochs, seed=0)
+        return FixedCycleSampler(job.n_examples, job.batch_size, job.epochs, seed=seed)
     groups = row.participation.groups
-    return CyclicPoissonSampler(job.n_examples, job.batch_size, job.n_steps, groups, seed=0)
+    return CyclicPoissonSampler(job.n_examples, job.batch_size, job.n_steps, groups, seed=seed)
+
+
+def cheat(made):
+    """Take a row with a little less noise than was planned."""
+    row = made.rows[0]
+    made.take(replace(row, noise_multiplier=row.noise_multiplier / 1.1))
 
 
 def dense_error(row, work, job):
@@ -70,6 +88,32 @@ def test_rows_spend_at_most_epsilon(made):
         assert 0.98 * JOB.epsilon <= spent <= JOB.epsilon
 
 
+def test_a_plan_is_made_once_a_process(monkeypatch):
+    first = plan(WORK, TINY)
+    for mapping in (first.rows[0].options, first.left_out):
+        assert isinstance(mapping, dict)
+        mapping["bands"] = 99
+    other = plan(SGD(28, momentum=0.8), TINY), plan(WORK, replace(TINY, epsilon=3.0))
+    assert all(p.rows[0].rmse_per_example != first.rows[0].rmse_per_example for p in other)
+
+    def refuse(*_):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("rootnoise.planner.search._made", refuse)
+    again = plan(WORK, TINY)
+    assert [row.rmse_per_example for row in again.rows] == [r.rmse_per_example for r in first.rows]
+    assert "bands" not in again.rows[0].options
+    assert "bands" not in again.left_out
+    with pytest.raises(AssertionError, match="made again"):
+        plan(WORK, TINY, bins=True)
+
+
+def test_few_plans_are_kept():
+    for epochs in range(1, 11):
+        plan(SGD(epochs), Job(5, 5, epochs, 8.0, 1e-5, memory_rows=0))
+    assert len(search._KEPT) == search.MOST_KEPT
+
+
 def test_rows_are_ranked_by_error(made):
     errors = [row.rmse_per_example for row in made.rows]
     assert errors == sorted(errors)
@@ -103,9 +147,24 @@ def test_rows_can_be_run(made):
         ready = Mechanism.calibrate(
             split, row.participation, noise_multiplier=sigma, delta=JOB.delta
         )
-        assert ready.epsilon <= JOB.epsilon
+        assert ready.epsilon == row.epsilon <= JOB.epsilon
         assert (ready.strategy.bands, split.memory_rows) == (row.bands, row.memory_rows)
         assert ready.rmse * sigma / JOB.batch_size == pytest.approx(row.rmse_per_example)
+        again = Mechanism.calibrate(split, row.participation, epsilon=2.0, delta=JOB.delta)
+        assert again.noise_multiplier == sigma
+        taken, batches = made.take(row, clip_norm=0.5, seed=3)
+        assert taken.fingerprint == replace(again, clip_norm=0.5).fingerprint
+        assert batches.participation == row.participation
+        np.testing.assert_array_equal(batches.batch(5), sampler(row, JOB, seed=3).batch(5))
+
+
+def test_the_best_row_is_taken_in_one_call(made):
+    mechanism, batches = made.best()
+    assert mechanism.fingerprint == made.take(made.rows[0]).mechanism.fingerprint
+    assert batches.n_steps == mechanism.n_steps
+    other = next(s for s in ("fixed-cycle", "poisson") if s != made.rows[0].sampling)
+    assert made.best(sampling=other).sampler.participation == made.first(other).participation
+    assert made.first("cyclic-poisson", "poisson").sampling in ("cyclic-poisson", "poisson")
 
 
 def test_amplified_rows_say_what_they_count_on(made):
@@ -151,6 +210,41 @@ def test_samplings_cover_all_groups_that_amplify():
     groups = [who.groups for who in samplings(JOB)[1:]]
     assert groups == [1, 2, 4]  # 8 * 15 > 100
     assert samplings(Job(100, 100, 3, 1.0, 1e-5)) == [FixedCycle(1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("job", "momentum"),
+    [
+        (Job(600, 10, 4, 1.0, 1e-5), 0.9),
+        (Job(900, 12, 2, 4.0, 1e-5), 0.0),
+        (Job(600, 10, 4, 4.0, 1e-5, memory_rows=12), 0.9),
+    ],
+)
+def test_the_best_number_of_groups_is_found(job, momentum):
+    """Within 0.5 % of every number of groups tried with every factorization of `candidates`."""
+    work = SGD(job.n_steps, momentum)
+    least = np.inf
+    for g in range(2, groups.most(job) + 1):
+        who = groups.cyclic(job, g)
+        sigma = accounting.noise_multiplier(who, job.n_steps, job.epsilon, job.delta, 0.01)
+        for name in ("bsr", "banded"):
+            rmse = factorize(work, who, name, bands=g).rmse(who)
+            least = min(least, sigma * rmse / job.batch_size)
+    first = plan(work, job).first("cyclic-poisson")
+    assert first.rmse_per_example <= least * 1.005
+    assert first.memory_rows <= (job.memory_rows or 998)
+
+
+@pytest.mark.parametrize(("n", "low", "high"), [(28, 4, 10), (100, 2, 2), (7, 1, 7), (999, 8, 300)])
+def test_tight_numbers_of_groups(n, low, high):
+    found = groups.tight(n, low, high)
+    rounds = {-(-n // g) for g in range(low, high + 1)}
+    every = sorted(
+        {low, high} | {min(g for g in range(low, high + 1) if -(-n // g) == r) for r in rounds}
+    )
+    assert set(found) <= set(every)
+    assert found == every or len(found) == groups.MOST
+    assert (found[0], found[-1]) == (low, high)
 
 
 def test_one_step_an_epoch_and_one_epoch():
@@ -211,6 +305,10 @@ def test_progress_names_what_is_tried(made):
         (lambda: Job(5, 5, 1, 0, 0.1), "epsilon must be a finite number > 0, got 0"),
         (lambda: Job(5, 5, 1, 1, 1), "delta must be a finite number > 0 and < 1, got 1.0"),
         (lambda: Job(5, 5, 1, 1, 0.1, -1), "memory_rows must be >= 0, got -1"),
+        (lambda: plan(WORK, TINY).best(sampling="ring"), "sampling must be one that the plan has"),
+        (lambda: JOB.sampler(FixedCycle(5, 4)), "participation must be one of this job's, got Fix"),
+        (lambda: JOB.sampler(SingleParticipation()), "participation must be one of this job's"),
+        (lambda: cheat(plan(WORK, TINY)), "row must spend at most epsilon=2, got 2"),
         (lambda: plan(SGD(29), JOB), r"workload's n_steps must be in \[28, 28\], got 29"),
     ],
 )

@@ -214,7 +214,7 @@ def test_pictures_are_drawn_of_every_kind(who, name):
 
 def test_sampled_epsilons_are_drawn_as_stated():
     who = BallsInBins(4, 2)
-    split = factorize(prefix_sum(8), who, "identity")
+    split = factorize(prefix_sum(8), who, "bsr")  # of independent noise epsilon is certain
     made = Mechanism.calibrate(split, who, noise_multiplier=2.0, delta=1e-3)
     said = [{"delta": 1e-5, "epsilon": 3.0}, {"delta": 1e-2, "epsilon": 1.0}]
     assert "from 1 at delta 0.01 to 3 at 1e-05" in pictures.privacy(made, said)

@@ -16,6 +16,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.factorization.base import _BUILDERS
 from rootnoise.participation import CyclicPoisson
+from rootnoise.planner import Job, plan
 from rootnoise.runs import data
 from rootnoise.runs.config import (
     OPTIONS,
@@ -23,8 +24,10 @@ from rootnoise.runs.config import (
     make_mechanism,
     make_sampler,
     make_workload,
+    planned,
     rates,
 )
+from rootnoise.runs.run import run
 from rootnoise.runs.trainer import Trainer
 from rootnoise.workload import SGD, ToeplitzWorkload, from_optimizer
 
@@ -132,6 +135,57 @@ def test_groups_are_cyclic_poisson_sampling():
         make_mechanism(wide, sampler)
 
 
+@pytest.mark.parametrize("sampling", ["auto", "fixed-cycle", "poisson", "balls-in-bins"])
+def test_auto_is_the_best_row_of_a_plan(sampling):
+    config = RunConfig(**PRIVATE, mechanism="auto", epochs=2, sampling=sampling, memory_rows=3)
+    chosen = planned(config, 1442)
+    job = Job(1442, 100, 2, 4.0, 1e-5, memory_rows=3)
+    rows = plan(SGD(30, 0.9), job, bins=sampling == "balls-in-bins").rows
+    like = {"poisson": ("poisson", "cyclic-poisson")}.get(sampling, (sampling,))
+    row = next(row for row in rows if sampling == "auto" or row.sampling in like)
+    sampler = make_sampler(chosen, 1442)
+    made = make_mechanism(chosen, sampler)
+    assert sampler.participation == row.participation
+    assert (made.noise_multiplier, made.epsilon) == (row.noise_multiplier, row.epsilon)
+    assert made.strategy.bands == row.bands
+    assert made.noising.state_size <= 3
+    assert planned(chosen, 1442) is chosen
+
+
+def test_auto_needs_a_data_set():
+    config = RunConfig(**PRIVATE, mechanism="auto")
+    rule = "mechanism must be planned for a data set first, got auto"
+    sampler = make_sampler(RunConfig(**PRIVATE), 1442)
+    for make in (lambda: make_sampler(config, 1442), lambda: make_mechanism(config, sampler)):
+        with pytest.raises(RootnoiseError, match=rule):
+            make()
+    with pytest.raises(
+        RootnoiseError, match=r"batch_size must be in \[1, n_examples=50\], got 100"
+    ):
+        planned(config, 50)
+
+
+def test_a_planned_run_goes_on_with_what_was_planned(capsys, tmp_path, monkeypatch):
+    line = ["train", "--dataset", "digits", "--model", "logistic", "--epsilon", "4"]
+    line += ["--batch-size", "700", "--epochs", "2", "--mechanism", "auto", "--memory-rows", "2"]
+    line += ["--out", str(tmp_path / "run"), "--json"]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "epoch", interrupt)
+        assert main(line) == 130
+    before = (tmp_path / "run/mechanism.json").read_bytes()
+    monkeypatch.setattr("rootnoise.runs.config.plan", interrupt)  # it is not planned again
+    assert main([*line, "--sampling", "min-sep-poisson", "--resume"]) == 2
+    assert "sampling must be " in capsys.readouterr().err
+    config = RunConfig(**PRIVATE | {"batch_size": 700}, epochs=2, mechanism="auto", memory_rows=2)
+    result = run(config, tmp_path / "run", resume=True)
+    assert result.mechanism != "auto"
+    assert (tmp_path / "run/mechanism.json").read_bytes() == before
+
+
 def test_a_planned_run_trains_and_passes_its_audit(capsys, tmp_path):
     line = (
         "train --dataset digits --model logistic --epsilon 4 --batch-size 100 --epochs 1 "
@@ -206,6 +260,15 @@ def test_secret_batches_survive_a_resume(capsys, tmp_path, monkeypatch, sampling
         ({"weight_decay": -1.0}, "weight_decay must be a finite number >= 0, got -1.0"),
         ({"weight_decay": 0.1, "decay": 0.9}, "decay must be 1 with weight_decay, got 0.9"),
         ({"bands": "many"}, "bands must be an integer, got 'many'"),
+        ({"mechanism": "auto", "bands": 2}, "bands must be left out for mechanism auto, got 2"),
+        ({"mechanism": "auto", "epsilon": None}, "epsilon must be given for mechanism auto, got"),
+        ({"mechanism": "auto", "memory_rows": -1}, "memory_rows must be >= 0, got -1"),
+        ({"mechanism": "auto", "groups": 2}, "groups must be 1 but for a banded mechanism under"),
+        (
+            {"mechanism": "auto", "sampling": "min-sep-poisson"},
+            "sampling must be one of auto, fixed-cycle, poisson, balls-in-bins for mechanism auto",
+        ),
+        ({"memory_rows": 3}, r"memory_rows must be left out for mechanism bsr \(auto chooses"),
         ({"device": "gpu"}, "device must be cpu, cuda or cuda:N, got 'gpu'"),
         ({"device": "cuda:"}, "device must be cpu, cuda or cuda:N, got 'cuda:'"),
     ],

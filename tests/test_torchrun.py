@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torchrun_runs
+from processes import launch
 from rootnoise._check import RootnoiseError
 from rootnoise.batches.ledger_file import Journal
 from rootnoise.cli import main
@@ -135,6 +136,10 @@ def test_a_killed_run_goes_on_with_other_ranks(tmp_path, alone, size, how, next_
     assert resumed == [0] * next_size
     assert "EnvironmentChangedWarning" in printed(tmp_path, 1)[0]
     assert_same_run(tmp_path, alone(PRIVATE), next_size)
+
+
+def test_no_rank_is_told_before_the_checkpoint_is_on_disk(tmp_path):
+    launch(2, torchrun_runs.told, tmp_path)
 
 
 @pytest.mark.parametrize(

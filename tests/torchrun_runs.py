@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import io
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +15,17 @@ from typing import Any
 import torch
 from torch._C._distributed_c10d import TCPStore
 
+from parallel_runs import join
 from processes import die, start
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.runs import curves
 from rootnoise.runs import run as whole_run
+from rootnoise.runs.config import RunConfig
 from rootnoise.runs.data import Dataset
+from rootnoise.runs.folder import DIGEST_SIZE, RunFolder
 from rootnoise.runs.trainer import Trainer
+from rootnoise.training.ranks import Ranks
 
 DATA = "torchrun_runs:examples"
 
@@ -73,6 +80,29 @@ def command(
         status = main([*arguments, "--out", str(out / "run")])
     (out / f"{rank}.written").write_text("\n".join(written))
     sys.exit(status)
+
+
+def told(rank: int, size: int, out: Path) -> None:
+    """Rank 0 is slow to write: what another rank is told of is on disk all the same."""
+    group, config = join(rank, size, out), RunConfig(dataset=DATA, mechanism="bsr", epsilon=8.0)
+    config = dataclasses.replace(config, model="logistic", epochs=2, batch_size=31)
+    curves.learning_curves = lambda *_: None
+    write = RunFolder.save_checkpoint
+
+    def slow(folder: RunFolder, state: Any) -> None:
+        time.sleep(0.5)
+        write(folder, state)
+
+    RunFolder.save_checkpoint = slow  # type: ignore[method-assign, assignment]
+    found = []
+
+    def look(trainer: Trainer) -> None:
+        content = io.BytesIO((out / "run" / "checkpoint.pt").read_bytes()[:-DIGEST_SIZE])
+        saved = torch.load(content, weights_only=True)["run"]
+        found.append((saved["optimizer"]["t"], trainer.t))
+
+    whole_run.run(config, out / "run", on_checkpoint=look, ranks=Ranks(group))
+    assert found == [(2, 2), (4, 4)], f"rank {rank} was told {found}"
 
 
 def launched(

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any
 from rootnoise._check import RootnoiseError
 
 if TYPE_CHECKING:
-    from rootnoise.accounting import MonteCarlo, PrivacyCost, noise_multiplier, privacy_cost
+    from rootnoise.accounting import (
+        MonteCarlo,
+        PrivacyCost,
+        Trials,
+        noise_multiplier,
+        privacy_cost,
+        tuned_noise_multiplier,
+        tuned_privacy_cost,
+    )
     from rootnoise.batches.ledger import Ledger
     from rootnoise.batches.loader import data_loader
     from rootnoise.batches.samplers import (
@@ -84,7 +92,15 @@ _MODULES = {
     "causal.banded": ("Banded",),
     "bounds.certificate": ("Certificate", "check", "lower_bound"),
     # privacy
-    "accounting": ("MonteCarlo", "PrivacyCost", "noise_multiplier", "privacy_cost"),
+    "accounting": (
+        "MonteCarlo",
+        "PrivacyCost",
+        "Trials",
+        "noise_multiplier",
+        "privacy_cost",
+        "tuned_noise_multiplier",
+        "tuned_privacy_cost",
+    ),
     "mechanism": ("Mechanism",),
     "diagnostics": ("Finding", "diagnose"),
     "planner": ("Job", "plan"),
@@ -147,6 +163,7 @@ __all__ = [
     "SingleParticipation",
     "Toeplitz",
     "ToeplitzWorkload",
+    "Trials",
     "Workload",
     "__version__",
     "check",
@@ -164,6 +181,8 @@ __all__ = [
     "prefix_sum",
     "privacy_cost",
     "privatize",
+    "tuned_noise_multiplier",
+    "tuned_privacy_cost",
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from scipy.special import erfcx, ndtr
@@ -49,6 +50,15 @@ def gaussian_epsilon(sigma: float, delta: float) -> float:
     # epsilon = mu t for a = t - mu / 2; at a = 40 no delta of a float is left.
     _, t = _turn(lambda t: _log_delta(t - mu / 2, mu) <= goal, 40 + mu / 2)
     return mu * t * (1 + 4 * UNIT)
+
+
+def gaussian_delta(sigma: float, epsilon: float) -> float:
+    """Return delta of N(1, sigma^2) against N(0, sigma^2) at `epsilon`, by the same theorem.
+
+    Never below the true one, by `MARGIN` of delta.
+    """
+    mu = 1 / sigma
+    return min(1.0, math.exp(_log_delta(epsilon / mu - mu / 2, mu) + MARGIN))
 
 
 def gaussian_multiplier(epsilon: float, delta: float) -> float:
@@ -241,6 +251,8 @@ def _span(sigma: float, q: float) -> float:
     return float(np.logaddexp(none, math.log(q) + most)) - none
 
 
+# A calibration confirms on the grids it used, and whoever makes the mechanism asks again.
+@lru_cache(maxsize=256)
 def _on_grid(sigma: float, q: float, rounds: int, delta: float, grid: float) -> float:
     cut = math.log(delta / rounds) + CUT
     steps = (subsampled.losses(sigma, q, grid, cut, add=add) for add in (False, True))

@@ -261,7 +261,8 @@ class _Run:
             sigma = math.exp(log_sigma)
             certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
             epsilon = certain.upper
-            if not certain.tight and certain.lower < target < certain.upper:
+            # Samples only where they could change which side of the target this is.
+            if not certain.tight and certain.lower < target < 2 * certain.upper:
                 guess = estimate.forecast(self.at(sigma), delta, self.settings)
                 epsilon = min(epsilon, guess)
             report(sigma, epsilon)

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset, default_collate
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.batches.samplers import Indices, Sampler
@@ -176,24 +182,51 @@ def _alike(a: Any, b: Any) -> bool:
 def refuse_repeats(data: Any) -> None:
     """Refuse a data set of torch's that holds a record twice: epsilon is that of one index.
 
-    Seen are `Subset` and `ConcatDataset`, the ways in which torch repeats one.
+    Seen are `Subset` and `ConcatDataset`, the ways in which torch repeats one, however they are put
+    together. Oversampling a rare class by them is such a repeat.
 
     Raises:
-        RootnoiseError: an index of a subset, or a part of a concatenation, comes twice.
+        RootnoiseError: a record of another data set comes twice.
     """
     rule = "data must hold each record once, for epsilon is one index's"
     match data:
         case Subset():
             refuse_repeats(data.dataset)
-            indices, counts = np.unique(np.asarray(data.indices), return_counts=True)
-            if counts.size and counts.max() > 1:
-                i, n = indices[counts.argmax()], counts.max()
-                raise RootnoiseError(f"{rule}, got a Subset with index {i} {n} times")
         case ConcatDataset():
             for part in data.datasets:
                 refuse_repeats(part)
             if len({id(part) for part in data.datasets}) < len(data.datasets):
                 raise RootnoiseError(f"{rule}, got a ConcatDataset of one data set several times")
+        case _:
+            return
+    found: dict[Any, list[Indices]] = {}
+    for leaf, indices in _leaves(data, np.arange(len(data))):
+        found.setdefault(leaf, []).append(indices)
+    for parts in found.values():
+        indices, counts = np.unique(np.concatenate(parts), return_counts=True)
+        if counts.size and counts.max() > 1:
+            i, n = indices[counts.argmax()], counts.max()
+            kind = type(data).__name__
+            raise RootnoiseError(f"{rule}, got a {kind} with index {i} {n} times")
+
+
+def _leaves(data: Any, indices: Indices) -> Iterator[tuple[Any, Indices]]:
+    """Yield which records, in [0, n), of which other data sets these records of a data set are."""
+    match data:
+        case Subset():
+            inner = np.asarray(data.indices, dtype=np.int64)[indices]
+            size = len(data.dataset)  # type: ignore[arg-type]
+            yield from _leaves(data.dataset, np.where(inner < 0, inner + size, inner))
+        case ConcatDataset():
+            start = 0
+            for part, stop in zip(data.datasets, data.cumulative_sizes, strict=True):
+                own = (indices >= start) & (indices < stop)
+                yield from _leaves(part, indices[own] - start)
+                start = stop
+        case TensorDataset():  # another one of the same tensors has the same records
+            yield tuple(map(id, data.tensors)), indices
+        case _:
+            yield id(data), indices
 
 
 class _Steps:

@@ -21,7 +21,7 @@ from rootnoise._check import Array, RootnoiseError, integer, real, vector
 # relative.
 DIRECT = 2048
 # A recursive filter costs (terms x size) multiply-adds at 1 ns each; past this the FFT is faster.
-FILTER_WORK = 2**28
+FILTER_WORK = 2**26
 
 
 def multiply(left: Array, right: Array, size: int) -> Array:

@@ -18,6 +18,7 @@ from rootnoise.runs.settings import Options
 
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
+    from rootnoise.planner import Fleet, Speed
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -124,6 +125,53 @@ class Who:
         b = integer("min-sep", self.min_sep, 1)
         k = -(-n_steps // b) if self.participations is None else self.participations
         return FixedCycle(b, k) if kind is Kind.FIXED_CYCLE else MinSeparation(b, k)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The options that say how large the model is, and what trains it."""
+
+    panel: ClassVar[str] = "What a rank holds"
+
+    n_params: Annotated[
+        int | None, typer.Option(help="Trainable parameters: adds memory, traffic and time.")
+    ] = None
+    ranks: Annotated[int, typer.Option(help="Processes, each with one device.")] = 1
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Parameters cut by FSDP2, not copied (DDP).")
+    ] = False
+    dtype: Annotated[str, typer.Option(help="Of the parameters.")] = "float32"
+    device_memory: Annotated[
+        float | None, typer.Option(help="GB (1e9 bytes) of a device [default: no limit].")
+    ] = None
+    normals_per_second: Annotated[
+        float | None,
+        typer.Option(help="Of a rank [default: measured here, on one thread]."),
+    ] = None
+
+    def fleet(self, momentum: bool) -> Fleet | None:
+        """Return the model and its ranks, None where the model's size is not given."""
+        from rootnoise.planner import Fleet
+
+        if self.n_params is None:
+            for f in fields(self):
+                if getattr(self, f.name) != f.default:
+                    name, got = f.name.replace("_", "-"), getattr(self, f.name)
+                    raise RootnoiseError(f"{name} must come with --n-params, got {got} alone")
+            return None
+        memory = None if self.device_memory is None else 1e9 * self.device_memory
+        return Fleet(self.n_params, self.ranks, self.sharded, self.dtype, memory, momentum)
+
+    def speed(self) -> Speed:
+        """Return how fast a rank makes noise: as given, or measured now."""
+        from rootnoise.planner import Speed
+
+        if self.normals_per_second is not None:
+            return Speed.given(self.normals_per_second)
+        from rootnoise.noise.speed import measured
+
+        said = "measured now on one thread of this machine"
+        return Speed(*measured(), said)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from rootnoise.runs import pages, pictures
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from rootnoise.planner import Plan, Row
+    from rootnoise.planner import Plan, Row, Speed
 
 WORDS = (
     (
@@ -71,11 +71,11 @@ WIDE = ("batches", "bands", "noise")  # columns that only a wide page shows
 SMALL = "A wider page also has bands and noise."
 
 
-def write(path: Path, title: str, made: Plan) -> None:
+def write(path: Path, title: str, made: Plan, speed: Speed | None = None) -> None:
     """Write the page, or refuse a path that cannot be written."""
-    rows, take = made.rows, _plan_view.choice(made.rows)
+    rows, take = made.rows, _plan_view.choice(made)
     draw = partial(_plots.numbered, rows=rows)
-    rest = "".join(f"<li>{escape(note.strip())}</li>" for note in _plan_view.notes(made))
+    rest = "".join(f"<li>{escape(note.strip())}</li>" for note in _plan_view.notes(made, speed))
     caption = "Each point is a row of the table, by its number; further left is less memory, "
     caption += "further down less error."
     parts = [
@@ -83,7 +83,7 @@ def write(path: Path, title: str, made: Plan) -> None:
         f"<p>{escape(title)}.</p>",
         f'<div class="claim"><p>{escape(_advice(rows, take))}</p></div>',
         pages.figure(pictures.drawn(_alt(rows, take), draw), caption + _too_far(rows)),
-        _table(made, take),
+        _table(made, take, speed),
         f'<p class="tag">{SMALL}</p>',
         "<h2>What the rows rest on</h2>",
         f"<ul>{rest}</ul>",
@@ -133,16 +133,16 @@ def _too_far(rows: Sequence[Row]) -> str:
     return f" Not drawn, with over {most} times the least error: {left_out}." if far else ""
 
 
-def _table(made: Plan, take: int) -> str:
+def _table(made: Plan, take: int, speed: Speed | None) -> str:
     """Return the table, with what is said of some rows below their names."""
-    kinds = [' class="wide"' if name in WIDE else "" for name in _plan_view.HEADINGS]
+    kinds = [' class="wide"' if name in WIDE else "" for name in _plan_view.headings(made)]
     head = "".join(
         f'<th scope="col"{kind}>{name}</th>'
-        for name, kind in zip(_plan_view.HEADINGS, kinds, strict=True)
+        for name, kind in zip(_plan_view.headings(made), kinds, strict=True)
     )
     good = _plan_view.frontier(made.rows)
     body = []
-    for i, row in enumerate(_plan_view.cells(made)):
+    for i, row in enumerate(_plan_view.cells(made, speed)):
         tags = list(_tags(i, take, good))
         below = f'<span class="small">{escape(row[1])}</span>'
         below += "".join(f' <span class="tag">{tag}</span>' for tag in tags)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rootnoise.cli import _report
 
 if TYPE_CHECKING:
-    from rootnoise.planner import Job, Plan, Row
+    from rootnoise.planner import Job, Plan, Row, Size, Speed
 
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
 # Columns to leave out in a narrow terminal, in this order.
@@ -38,7 +38,12 @@ def optimizer(work: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
-def cells(made: Plan) -> list[tuple[str, ...]]:
+def headings(made: Plan) -> tuple[str, ...]:
+    """Return the names of the columns: those of a rank too where the plan knows the model."""
+    return HEADINGS if made.job.fleet is None else (*HEADINGS, "a rank", "time")
+
+
+def cells(made: Plan, speed: Speed | None = None) -> list[tuple[str, ...]]:
     """Return the rows as text; a star marks batches that must stay secret."""
     noise = _report.aligned([row.noise_multiplier for row in made.rows])
     errors = _report.aligned([row.rmse_per_example for row in made.rows])
@@ -51,17 +56,52 @@ def cells(made: Plan) -> list[tuple[str, ...]]:
             sigma,
             error,
             "<0.1%" if 0 < row.gap < 1e-3 else f"{row.gap:.1%}",
+            *rank(made.size(row, speed)),
         )
         for row, sigma, error in zip(made.rows, noise, errors, strict=True)
     ]
 
 
-def notes(made: Plan) -> list[str]:
+def rank(size: Size | None) -> tuple[str, ...]:
+    """Return bytes and seconds of a rank; an exclamation mark is what does not fit."""
+    if size is None:
+        return ()
+    return amount(size.total, "B") + "!" * (not size.fits), amount(size.seconds or 0, "s")
+
+
+def amount(value: float, unit: str) -> str:
+    """Return a number of three digits with a prefix.
+
+    >>> amount(12_345_678_901, "B"), amount(0.0123, "s")
+    ('12.3 GB', '12.3 ms')
+    """
+    prefixes = {1e12: "T", 1e9: "G", 1e6: "M", 1e3: "k", 1: "", 1e-3: "m", 1e-6: "u"}
+    size = next((size for size in prefixes if value >= 0.9995 * size), 1e-6)
+    return f"{value / size:.3g} {prefixes[size]}{unit}"
+
+
+def notes(made: Plan, speed: Speed | None = None) -> list[str]:
     """Return what the claims depend on, what was left out, and what could be better."""
     lines = [
         f"{'*' if is_amplified(row) else ' '} {row.note}."
         for row in {is_amplified(row): row for row in reversed(made.rows)}.values()
     ]
+    size = made.size(made.rows[0], speed)
+    if size is not None and speed is not None:
+        parts = {
+            "parameters and momentum": size.parameter_bytes,
+            "gradients": size.gradient_bytes,
+            "float64 sums": size.sum_bytes,
+            "noise": size.noise_bytes,
+        }
+        said = ", ".join(f"{what} {amount(value, 'B')}" for what, value in parts.items())
+        lines += [
+            f"a rank of row 1: {said}; activations are not counted; sends "
+            f"{amount(size.traffic, 'B')} a step.",
+            f"time: of the noise of a step, a model ({speed.source}).",
+        ]
+        if not all(map(made.fits, made.rows)):
+            lines.append("! does not fit the device's memory: never chosen by itself.")
     lines += [f"left out: {name}: {reason}" for name, reason in made.left_out.items()]
     return lines + [f"{found.name}: {found.message}; {found.remedy}" for found in made.findings]
 
@@ -85,14 +125,17 @@ def is_amplified(row: Row) -> bool:
     return row.sampling != "fixed-cycle"
 
 
-def choice(rows: Sequence[Row]) -> int:
+def choice(made: Plan) -> int:
     """Return the place of the row that most should take: of the good ones the least demanding.
 
+    Of those that fit the devices, all if none does.
     Of the rows with nearly the least error, those without secret batches come first, then those
     with less memory, then those with less error.
     """
-    most = (1 + WORTH) * rows[0].rmse_per_example
-    good = [i for i, row in enumerate(rows) if row.rmse_per_example <= most]
+    rows = made.rows
+    fitting = [i for i, row in enumerate(rows) if made.fits(row)] or [*range(len(rows))]
+    most = (1 + WORTH) * rows[fitting[0]].rmse_per_example
+    good = [i for i in fitting if rows[i].rmse_per_example <= most]
     return min(good, key=lambda i: (is_amplified(rows[i]), rows[i].memory_rows, i))
 
 

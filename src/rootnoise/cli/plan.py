@@ -23,7 +23,7 @@ from rootnoise.cli import (
 )
 
 if TYPE_CHECKING:
-    from rootnoise.planner import Job, Plan, Row
+    from rootnoise.planner import Job, Plan, Row, Speed
 
 
 @_options.grouped
@@ -45,6 +45,7 @@ def plan(
         ),
     ] = False,
     work: _workload.Options,
+    devices: _options.Devices,
     top: Annotated[int, typer.Option(help="Rows of the table; JSON and HTML have all.")] = 12,
     plot: Annotated[Path | None, typer.Option(help="PNG file: error against memory.")] = None,
     html: Annotated[
@@ -68,9 +69,11 @@ def plan(
     from rootnoise import planner
 
     integer("top", top, 1)
-    job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows)
+    fleet = devices.fleet(bool(work.momentum) or work.optimizer is not None)
+    job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows, fleet)
     warn_of_delta(job.delta, job.n_examples)
     workload = work.value(job.n_steps)
+    speed = None if fleet is None else devices.speed()
     if train_args is not None:
         _refuse_untrainable(work, train_args, json)
     tried = count()
@@ -84,25 +87,27 @@ def plan(
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:
-        _page.write(html, _plan_view.title(job, work.described()), made)
+        _page.write(html, _plan_view.title(job, work.described()), made, speed)
     if train_args is not None:
         row = integer("train-args", train_args, 1, len(made.rows), high_name="rows") - 1
         print(shlex.join(train_command(job, work, made.rows[row])))
         return
     if json:
-        _report.show("", _values(job, work, made), as_json=True)
+        _report.show("", _values(job, work, made, speed), as_json=True)
         return
-    title, rows = _plan_view.title(job, work.described()), _plan_view.cells(made)[:top]
-    _report.table(title, _plan_view.HEADINGS, rows, _plan_view.SPARE)
+    title, rows = _plan_view.title(job, work.described()), _plan_view.cells(made, speed)[:top]
+    _report.table(title, _plan_view.headings(made), rows, _plan_view.SPARE)
     hidden = len(made.rows) - top
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
     if _trainable(work):
         more.append("To train with a row: --train-args ROW prints the command.")
-    print("\n".join([*more, *_plan_view.notes(made)]))
+    print("\n".join([*more, *_plan_view.notes(made, speed)]))
 
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
     """Return the words of the command that trains with a row; DATASET and OUT are placeholders."""
+    from rootnoise.runs.config import row_settings
+
     given = {
         name: getattr(work, name)
         for name in ("momentum", "decay", "schedule", "warmup", "final", "lr")
@@ -117,14 +122,8 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
         "epochs": job.epochs,
         "momentum": 0.0,  # the default of `plan`, not that of `train`
         **given,
-        "mechanism": row.mechanism,
-        **row.options,
-        "sampling": "poisson" if row.sampling == "cyclic-poisson" else row.sampling,
+        **row_settings(row),
     }
-    if row.sampling == "poisson":
-        words["mechanism"] = "dpsgd"
-    elif row.sampling == "cyclic-poisson":
-        words["groups"] = getattr(row.participation, "groups")  # noqa: B009 - of this sampling only
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in words.items())
     return ["rootnoise", "train", *chain(*pairs)]
 
@@ -152,21 +151,27 @@ def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
         )
 
 
-def _values(job: Job, work: _workload.Options, made: Plan) -> dict[str, Any]:
+def _values(job: Job, work: _workload.Options, made: Plan, speed: Speed | None) -> dict[str, Any]:
     from rootnoise import participation
 
+    hidden = ("participation", "remembers_noise")
     rows = [
         {
-            **{name: value for name, value in vars(row).items() if name != "participation"},
+            **{name: value for name, value in vars(row).items() if name not in hidden},
             "sampling": row.sampling,
             "participation": participation.to_dict(row.participation),
+            **({} if (size := made.size(row, speed)) is None else {"size": size.to_dict()}),
         }
         for row in made.rows
     ]
+    asked = {name: value for name, value in asdict(job).items() if name != "fleet"}
+    fleet = {} if job.fleet is None else {"fleet": asdict(job.fleet)}
     return {
-        **asdict(job),
+        **asked,
         "n_steps": job.n_steps,
         "workload": work.described(),
+        **fleet,
+        **({} if speed is None else {"speed": asdict(speed)}),
         "rows": rows,
         "left_out": dict(made.left_out),
         "diagnostics": [asdict(finding) for finding in made.findings],

@@ -70,7 +70,7 @@ def train(
     from rootnoise.runs.config import RunConfig
     from rootnoise.runs.folder import RunFolder
     from rootnoise.runs.processes import StoppedError, joined
-    from rootnoise.runs.run import run, stored
+    from rootnoise.runs.run import run, stored, without_choice
 
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
     given = {name: value for name, value in values.items() if _given(context, name)}
@@ -85,9 +85,7 @@ def train(
             ranks.all_same({"version": __version__, "out": str(out), "resume": resume} | values)
             if resume:
                 moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
-                if given.get("sampling") == "auto":
-                    del given["sampling"]
-                found = ranks.by_first(lambda: stored(out, given))
+                found = ranks.by_first(lambda: stored(out, without_choice(given)))
                 made = dataclasses.replace(found, **moved)
             else:
                 made = RunConfig(**values)

@@ -181,6 +181,8 @@ class LoopOptimizer(torch.optim.Optimizer):
                 f"each batch must be stepped on once before the next, got step {self.t} and "
                 f"{len(self._drawn)} drawn"
             )
+        if not self._drawn:
+            self.private._guard.reset()  # a forward before this was not of its examples
         self._drawn.append(Drawn(indices, last))
 
     def restart(self) -> None:

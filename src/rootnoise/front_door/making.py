@@ -25,12 +25,6 @@ from torch.utils.data import (
 
 from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
 from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
-from rootnoise.batches.samplers import (
-    BallsInBinsSampler,
-    CyclicPoissonSampler,
-    FixedCycleSampler,
-    Sampler,
-)
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
@@ -45,7 +39,7 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 from rootnoise.participation.sensitivity import sensitivity
-from rootnoise.planner import Job, plan
+from rootnoise.planner import MEMORY_ROWS, Job, plan
 from rootnoise.training import PrivateOptimizer, privatize, whole
 from rootnoise.training.ranks import Ranks
 from rootnoise.workload import Workload, from_optimizer
@@ -54,9 +48,6 @@ Sampling = Literal["auto", "fixed-cycle", "poisson", "cyclic-poisson", "balls-in
 Scheduler = LRScheduler | Callable[[torch.optim.Optimizer], LRScheduler]
 
 SCHEDULED = ("lr", "momentum", "betas")  # the optimizer settings that schedulers change
-
-# How many noise vectors of the model's size `mechanism="auto"` may keep by default.
-MEMORY_ROWS = 64
 
 # Models that are already private, and their training data.
 _MADE: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
@@ -225,7 +216,7 @@ def make_private(
     _MADE[model] = dataset  # from here on it has hooks, even if something is refused below
     for group in optimizer.param_groups:  # torch skips frozen ones, which get no gradient
         group["params"] = [p for p in group["params"] if p.requires_grad]
-    sampler = _sampler(job, made.participation, seed)
+    sampler = job.sampler(made.participation, seed)
     # Planned for this optimizer, or for the workload that the caller chose.
     private = PrivateOptimizer(
         optimizer,
@@ -430,15 +421,3 @@ def _participation(job: Job, sampling: str) -> Participation:
         "sampling must be auto, fixed-cycle, poisson or balls-in-bins for a mechanism given by "
         f"name, got {sampling!r}"
     )
-
-
-def _sampler(job: Job, who: Participation, seed: int | None) -> Sampler:
-    size, batch = job.n_examples, job.batch_size
-    match who:
-        case BallsInBins():
-            return BallsInBinsSampler(size, batch, job.epochs, seed)
-        case FixedCycle():
-            return FixedCycleSampler(size, batch, job.epochs, seed)
-        case CyclicPoisson(groups, _):
-            return CyclicPoissonSampler(size, batch, job.n_steps, groups, seed)
-    raise RootnoiseError(f"sampling must have a sampler, got {who}")  # pragma: no cover

@@ -80,21 +80,38 @@ def _contents(dataset: Any) -> str:
 
 
 def _feed(value: Any, digest: Any) -> None:
-    """Feed a record to a digest: arrays, numbers and text, in any containers."""
+    """Feed a record to a digest: arrays, numbers and text, in any containers or objects.
+
+    Raises:
+        RootnoiseError: it holds something else, which cannot be compared.
+    """
     match value:
         case torch.Tensor():
-            _feed(value.detach().cpu().numpy(), digest)
-        case np.ndarray() if value.dtype != object:
+            digest.update(f"{value.dtype} {tuple(value.shape)} ".encode())
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(content.numpy().tobytes())
+        case np.ndarray() if value.dtype == object:
+            _feed(value.tolist(), digest)
+        case np.ndarray():
             digest.update(f"{value.dtype} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         case Mapping():
-            for name in sorted(value, key=str):
-                digest.update(f"{name} ".encode())
-                _feed(value[name], digest)
+            _feed([(str(name), value[name]) for name in sorted(value, key=str)], digest)
         case list() | tuple():
             for part in value:
                 _feed(part, digest)
-        case str() | bytes() | int() | float() | np.generic() | None:
+        case str() | bytes() | int() | float() | complex() | np.generic() | None:
             digest.update(f"{value!r} ".encode())
-        case _ if hasattr(value, "__array__"):  # images
-            _feed(np.asarray(value), digest)
+        case _:
+            _feed(_parts(value), digest)
+
+
+def _parts(value: Any) -> Any:
+    """Return what an object holds: an image's array, or its attributes by name."""
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    if getattr(value, "__dict__", None):
+        return vars(value)
+    kind = type(value).__name__
+    rule = "data must give records of arrays, numbers and text, which ranks can compare"
+    raise RootnoiseError(f"{rule}, got {kind}")

@@ -20,6 +20,26 @@ Runs = list[tuple[int, int, int]]
 """Copies of several rows at once: (first row there, first row in memory, how many)."""
 
 
+# A default block is rounded up to a multiple of this, since short ones lose time between calls: a
+# million values took 3.5, 3.1, 2.9 and 3.0 ms in blocks of 3, 4, 8 and 16 steps at 3 rows of state.
+# For more parameters than SMALL it is not: there an unused row costs more than a short block does.
+ROUND_STEPS, SMALL = 8, 2**22
+
+# Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
+MOST_STEPS = 64
+
+
+def default_steps(ahead: int, n_steps: int, n_parameters: int, *, rounded: bool = True) -> int:
+    """Return the steps of a default block that makes as many as the state has rows.
+
+    >>> default_steps(3, 100, 10), default_steps(3, 100, 10**9), default_steps(99, 1000, 10**9)
+    (8, 3, 64)
+    """
+    if rounded and n_parameters <= SMALL:
+        ahead = -(-ahead // ROUND_STEPS) * ROUND_STEPS
+    return min(max(1, ahead), MOST_STEPS, n_steps)
+
+
 class BlockPlan:
     """A block, split into the rows to compute and the places of its outputs and next state.
 

@@ -15,7 +15,7 @@ import torch
 
 from rootnoise._check import RootnoiseError, integer, same
 from rootnoise.keys import Key
-from rootnoise.noise.blockplan import BlockPlan, moves
+from rootnoise.noise.blockplan import BlockPlan, default_steps, moves
 from rootnoise.noise.engine import Engine
 from rootnoise.noise.sources import AesSource, CudaSource, NoiseSource
 
@@ -23,14 +23,6 @@ if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
 
 Memory = Literal["look-ahead", "ring", "regenerate", "offload"]
-
-# A default block is rounded up to a multiple of this, since short ones lose time between calls: a
-# million values took 3.5, 3.1, 2.9 and 3.0 ms in blocks of 3, 4, 8 and 16 steps at 3 rows of state.
-# For more parameters than SMALL it is not: there an unused row costs more than a short block does.
-ROUND_STEPS, SMALL = 8, 2**22
-
-# Most steps of a default block: the matrix product gains no speed beyond, and memory stays bounded.
-MOST_STEPS = 64
 
 # Rows of state from which a second thread gains more than handing Python's lock over costs: a
 # million values took 2.8 and 2.9 ms on one and two threads at 3 rows, 3.3 and 2.8 ms at 15, 3.8 and
@@ -110,9 +102,8 @@ class NoiseStream:
 
         if block_steps is None:
             ahead = 0 if memory == "ring" else s
-            if memory != "regenerate" and self.n_parameters <= SMALL:
-                ahead = -(-ahead // ROUND_STEPS) * ROUND_STEPS
-            block_steps = min(max(1, ahead), MOST_STEPS, self.n_steps)
+            rounded = memory != "regenerate"
+            block_steps = default_steps(ahead, self.n_steps, self.n_parameters, rounded=rounded)
         self.block_steps = integer("block_steps", block_steps, 1, self.n_steps, high_name="n_steps")
         self._regenerates = memory == "regenerate"
         self._plans: dict[int, BlockPlan] = {}

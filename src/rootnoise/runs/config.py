@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from rootnoise.factorization import factorize, mechanisms
 from rootnoise.factorization.base import refuse_foreign
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson
+from rootnoise.planner import MEMORY_ROWS, Job, Row, plan
 from rootnoise.runs.settings import Options, Settings
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 
@@ -32,6 +34,12 @@ LARGEST = 1e6
 # that says how many bands that are.
 POISSON = {"poisson": "groups", "min-sep-poisson": "separation"}
 SAMPLINGS = ("fixed-cycle", "balls-in-bins", *POISSON)
+# A plan's names for each sampling that it may choose; cyclic Poisson is poisson with groups.
+PLANNED = {
+    "fixed-cycle": ("fixed-cycle",),
+    "poisson": ("poisson", "cyclic-poisson"),
+    "balls-in-bins": ("balls-in-bins",),
+}
 
 
 @dataclass(frozen=True)
@@ -46,14 +54,14 @@ class RunConfig(Settings):
     """
 
     def __post_init__(self) -> None:
-        known = ("none", "dpsgd", *mechanisms())
+        known = ("none", "dpsgd", *mechanisms(), "auto")
         if self.mechanism not in known:
             rule = f"one of {', '.join(known)}"
             raise RootnoiseError(f"mechanism must be {rule}, got {self.mechanism!r}")
         if self.sampling not in ("auto", *SAMPLINGS):
             rule = f"one of auto, {', '.join(SAMPLINGS)}"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling!r}")
-        if self.sampling == "auto":
+        if self.sampling == "auto" and self.mechanism != "auto":
             kind = "poisson" if self.mechanism == "dpsgd" else "fixed-cycle"
             object.__setattr__(self, "sampling", kind)
         self._check_numbers()
@@ -61,6 +69,7 @@ class RunConfig(Settings):
             rule = "poisson for mechanism dpsgd (identity takes both)"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
         self._check_bands_of_poisson()
+        self._check_planned()
 
     @property
     def split(self) -> dict[str, Any]:
@@ -72,15 +81,34 @@ class RunConfig(Settings):
         own = POISSON.get(self.sampling)
         for sampling, name in POISSON.items():
             given = integer(name, getattr(self, name), 1)
-            if given == 1 or (name == own and self.mechanism not in ("none", "dpsgd")):
+            if given == 1 or (name == own and self.mechanism not in ("none", "dpsgd", "auto")):
                 continue
             rule, cure = f"1 but for a banded mechanism under {sampling} sampling", ""
             if own not in (None, name):
                 rule, cure = f"1 under {self.sampling} sampling", f": give --{own} {given}"
             raise RootnoiseError(f"{name} must be {rule}, got {given}{cure}")
-        if own and getattr(self, own) == 1 and self.mechanism not in ("dpsgd", "identity"):
+        alone = ("dpsgd", "identity", "auto")
+        if own and getattr(self, own) == 1 and self.mechanism not in alone:
             rule = f"fixed-cycle for mechanism {self.mechanism} without {own}"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
+
+    def _check_planned(self) -> None:
+        """Refuse what the plan will choose, or what only a plan needs."""
+        if self.mechanism != "auto":
+            if self.memory_rows is not None:
+                rule = f"left out for mechanism {self.mechanism} (auto chooses within it)"
+                raise RootnoiseError(f"memory_rows must be {rule}, got {self.memory_rows}")
+            return
+        for name in OPTIONS:
+            if getattr(self, name) is not None:
+                raise RootnoiseError(
+                    f"{name} must be left out for mechanism auto, got {getattr(self, name)}"
+                )
+        if self.sampling not in ("auto", *PLANNED):
+            rule = f"one of auto, {', '.join(PLANNED)} for mechanism auto"
+            raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
+        if self.memory_rows is not None:
+            integer("memory_rows", self.memory_rows, 0)
 
     def _check_numbers(self) -> None:
         if self.mechanism == "none":
@@ -92,7 +120,9 @@ class RunConfig(Settings):
             raise RootnoiseError(f"epsilon must be given for mechanism {self.mechanism}, got none")
         else:
             _limits.epsilon(self.epsilon)
-            refuse_foreign("identity" if self.mechanism == "dpsgd" else self.mechanism, self.split)
+            if self.mechanism != "auto":
+                name = "identity" if self.mechanism == "dpsgd" else self.mechanism
+                refuse_foreign(name, self.split)
         real("delta", self.delta, above=0, below=1)
         integer("epochs", self.epochs, 1)
         integer("batch_size", self.batch_size, 1)
@@ -156,8 +186,47 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
     return made if config.schedule is not None else made.neighbour
 
 
+def planned(config: RunConfig, n_examples: int) -> RunConfig:
+    """Return the settings, with those of the best row of a plan for mechanism auto.
+
+    Raises:
+        RootnoiseError: settings for which there is no plan.
+
+    >>> chosen = planned(RunConfig(mechanism="auto", epsilon=8.0, epochs=2), n_examples=2000)
+    >>> chosen.mechanism, chosen.sampling
+    ('dense', 'fixed-cycle')
+    """
+    if config.mechanism != "auto":
+        return config
+    integer("batch_size", config.batch_size, 1, n_examples, high_name="n_examples")
+    rows = MEMORY_ROWS if config.memory_rows is None else config.memory_rows
+    epsilon = cast("float", config.epsilon)  # without one, auto is refused
+    job = Job(n_examples, config.batch_size, config.epochs, epsilon, config.delta, rows)
+    bins = config.sampling == "balls-in-bins"
+    made = plan(make_workload(config, job.n_steps), job, bins=bins)
+    chosen = made.first(*PLANNED.get(config.sampling, ("auto",)))
+    return replace(config, memory_rows=None, **row_settings(chosen))
+
+
+def row_settings(row: Row) -> dict[str, Any]:
+    """Return the settings that train with a row of a plan."""
+    found = {"mechanism": row.mechanism, **row.options, "sampling": row.sampling}
+    match row.participation:
+        case CyclicPoisson(1, _):
+            found["mechanism"] = "dpsgd"
+        case CyclicPoisson(groups, _):
+            found |= {"sampling": "poisson", "groups": groups}
+    return found
+
+
+def _refuse_unplanned(config: RunConfig) -> None:
+    if config.mechanism == "auto":
+        raise RootnoiseError("mechanism must be planned for a data set first, got auto")
+
+
 def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     """Return the run's batches: `epochs` times ceil(n_examples / batch_size) of them."""
+    _refuse_unplanned(config)
     size, batch, epochs = n_examples, config.batch_size, config.epochs
     integer("batch_size", batch, 1, size, high_name="n_examples")
     _limits.steps(epochs * -(-size // batch))
@@ -178,6 +247,7 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
 
 def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
     """Return the run's calibrated mechanism, or None without privacy."""
+    _refuse_unplanned(config)
     if config.mechanism == "none":
         return None
     warn_of_delta(config.delta, sampler.n_examples)

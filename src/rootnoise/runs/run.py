@@ -19,7 +19,15 @@ from rootnoise.batches.ledger_file import Journal, pack
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import curves, inference
-from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
+from rootnoise.runs.config import (
+    OPTIONS,
+    RunConfig,
+    claim,
+    make_key,
+    make_mechanism,
+    make_sampler,
+    planned,
+)
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.report import Run, page
@@ -82,7 +90,8 @@ def run(
 
     Args:
         config: dataset, model and mechanism by name. Mechanisms are those of `factorize`, dpsgd
-            (independent noise under Poisson sampling), and none (no clipping, no noise). With
+            (independent noise under Poisson sampling), none (no clipping, no noise), and auto (the
+            best row of a plan for the data set, which the folder's settings then name). With
             sampling "auto", dpsgd uses Poisson sampling and all others fixed cycles. `seed` fixes
             the order of the data and the initial weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
@@ -110,9 +119,8 @@ def run(
         integer("checkpoint_every", checkpoint_every, 1)
     curves.check()
     with RunFolder(out) as folder:
-        trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
+        config, trainer, stated = _begin(config, folder, data_dir, resume, ranks, fsdp)
         try:
-            first = ranks.rank == 0
             return _to_the_end(
                 config,
                 folder,
@@ -122,7 +130,7 @@ def run(
                 on_step,
                 on_checkpoint,
                 report,
-                first,
+                ranks,
             )
         except OSError as reason:
             name = Path(reason.filename).name if reason.filename else str(folder.path)
@@ -152,6 +160,13 @@ def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
         return RunConfig(**folder.config())
 
 
+def without_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without those that a plan chooses, or that are auto, to compare on resume."""
+    auto = {name for name in ("mechanism", "sampling") if settings.get(name) == "auto"}
+    chosen = {*OPTIONS, "groups", "separation", "memory_rows"} if "mechanism" in auto else set()
+    return {name: value for name, value in settings.items() if name not in auto | chosen}
+
+
 def _to_the_end(
     config: RunConfig,
     folder: RunFolder,
@@ -161,22 +176,26 @@ def _to_the_end(
     on_step: OnStep | None,
     on_checkpoint: OnCheckpoint | None,
     report: bool,
-    writes: bool,
+    ranks: Ranks,
 ) -> Result:
-    """Train to the end; only the rank that `writes` changes the folder."""
-    if writes:
+    """Train to the end; rank 0 alone changes the folder, and the others wait for it."""
+    first = ranks.rank == 0
+    if first:
         folder.write_metrics(trainer.history)
     while trainer.t < trainer.sampler.n_steps:
         trainer.epoch(on_step, every)
         state = trainer.state_dict()
-        if writes:
+
+        def commit(state: Any = state) -> None:
             folder.save_checkpoint(state)
             folder.write_metrics(trainer.history)
+
+        ranks.by_first(commit)  # before any rank tells of these steps
         if on_checkpoint is not None:
             on_checkpoint(trainer)
     result = _result(config, trainer, folder.path)
     weights = trainer.weights()
-    if not writes:
+    if not first:
         return result
     title = f"{config.mechanism} on {config.dataset}"
     curve = [entry["test_accuracy"] for entry in trainer.history]
@@ -214,10 +233,11 @@ def _begin(
     resume: bool,
     ranks: Ranks,
     fsdp: bool,
-) -> tuple[Trainer, Statement]:
+) -> tuple[RunConfig, Trainer, Statement]:
     """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement.
 
-    Rank 0 reads the folder, makes the mechanism, and tells the others.
+    The settings returned are the run's own: of mechanism auto, what the plan chose. Rank 0 reads
+    the folder, plans, makes the mechanism, and tells the others.
     """
     settings = asdict(config)
     known = settings.pop("data_dir")
@@ -226,13 +246,14 @@ def _begin(
         if not resume:
             folder.refuse_used()
             return data_dir or known
-        folder.reopen(settings)
+        folder.reopen(without_choice(settings))
         return data_dir or known or folder.config().get("data_dir")
 
     where = ranks.by_first(enter)
-    if not resume:
-        settings["data_dir"] = where and str(Path(where).resolve())
     data = load(config.dataset, where and Path(where))
+    config = _chosen(config, folder, resume, data.n_train, ranks)
+    if not resume:
+        settings = asdict(config) | {"data_dir": where and str(Path(where).resolve())}
     sampler = make_sampler(config, data.n_train)
     sampler.load_state_dict(ranks.first(sampler.state_dict()))
     private = config.mechanism != "none"
@@ -261,7 +282,18 @@ def _begin(
         trainer.optimizer.ledger.keep(path)
         if resume:
             _refuse_other_future(path, trainer)
-    return trainer, stated
+    return config, trainer, stated
+
+
+def _chosen(
+    config: RunConfig, folder: RunFolder, resume: bool, n_examples: int, ranks: Ranks
+) -> RunConfig:
+    """Return the settings of the run: of mechanism auto what is planned, or was when it began."""
+    if config.mechanism != "auto":
+        return config
+    return ranks.by_first(  # type: ignore[no-any-return]
+        lambda: RunConfig(**folder.config()) if resume else planned(config, n_examples)
+    )
 
 
 def _refuse_other_future(path: Path, trainer: Trainer) -> None:

@@ -55,7 +55,7 @@ class Settings(Options):
     mechanism: str = setting(
         "bsr",
         "Any of `factorize`, such as bsr or identity (independent noise); dpsgd "
-        "(independent noise, Poisson sampling); none (no privacy).",
+        "(independent noise, Poisson sampling); none (no privacy); auto (the best of `plan`).",
     )
     epsilon: float | None = setting(
         None, "Privacy loss to spend; needed unless the mechanism is none."
@@ -90,6 +90,9 @@ class Settings(Options):
         "Least steps between two of one example in min-sep-poisson; the mechanism has as many "
         "bands.",
         flags=("--separation", "--min-sep"),
+    )
+    memory_rows: int | None = setting(
+        None, "Most noise vectors of the model's size that auto may keep [default: 64]."
     )
     seed: int = setting(0, "Fixes the order of the data and the initial weights.")
     insecure_noise_seed: int | None = setting(

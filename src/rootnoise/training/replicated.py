@@ -114,14 +114,15 @@ class Copies:
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.
 
-        A vector of fresh memory takes as long to touch as three passes over one that was used.
+        A vector of fresh memory takes as long to touch as three passes over one that was used. The
+        memory of `mean` itself is that of the next step's sum, so no gradient may stay in it.
         """
         written, self._written = self._written, None
         if written is not None:
             mean = written.copy_(mean)
         parts = torch.split(mean, self._sizes)
         for p, part in zip(self._parameters.values(), parts, strict=True):
-            p.grad = part.view_as(p).to(p.device, p.dtype)
+            p.grad = part.view_as(p).to(p.device, p.dtype, copy=written is None)
 
     def save(self, rows: torch.Tensor, most: int) -> torch.Tensor:
         """Return the noise rows of all ranks, in the columns of the flattened parameters."""

@@ -6,6 +6,7 @@ other outputs and labels, it gives the loss of another batch.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflat
 
 from rootnoise._check import RootnoiseError
 
-MOST_CALLS = 20_000  # calls of torch between one forward and its backward
+# Calls of torch between one forward and its backward, and bytes that they make beside those of 64
+# outputs: what a forward without a backward leaves recording must come to an end.
+MOST_CALLS, MOST_BYTES = 20_000, 2**28
 GATHERS = {"__getitem__", "index_select", "gather", "take", "take_along_dim", "embedding"}
 BROADCASTS = {"add", "sub", "mul", "div", "true_divide", "pow", "where", "maximum", "minimum"}
 WRITES = {"__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__"}
@@ -94,7 +97,23 @@ class _Call:
         )
 
 
-class Tape(TorchFunctionMode):
+class _Recorder(TorchFunctionMode):
+    """Hands calls of torch to a tape, which it does not keep alive."""
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self._tape = weakref.ref(tape)
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        tape = self._tape()
+        if tape is None:
+            return func(*args, **(kwargs or {}))
+        return tape.called(func, args, kwargs or {})
+
+
+class Tape:
     """Records calls from `start` until backward begins.
 
     Attributes:
@@ -103,10 +122,11 @@ class Tape(TorchFunctionMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.trouble = ""
         self.name = "backward"
         self._open = False
+        self._mode = _Recorder(self)
+        self._left = MOST_BYTES
         self._calls: list[_Call] = []
         self._root: torch.Tensor | None = None
         self._weight: Any = None
@@ -119,23 +139,22 @@ class Tape(TorchFunctionMode):
         """Start recording, with the model's outputs."""
         self._outputs = outputs
         self._made = {id(t) for t in outputs}
+        self._left = MOST_BYTES + 64 * sum(t.nbytes for t in outputs)
         self._open = True
-        _push_mode(self)
+        _push_mode(self._mode)
 
     def stop(self) -> None:
         """Stop recording. Function modes that were entered later stay active."""
         self._open = False
         above: list[Any] = []
-        while any(mode is self for mode in _modes()):
+        while any(mode is self._mode for mode in _modes()):
             above.append(_pop_mode())
         for mode in reversed(above):
-            if mode is not self:
+            if mode is not self._mode:
                 _push_mode(mode)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def called(self, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+        """Make a call of torch, and record it while the tape runs."""
         if not self._open:
             return func(*args, **kwargs)
         if func is torch.Tensor.backward or func is torch.autograd.grad:
@@ -180,12 +199,17 @@ class Tape(TorchFunctionMode):
                 {_memory(t) for t in [*written, *made]},
             )
         )
+        self._left -= sum(t.nbytes for t in made if id(t) not in given)
         if len(self._calls) > MOST_CALLS:
-            self.trouble = (
-                f"more than {MOST_CALLS} calls of torch come between forward and backward"
-            )
-            self._open = False
+            self._give_up(f"more than {MOST_CALLS} calls of torch")
+        elif self._left < 0:
+            self._give_up("more than 64 times the outputs")
         return result
+
+    def _give_up(self, what: str) -> None:
+        self.trouble = f"{what} come between forward and backward"
+        self._open = False
+        self._calls.clear()
 
     def finish(self) -> None:
         """Keep the calls that the loss depends on, and those that turn data into Python numbers."""

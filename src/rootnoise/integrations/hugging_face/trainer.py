@@ -349,6 +349,12 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         loader: DataLoader[Any] = super().get_eval_dataloader(eval_dataset)
         return loader
 
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        """Return Trainer's loader; predictions have metrics, so the training set is refused."""
+        self._check_evaluated(test_dataset)
+        loader: DataLoader[Any] = super().get_test_dataloader(test_dataset)
+        return loader
+
     # ---------------------------------------------------------------------------------- checkpoints
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

@@ -1,0 +1,284 @@
+"""All mechanisms that fit a job, tried one by one.
+
+Sensitivities and noise multipliers differ between samplings, so mechanisms are compared by noise
+multiplier times rmse divided by the batch size: the expected error of the iterates per unit of clip
+norm.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from rootnoise import accounting
+from rootnoise._check import RootnoiseError, integer
+from rootnoise.bounds.certificate import Certificate, lower_bound
+from rootnoise.causal import CausalMatrix, Inverse, Toeplitz
+from rootnoise.diagnostics import Finding, diagnose
+from rootnoise.factorization import Factorization, default_bands, factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import (
+    BallsInBins,
+    CyclicPoisson,
+    FixedCycle,
+    Participation,
+    SingleParticipation,
+)
+from rootnoise.planner import groups
+from rootnoise.planner.job import AMPLIFIED, PLAIN, Job, Plan, Row
+from rootnoise.workload import MatrixWorkload, Workload
+
+# Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
+AFFORDABLE = {
+    "dense": 256,
+    "bandmf": 256,
+    "tree": 4096,
+}
+# Beyond, only cyclic sampling near the best number of groups is tried, and columns are scaled of at
+# most so many bands: 0.5 s at 100,000 steps, where 2,000 bands of BSR took 12 s.
+LONG, MOST_SCALED = 20_000, 256
+# Bands to try below the separation, for less memory.
+SMALL = (2, 4, 16, 64)
+# Enough buffers for blt at any number of steps.
+BUFFERS = 6
+
+# Mechanisms without a size to choose.
+UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload", "dense")
+
+# A mechanism by name with its options.
+Candidate = tuple[str, dict[str, Any]]
+# Called with the number of rows so far, and the name of the mechanism that is tried next.
+Progress = Callable[[int, str], None]
+
+
+def plan(
+    workload: Workload, job: Job, progress: Progress | None = None, *, bins: bool = False
+) -> Plan:
+    """Return every mechanism that fits the job and its memory, ranked by expected error.
+
+    All are tried in fixed cycles, where every record is in one batch of each epoch. Independent
+    noise is also tried with Poisson sampling, and strategies of p bands with cyclic Poisson
+    sampling of p groups: amplification by sampling beats correlation if epsilon is small or batches
+    are a small part of the data, but it needs random and secret batches.
+
+    Args:
+        workload: what the optimizer computes, of `job.n_steps` steps.
+        job: data, batches, privacy and memory.
+        progress: called before each candidate; not at all where the process has made this plan.
+        bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
+            one with one row of memory: Monte Carlo accounting takes up to half a minute.
+
+    Raises:
+        RootnoiseError: a workload of another number of steps.
+
+    >>> from rootnoise.workload import SGD
+    >>> job = Job(n_examples=400, batch_size=100, epochs=4, epsilon=8, delta=1e-5, memory_rows=1)
+    >>> best = plan(SGD(job.n_steps, momentum=0.9), job).rows[0]
+    >>> best.mechanism, best.sampling, best.memory_rows
+    ('lambda-cgd', 'fixed-cycle', 1)
+    """
+    integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
+    tell = progress or (lambda done, name: None)
+    if isinstance(workload, MatrixWorkload):  # to compare n^2 numbers takes as long as some plans
+        return _made(workload, job, tell, bins)
+    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins
+    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins)
+    _KEPT[key] = made
+    if len(_KEPT) > MOST_KEPT:
+        del _KEPT[next(iter(_KEPT))]
+    # Mappings of their own: whoever changes them changes no later plan.
+    rows = tuple(replace(row, options=dict(row.options)) for row in made.rows)
+    return replace(made, rows=rows, left_out=dict(made.left_out))
+
+
+# Plans of this process by all that they depend on, the latest last: a process has one version.
+_KEPT: dict[tuple[str, Job, bool], Plan] = {}
+MOST_KEPT = 8
+
+
+def _made(workload: Workload, job: Job, progress: Progress, bins: bool) -> Plan:
+    search = _Search(workload, job, progress)
+    search.all(FixedCycle(job.period, job.epochs))
+    search.amplified()
+    if bins:
+        search.bins()
+    ranked = _ranked(search.rows.values())
+    names = {row.mechanism for row in ranked}
+    left_out = {name: reason for name, reason in search.refused.items() if name not in names}
+    return Plan(workload, job, ranked, left_out, _findings(workload, job, ranked))
+
+
+class _Search:
+    """The rows found so far, and what was refused."""
+
+    def __init__(self, workload: Workload, job: Job, progress: Progress) -> None:
+        self.workload, self.job, self._progress = workload, job, progress
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        self.refused: dict[str, str] = {}
+
+    def all(self, who: Participation, *, quiet: bool = False) -> list[Row]:
+        """Try all candidates of one participation, and return their rows."""
+        cost, found = _calibrated(self.job, who), []
+        for name, options in candidates(self.job, who):
+            if not quiet:
+                self._progress(len(self.rows), name)
+            try:
+                split = _split(self.workload, self.job, who, name, options)
+            except RootnoiseError as reason:
+                self.refused.setdefault(name, str(reason))
+                continue
+            found.append(self._add(split, options, who, cost))
+        return found
+
+    def amplified(self) -> None:
+        """Try independent draws, powers of two, and the best number of groups near the best."""
+        job, powers = self.job, groups.powers(self.job)
+        if not powers:
+            return
+        near = groups.region(self.workload, job)
+        few = job.n_steps > LONG
+        gains = {}
+        for who in powers:
+            if few and who.groups not in (1, *near):
+                continue
+            found = self.all(who)
+            if who.groups in near:
+                errors = {row.mechanism: row.rmse_per_example for row in found}
+                gains[who.groups] = min(errors.values()) / errors.get("bsr", min(errors.values()))
+        best = groups.cyclic(job, groups.best(self.workload, job, gains))
+        if best not in powers:
+            self.all(best, quiet=True)
+
+    def bins(self) -> None:
+        """Try balls in bins with what is best in fixed cycles."""
+        job, who = self.job, BallsInBins(self.job.period, self.job.epochs)
+        for twin in _best_in_cycles(_ranked(self.rows.values())):
+            self._progress(len(self.rows), f"{twin.mechanism}, balls in bins")
+            split = factorize(self.workload, who, twin.mechanism, **twin.options)
+            self._add(split, twin.options, who, _calibrated(job, who, split.strategy))
+
+    def _add(
+        self, split: Factorization, options: Mapping[str, Any], who: Participation, cost: Cost
+    ) -> Row:
+        row = _row(split, options, self.job, who, cost, self._bound(who))
+        return self.rows.setdefault((row.mechanism, who, row.bands, row.memory_rows), row)
+
+    def _bound(self, who: Participation) -> Certificate:
+        # However many groups, cyclic Poisson sampling counts as one participation.
+        once = isinstance(who, CyclicPoisson)
+        return self._once if once else self._cycle
+
+    @cached_property
+    def _once(self) -> Certificate:
+        return lower_bound(self.workload, SingleParticipation())
+
+    @cached_property
+    def _cycle(self) -> Certificate:
+        return lower_bound(self.workload, FixedCycle(self.job.period, self.job.epochs))
+
+
+def samplings(job: Job) -> list[Participation]:
+    """Return the fixed cycle, Poisson sampling, and cyclic Poisson sampling of 2, 4, ... groups.
+
+    A group of g has n_examples / g records, each drawn with probability g batch_size / n_examples
+    in the group's steps. Draws with probability 1 give no amplification, and are left out.
+    """
+    return [FixedCycle(job.period, job.epochs), *groups.powers(job)]
+
+
+def candidates(job: Job, participation: Participation) -> list[Candidate]:
+    """Return the candidates for one participation, in the sizes that fit the memory."""
+    b = default_bands(job.n_steps, participation)
+    if isinstance(participation, CyclicPoisson):
+        if b == 1:
+            return [("identity", {})]
+        return [(name, {"bands": b}) for name in ("bsr", "banded", "bandmf")]
+    memory = job.n_steps if job.memory_rows is None else job.memory_rows
+    room = max(2, min(b, memory + 1))  # one band would be independent noise
+    sizes = sorted({p for p in (*SMALL, room) if 1 < p <= room})
+    found: list[Candidate] = [(name, {}) for name in UNSIZED]
+    found += [(name, {"bands": p}) for name in ("bsr", "banded", "bisr") for p in sizes]
+    if room >= b:  # the best p may be beyond the separation
+        found += [("bsr", {"bands": "auto"}), ("bisr", {"bands": "auto"})]
+    found += [("banded-inverse", {"bands": p}) for p in sizes[: 3 if job.n_steps <= LONG else 1]]
+    found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
+    found += [(name, {"bands": room}) for name in ("bsr-gamma", "bandmf")]
+    scaled = ("column-normalised", "epoch-scaled")
+    room = room if job.n_steps <= LONG else min(room, MOST_SCALED)
+    return found + [(name, {"bands": room, "base": "banded"}) for name in scaled]
+
+
+def _split(
+    workload: Workload, job: Job, who: Participation, name: str, options: Mapping[str, Any]
+) -> Factorization:
+    """Factorize one candidate, or refuse it: too slow, not applicable, or too much memory."""
+    if job.n_steps > AFFORDABLE.get(name, job.n_steps):
+        raise RootnoiseError(f"n_steps must be at most {AFFORDABLE[name]} for an answer in seconds")
+    split = factorize(workload, who, name, **options)
+    if job.memory_rows is not None:
+        integer("memory_rows", job.memory_rows, split.memory_rows)
+    return split
+
+
+# A noise multiplier and the epsilon that it spends.
+Cost = tuple[float, float]
+
+
+def _calibrated(job: Job, who: Participation, strategy: CausalMatrix | None = None) -> Cost:
+    """Return what `Mechanism.calibrate` will find, so that a run has its plan's numbers."""
+    n, delta = job.n_steps, job.delta
+    sigma = accounting.noise_multiplier(who, n, job.epsilon, delta, strategy=strategy)
+    return sigma, accounting.privacy_cost(who, n, sigma, delta, strategy=strategy).epsilon
+
+
+def _row(
+    split: Factorization,
+    options: Mapping[str, Any],
+    job: Job,
+    who: Participation,
+    cost: Cost,
+    bound: Certificate,
+) -> Row:
+    sens, rmse = split.sensitivity(who), split.rmse(who)
+    sigma, epsilon = cost
+    note = AMPLIFIED if who.amplified else PLAIN
+    return Row(
+        mechanism=split.mechanism,
+        options=options,
+        participation=who,
+        bands=split.strategy.bands,
+        noise_multiplier=sigma,
+        epsilon=epsilon,
+        sensitivity=sens.value,
+        rmse_per_example=sigma * rmse / job.batch_size,
+        gap=bound.gap(rmse),
+        memory_rows=split.memory_rows,
+        note=note if sens.exact else f"{note}; sensitivity is an upper bound",
+        remembers_noise=isinstance(split.noising, Inverse)
+        and isinstance(split.noising.base, Toeplitz),
+    )
+
+
+def _ranked(rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: row.rmse_per_example))
+
+
+def _best_in_cycles(ranked: Iterable[Row]) -> list[Row]:
+    """Return the best row in fixed cycles, and the best with little memory if it is another one."""
+    cycles = [row for row in ranked if row.sampling == "fixed-cycle"]
+    light = next(row for row in cycles if row.memory_rows <= 1)  # at least independent noise
+    return [cycles[0]] if light is cycles[0] else [cycles[0], light]
+
+
+def _findings(workload: Workload, job: Job, ranked: tuple[Row, ...]) -> tuple[Finding, ...]:
+    """Return what could be better about the best row in fixed cycles."""
+    best = next((row for row in ranked if row.sampling == "fixed-cycle"), None)
+    if best is None:
+        return ()
+    who = best.participation
+    split = factorize(workload, who, best.mechanism, **best.options)
+    made = Mechanism.calibrate(split, who, noise_multiplier=best.noise_multiplier, delta=job.delta)
+    return tuple(diagnose(made, batch_size=job.batch_size, n_examples=job.n_examples))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, SupportsFloat, SupportsIndex
@@ -31,6 +33,29 @@ def extra(module: str, name: str, what: str) -> Any:
     except ImportError:
         needed = module.split(".", maxsplit=1)[0]
         raise RootnoiseError(f"{what} needs {needed}: pip install 'rootnoise[{name}]'") from None
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the innermost line that is neither of this package nor of torch: the user's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith(("rootnoise.", "torch.")):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def warn_of_delta(delta: float, n_examples: int) -> None:
+    """Warn of a delta that allows to publish one of the records whole.
+
+    Whoever publishes a record drawn at random is (0, 1/n)-differentially private (Dwork and Roth,
+    2014, section 2.3).
+
+    >>> warn_of_delta(1e-5, 1000)
+    """
+    if n_examples and delta >= 1 / n_examples:
+        warn(
+            f"delta should be well below 1/{n_examples}={1 / n_examples:.2g}, one over the number "
+            f"of records, got {delta:g}: it allows to publish a record whole, whatever epsilon is"
+        )
 
 
 def integer(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,9 +25,17 @@ from rootnoise.cli.predict import predict
 from rootnoise.cli.report import compare, report
 from rootnoise.cli.train import train
 
+# Boxes need this many columns, or they cut the names of options short.
+BOXES = 70
 
-class _PlainFlags:
-    """Shows flags without a type in the help, since they take no value."""
+
+class _Readable:
+    """Shows flags without a type in the help, since they take no value, and no boxes if narrow."""
+
+    def format_help(self, context: Any, formatter: Any) -> None:
+        if shutil.get_terminal_size().columns < BOXES:
+            vars(self)["rich_markup_mode"] = None
+        super().format_help(context, formatter)  # type: ignore[misc]
 
     def get_params(self, context: Any) -> list[Any]:
         found: list[Any] = super().get_params(context)  # type: ignore[misc]
@@ -35,11 +45,11 @@ class _PlainFlags:
         return found
 
 
-class _Command(_PlainFlags, TyperCommand):
+class _Command(_Readable, TyperCommand):
     pass
 
 
-class _Group(_PlainFlags, TyperGroup):
+class _Group(_Readable, TyperGroup):
     pass
 
 
@@ -56,7 +66,8 @@ COMMANDS = (
     *(report, compare, audit, bench, demo),
 )
 for command in COMMANDS:
-    app.command(cls=_Command)(command)
+    first = " ".join((command.__doc__ or "").split("\n\n")[0].split())
+    app.command(cls=_Command, short_help=first)(command)  # given, it is not cut short
 
 
 def _version(wanted: bool) -> None:
@@ -81,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     >>> main(["account", "--epsilon", "1", "--delta", "2"])
     2
     """
+    usual, warnings.formatwarning = warnings.formatwarning, _one_line
     try:
         status = app(arguments, prog_name="rootnoise", standalone_mode=False)
         sys.stdout.flush()
@@ -97,7 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not hasattr(usage, "format_message"):
             raise
         return _refuse(usage.format_message())
+    finally:
+        warnings.formatwarning = usual
     return int(status or 0)
+
+
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """Return a warning as people read it, without the line of code that gave it."""
+    return "warning: " + " ".join(str(message).split()) + "\n"
 
 
 def _drop_output() -> None:

@@ -24,8 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instea
 
 
 def saved(path: Path) -> Mechanism:
-    """Read a mechanism; device files, which may never end, are refused."""
+    """Read a mechanism, or that of a run's folder; devices, which may never end, are refused."""
     from rootnoise.mechanism import Mechanism
+
+    if path.is_dir():
+        path = path / "mechanism.json"
 
     if path.is_char_device():
         raise RootnoiseError(f"mechanism must be a file, got the device {path}")

@@ -203,7 +203,9 @@ def read(path: Path) -> Array:
     except KeyError:
         raise RootnoiseError(f"file must be {FORMATS}, got {path}") from None
     except OSError as reason:
-        raise RootnoiseError(f"file must be readable, got {path}: {reason.strerror}") from None
+        raise RootnoiseError(
+            f"file must be readable, got {path}: {reason.strerror or reason}"
+        ) from None
     except (ValueError, EOFError, zipfile.BadZipFile) as reason:
         raise RootnoiseError(f"file must hold numbers, got {path}: {reason}") from None
     try:

@@ -14,7 +14,7 @@ from rootnoise.cli._report import show
 
 
 def diagnose(
-    mechanism: Annotated[Path, typer.Argument(help="A saved mechanism (JSON).")],
+    mechanism: Annotated[Path, typer.Argument(help="A saved mechanism (JSON), or a run's folder.")],
     batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
     dataset_size: Annotated[
         int | None, typer.Option(help="Examples in the data set; compares with DP-SGD.")

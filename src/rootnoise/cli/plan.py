@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, warn_of_delta
 from rootnoise.cli import (
     _options,
     _page,
@@ -71,6 +71,7 @@ def plan(
     integer("top", top, 1)
     fleet = devices.fleet(bool(work.momentum) or work.optimizer is not None)
     job = planner.Job(dataset_size, batch_size, epochs, epsilon, delta, memory_rows, fleet)
+    warn_of_delta(job.delta, job.n_examples)
     workload = work.value(job.n_steps)
     speed = None if fleet is None else devices.speed()
     if train_args is not None:
@@ -98,6 +99,8 @@ def plan(
     _report.table(title, _plan_view.headings(made), rows, _plan_view.SPARE)
     hidden = len(made.rows) - top
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
+    if _trainable(work):
+        more.append("To train with a row: --train-args ROW prints the command.")
     print("\n".join([*more, *_plan_view.notes(made, speed)]))
 
 
@@ -123,6 +126,12 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
     }
     pairs = ([f"--{name.replace('_', '-')}", str(value)] for name, value in words.items())
     return ["rootnoise", "train", *chain(*pairs)]
+
+
+def _trainable(work: _workload.Options) -> bool:
+    """Whether `train` has this workload."""
+    named = work.optimizer is None and work.workload is None
+    return named and not (work.schedule and _workload.is_file(work.schedule))
 
 
 def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:

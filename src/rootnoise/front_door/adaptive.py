@@ -9,11 +9,11 @@ the same one, independent noise trains further (docs/training.md has the measure
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import optim
 
+from rootnoise._check import warn
 from rootnoise.factorization import error, factorize
 from rootnoise.planner import Row
 from rootnoise.workload import Workload
@@ -57,12 +57,11 @@ def choose(rows: Sequence[Row], workload: Workload, optimizer: optim.Optimizer) 
         return plain
     ratio = _step_noise(first, workload) / _step_noise(plain, workload)
     kind, best = type(optimizer).__name__, f"{first.mechanism} ({first.sampling})"
-    warnings.warn(
+    warn(
         f"mechanism auto takes independent noise for {kind}, whose steps shrink with the noise of "
         f"a single one: {best} has {gain:.2g} times less error, but needs a learning rate about "
         f"{ratio:.2g} times that of independent noise; give it by name with such a rate",
         AdaptiveOptimizerWarning,
-        stacklevel=4,
     )
     return plain
 

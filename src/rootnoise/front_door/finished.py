@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.front_door.making import is_training_set
+from rootnoise.front_door.making import training_set
 
 Metric = Callable[..., Any]
 
@@ -38,7 +40,8 @@ def evaluate(
     The model runs in evaluation mode without gradients, on its own device, and then returns to the
     mode it was in, so it is safe to call between two epochs of private training. On the training
     set the result is computed from raw data, and epsilon does not cover it: that is refused, where
-    the data set is the very object that `make_private` was given.
+    a record is seen to be one that `make_private` was given: of the same data set, or the same
+    memory of a `TensorDataset`. A copy is not recognised.
 
     Args:
         model: any model, private or not.
@@ -55,7 +58,7 @@ def evaluate(
     >>> evaluate(nn.Identity(), TensorDataset(torch.eye(3), torch.tensor([0, 1, 0])))
     0.666...
     """
-    if not release_unnoised and is_training_set(model, data):
+    if not release_unnoised and _overlap(training_set(model), data):
         raise RootnoiseError(
             "data must be held out, for epsilon does not cover metrics of the training set "
             "(release_unnoised=True computes them), got the training set"
@@ -85,3 +88,35 @@ def evaluate(
     if not rows:
         raise RootnoiseError("data must have at least one row to evaluate, got none")
     return total / rows
+
+
+def _overlap(trained: Any, data: Any) -> bool:
+    """Whether `data`, a data set or a loader of one, is seen to have a record of the other."""
+    if trained is None:
+        return False
+    if data is trained or getattr(data, "dataset", None) is trained:
+        return True
+    found, known = _records(data), _records(trained)
+    if found is None or known is None or found[0] != known[0]:
+        return False
+    return bool(np.intersect1d(found[1], known[1]).size)
+
+
+def _records(data: Any) -> tuple[Any, NDArray[np.int64]] | None:
+    """Return where the records are, and the number of each there, if that can be said.
+
+    Those of a `TensorDataset` are at addresses of a device's memory, so that slices of one tensor
+    compare, whoever holds them.
+    """
+    if isinstance(data, Subset):
+        whole = _records(data.dataset)
+        return whole and (whole[0], whole[1][np.asarray(data.indices, dtype=np.int64)])
+    if isinstance(data, TensorDataset):
+        first = data.tensors[0]
+        if first.layout != torch.strided or not first.numel() or not first.stride(0):
+            return None
+        step = first.stride(0) * first.element_size()
+        return str(first.device), first.data_ptr() + step * np.arange(len(first))
+    if not isinstance(data, Dataset) and hasattr(data, "dataset"):  # a loader
+        return _records(data.dataset)
+    return (id(data), np.arange(len(data))) if hasattr(data, "__len__") else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
-from rootnoise._check import RootnoiseError
+from rootnoise._check import RootnoiseError, warn
 from rootnoise.batches.loader import WHOLE, Split, count, data_loader
 from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import saved
@@ -229,11 +228,10 @@ class LoopOptimizer(torch.optim.Optimizer):
             rate = float(group["lr"])
             if abs(rate - planned) > RATE_TOLERANCE * abs(planned):
                 self.rates = ()
-                warnings.warn(
+                warn(
                     f"learning rate of step {self.t} should be {planned:.6g}, as planned, got "
                     f"{rate:.6g}: epsilon holds, but the noise suits another schedule and the "
-                    "error is larger; give make_private the scheduler",
-                    stacklevel=3,
+                    "error is larger; give make_private the scheduler"
                 )
                 return
 
@@ -393,7 +391,7 @@ class PrivateLoader:
                 if loop.t != t:
                     raise RootnoiseError(
                         f"each batch must be stepped on once before the next, got step {loop.t} "
-                        f"at batch {t}"
+                        f"at batch {t}: call step of the optimizer that make_private returned"
                     )
                 loop.draw(indices.numpy(), i == len(parts) - 1, together=self._together and i > 0)
                 yield self._nobody() if batch is None else batch

@@ -23,7 +23,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
 from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import adaptive, saved
@@ -176,6 +176,7 @@ def make_private(
     if sum(value is not None for value in goal.values()) != 1:
         raise RootnoiseError(f"give exactly one of epsilon and noise_multiplier, got {goal}")
     job = Job(len(dataset), batch, epochs, 1.0 if epsilon is None else epsilon, delta, memory_rows)
+    warn_of_delta(delta, len(dataset))
     rates: list[float] = []
     if workload is None:
         workload, rates = _workload(optimizer, job, scheduler, scheduler_interval)
@@ -253,10 +254,9 @@ def _before(path: Path, made: Mechanism, dataset: Any, key: Key | None) -> saved
     return found
 
 
-def is_training_set(model: nn.Module, data: Any) -> bool:
-    """Whether `data`, a data set or a loader of one, is what a model was made private for."""
-    trained = _MADE.get(model)
-    return trained is not None and (data is trained or getattr(data, "dataset", None) is trained)
+def training_set(model: nn.Module) -> Any:
+    """Return the data set that a model was made private for, or None."""
+    return _MADE.get(model)
 
 
 def _check_kind(name: str, value: Any, kind: Any) -> None:
@@ -308,6 +308,10 @@ def _data(data: Any, batch_size: int | None) -> tuple[Any, int, dict[str, Any]]:
             loading |= {n: getattr(data, n) for n in ("prefetch_factor", "multiprocessing_context")}
         batch_size = data.batch_size if batch_size is None else batch_size
         data = data.dataset
+    if isinstance(data, tuple) and data and all(isinstance(x, torch.Tensor) for x in data):
+        raise RootnoiseError(
+            f"data must be a data set, got a tuple of {len(data)} tensors: TensorDataset(*data)"
+        )
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
         kind = type(data).__name__
         raise RootnoiseError(f"data must be a map-style data set of known length, got {kind}")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
 from rootnoise.batches.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
@@ -250,6 +250,7 @@ def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
     _refuse_unplanned(config)
     if config.mechanism == "none":
         return None
+    warn_of_delta(config.delta, sampler.n_examples)
     name = "identity" if config.mechanism == "dpsgd" else config.mechanism
     workload = make_workload(config, sampler.n_steps)
     factorization = factorize(workload, sampler.participation, name, **config.split)

@@ -132,7 +132,8 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
         return _FROM_FILES[name](None if data_dir is None else Path(data_dir))
     if name != "digits" and ":" not in name:
         choices = ", ".join(["digits", *_FROM_FILES, "module:function"])
-        raise RootnoiseError(f"dataset must be one of {choices}, got {name!r}")
+        cure = ": a function of yours reads a file, docs/your-data.md" if Path(name).suffix else ""
+        raise RootnoiseError(f"dataset must be one of {choices}, got {name!r}{cure}")
     if data_dir is not None:
         raise RootnoiseError(f"data_dir must be left out for dataset {name}, got {data_dir}")
     return _digits() if name == "digits" else _own(name)
@@ -305,10 +306,24 @@ def _own(name: str) -> Dataset:
     if not isinstance(result, tuple | list) or len(result) != 4:
         rule = f"{function}() must return a Dataset or four arrays"
         raise RootnoiseError(f"dataset {name}: {rule}, got {_kind(result)}")
+    if _is_same(result[0], result[2]):
+        raise RootnoiseError(
+            f"dataset {name}: test inputs must be other people's than the training inputs, for "
+            "epsilon does not cover accuracy on these, got rows of the training inputs"
+        )
     inputs = [_tensor(f"dataset {name}: inputs", value, "f") for value in result[::2]]
     labels = [_tensor(f"dataset {name}: labels", value, "iu") for value in result[1::2]]
     n_classes = max([2, *(int(part.max()) + 1 for part in labels if part.numel())])
     return Dataset(name, inputs[0], labels[0], inputs[1], labels[1], n_classes)
+
+
+def _is_same(training: Any, test: Any) -> bool:
+    """Whether arrays share memory, or have the same contents."""
+    try:
+        a, b = np.asarray(training), np.asarray(test)
+        return bool(np.shares_memory(a, b)) or np.array_equal(a, b)
+    except (TypeError, ValueError, RuntimeError):  # `_tensor` says what is wrong
+        return False
 
 
 def _tensor(name: str, value: Any, kinds: str) -> torch.Tensor:
@@ -322,7 +337,10 @@ def _tensor(name: str, value: Any, kinds: str) -> torch.Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise RootnoiseError(f"{name} must be an array of {rule} ({_line(error)})") from error
     if array.dtype.kind not in kinds:
-        raise RootnoiseError(f"{name} must be an array of {rule}, got {_kind(array)}")
+        cure = {"f": "convert each column to numbers", "iu": "number the classes 0, 1, 2, ..."}[
+            kinds
+        ]
+        raise RootnoiseError(f"{name} must be an array of {rule}, got {_kind(array)}: {cure}")
     dtype = np.float32 if kinds == "f" else np.int64
     with np.errstate(over="ignore"):  # float64 beyond float32 becomes infinity: refused by Dataset
         return torch.from_numpy(np.array(array, dtype, order="C"))

@@ -88,7 +88,9 @@ def _cnn(shape: Shape, n_classes: int) -> nn.Module:
     """
     if len(shape) != 3 or min(shape[1:]) < 6:
         rule = "(channels, height, width) of at least 6x6 pixels"
-        raise RootnoiseError(f"input_shape of model cnn must be {rule}, got {shape}")
+        raise RootnoiseError(
+            f"input_shape of model cnn (mlp takes any) must be {rule}, got {shape}"
+        )
     channels, *sides = shape
     if min(sides) < 16:
         first, second = nn.Conv2d(channels, 16, 3, padding=1), nn.Conv2d(16, 32, 3, stride=2)

@@ -15,13 +15,12 @@ Integer arithmetic is also how Mironov (2012) and Balcer & Vadhan (2018) make su
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from rootnoise._check import clip_range
+from rootnoise._check import clip_range, warn
 
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
@@ -89,11 +88,10 @@ class Clip:
 
 def warn_non_finite(bad: int, rows: int, t: int) -> None:
     """Warn that `bad` of the examples of step t count as zero."""
-    warnings.warn(
+    warn(
         f"{bad} of {rows} per-sample gradients of step {t} are not finite and "
         "count as zero (the guarantee does not cover this number)",
         NonFiniteGradientWarning,
-        stacklevel=5,
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import ArrayLike
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, real, warn
 from rootnoise.batches.ledger import Ledger
 from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.diagnostics import mismatch
@@ -157,7 +156,7 @@ class PrivateOptimizer:
         """Say once if the noise was planned for another optimizer, and what that costs."""
         advice = mismatch(self.mechanism, self.optimizer, decay=self.decay)
         if advice:
-            warnings.warn(advice, UnplannedOptimizerWarning, stacklevel=3)
+            warn(advice, UnplannedOptimizerWarning)
 
     @property
     def mechanism(self) -> Mechanism:

@@ -216,7 +216,10 @@ def _run(build: Build, gradients: Array, **changes: Any) -> tuple[Array, dict[st
                 scheduler.step()
             optimizer.step()
         except (TypeError, ValueError, RuntimeError) as reason:
-            raise RootnoiseError(f"optimizer and scheduler must step alone, got {reason}") from None
+            cure = ": take one without, such as SGD or Adam" if "closure" in str(reason) else ""
+            raise RootnoiseError(
+                f"optimizer and scheduler must step alone, got {reason}{cure}"
+            ) from None
         for name, values in settings.items():
             values.append(group[name])
         moved[t] = -parameter.detach().numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
 from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
@@ -328,10 +327,9 @@ class PrivateModule(nn.Module):
         tapped = Tapped(name, module, parameters, names, self._book, self._keep)
         if names is None:
             self._falls[tapped] = Fallback()
-            warnings.warn(
+            warn(
                 f"layer {name} ({type(module).__name__}) is not in the table of layers: its "
-                "gradients are made one by one for each example, exactly but slowly",
-                stacklevel=4,
+                "gradients are made one by one for each example, exactly but slowly"
             )
         self._rows[tapped] = row
         tapped.hook()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 from dataclasses import replace
 
 import numpy as np
@@ -183,7 +184,7 @@ def test_what_does_not_fit_states_nothing():
 
 def test_each_error_of_a_grid_is_paid_for_in_each_direction():
     """Each direction alone: 1e-3 more of what may be missed is 1e-3 more of delta."""
-    grid = _Grid.of(Allocation(2, 1.2), 1e-2, 2**12)
+    grid: Any = _Grid.of(Allocation(2, 1.2), 1e-2, 2**12)
     exact = replace(grid, cut=0.0, lost=0.0, error=0.0)
     remove = replace(exact, added=np.zeros_like(grid.added))
     add = replace(exact, removed=np.zeros_like(grid.removed))
@@ -242,7 +243,7 @@ PAID = {
 def test_each_bound_pays_for_each_error_in_either_direction(side, law):
     """The errors are far below what quadrature sees; here one of them is larger by 1e-6."""
     more, epsilon, sign = 1e-6, 0.3, 1 if side == "above" else -1
-    grid = _Grid.of(Allocation(3, 1.0), 1e-4, 2**12)
+    grid: Any = _Grid.of(Allocation(3, 1.0), 1e-4, 2**12)
     other = {"removed": "added", "added": "removed"}[law]
     alone = dataclasses.replace(grid, **{other: np.zeros_like(grid.added)})
     before = getattr(alone, side)(epsilon)

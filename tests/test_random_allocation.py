@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -245,10 +244,10 @@ def test_each_bound_pays_for_each_error_in_either_direction(side, law):
     more, epsilon, sign = 1e-6, 0.3, 1 if side == "above" else -1
     grid: Any = _Grid.of(Allocation(3, 1.0), 1e-4, 2**12)
     other = {"removed": "added", "added": "removed"}[law]
-    alone = dataclasses.replace(grid, **{other: np.zeros_like(grid.added)})
+    alone = replace(grid, **{other: np.zeros_like(grid.added)})
     before = getattr(alone, side)(epsilon)
     for name in ("cut", "lost", "slipped", "error"):
-        larger = dataclasses.replace(alone, **{name: getattr(alone, name) + more})
+        larger = replace(alone, **{name: getattr(alone, name) + more})
         moved = sign * (getattr(larger, side)(epsilon) - before)
         if name in PAID[side, law]:
             assert moved >= 0.99 * more, name

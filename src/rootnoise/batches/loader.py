@@ -214,9 +214,9 @@ def _leaves(data: Any, indices: Indices) -> Iterator[tuple[Any, Indices]]:
     """Yield which records, in [0, n), of which other data sets these records of a data set are."""
     match data:
         case Subset():
-            of: Any = data.dataset
             inner = np.asarray(data.indices, dtype=np.int64)[indices]
-            yield from _leaves(of, np.where(inner < 0, inner + len(of), inner))
+            size = len(data.dataset)  # type: ignore[arg-type]
+            yield from _leaves(data.dataset, np.where(inner < 0, inner + size, inner))
         case ConcatDataset():
             start = 0
             for part, stop in zip(data.datasets, data.cumulative_sizes, strict=True):

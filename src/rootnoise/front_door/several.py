@@ -96,9 +96,7 @@ def _feed(value: Any, digest: Any) -> None:
             digest.update(f"{value.dtype} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         case Mapping():
-            for name in sorted(value, key=str):
-                digest.update(f"{name} ".encode())
-                _feed(value[name], digest)
+            _feed([(str(name), value[name]) for name in sorted(value, key=str)], digest)
         case list() | tuple():
             for part in value:
                 _feed(part, digest)

@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +89,9 @@ def told(rank: int, size: int, out: Path) -> None:
     curves.learning_curves = lambda *_: None
     write = RunFolder.save_checkpoint
 
-    def slow(folder: RunFolder, state: Any) -> None:
+    def slow(self: RunFolder, state: Mapping[str, Any]) -> None:
         time.sleep(0.5)
-        write(folder, state)
+        write(self, state)
 
     RunFolder.save_checkpoint = slow  # type: ignore[method-assign, assignment]
     found = []

@@ -183,6 +183,7 @@ def test_what_does_not_fit_states_nothing():
 def test_each_error_of_a_grid_is_paid_for_in_each_direction():
     """Each direction alone: 1e-3 more of what may be missed is 1e-3 more of delta."""
     grid = _Grid.of(Allocation(2, 1.2), 1e-2, 2**12)
+    assert grid is not None
     exact = replace(grid, cut=0.0, lost=0.0, error=0.0)
     remove = replace(exact, added=np.zeros_like(grid.added))
     add = replace(exact, removed=np.zeros_like(grid.removed))

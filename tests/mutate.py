@@ -56,7 +56,7 @@ PRIVACY = [
     "front_door/several.py",
     "integrations/hugging_face/*.py",
     "integrations/lightning.py",
-    "integrations/opacus.py",
+    "integrations/opacus/*.py",
     "integrations/per_example.py",
     "keys.py",
     "mechanism.py",

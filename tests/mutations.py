@@ -950,14 +950,14 @@ MUTATIONS = [
     ),
     Mutation(
         "what Opacus skips ends a batch",
-        "integrations/opacus.py",
+        "integrations/opacus/loop.py",
         "take(len(examples)), not loop._skips_next",
         "take(len(examples)), True",
         "opacus",
     ),
     Mutation(
         "a part that Opacus takes out of turn passes",
-        "integrations/opacus.py",
+        "integrations/opacus/loop.py",
         "if last != (self.batch_sampler.left == 0):",
         "if False:",
         "opacus",

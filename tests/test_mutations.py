@@ -99,7 +99,7 @@ def test_a_sample_takes_every_file_or_those_named():
         options = mutate.parser().parse_args(words)
         return {bug.file for bug in mutate.choose(options) if isinstance(bug, Mutant)}
 
-    folders = "accounting", "integrations/hugging_face", "training/clip"
+    folders = "accounting", "integrations/hugging_face", "integrations/opacus", "training/clip"
     bare = {f"{folder}/__init__.py" for folder in folders}  # imports alone
     assert files() == set(mutate.privacy_files()) - bare
     assert files("--file", "keys.py") == {"keys.py"}

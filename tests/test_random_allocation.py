@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import replace
 
@@ -59,6 +60,7 @@ SMALL = [Allocation(1, 0.8), Allocation(2, 1.2), Allocation(2, 0.7, 0.6), Alloca
 def test_both_directions_hold_quadrature_between_them(bins, epsilon):
     """The laws of one grid, each direction by itself; quadrature is right to 3e-3."""
     grid = _Grid.of(bins, 1e-4, 2**16)
+    assert grid is not None
     for exact, mean in zip(
         quadrature(gram_of(bins), epsilon), (grid._removal, grid._addition), strict=True
     ):
@@ -85,6 +87,7 @@ def test_epsilon_agrees_with_quadrature(bins, delta):
 @pytest.mark.parametrize("bins", [Allocation(2, 1.2), Allocation(2, 0.7, 0.6)], ids=str)
 def test_a_coarse_grid_spreads_the_sum_and_the_slip_takes_it_back(bins):
     grid = _Grid.of(bins, 1e-2, 2**6)
+    assert grid is not None
     for direction, mean in enumerate((grid._removal, grid._addition)):
         exact = quadrature(gram_of(bins), 0.5)[direction]
         assert mean(0.5, 0.0)[0] > 1.003 * exact
@@ -94,6 +97,7 @@ def test_a_coarse_grid_spreads_the_sum_and_the_slip_takes_it_back(bins):
 def test_both_laws_give_one_mean_of_the_slipped_sum():
     """E_P (S - t - b K)_+ / S is E_Q (S - t - b K)_+ / b."""
     grid = _Grid.of(Allocation(5, 1.0), 1e-3, 2**12)
+    assert grid is not None
     s = grid.width * np.arange(grid.added.size)
     for epsilon in (0.2, 1.0):
         gain = np.maximum(s - grid.slip - 5 * math.exp(epsilon), 0) / 5
@@ -206,11 +210,13 @@ def test_what_masses_and_positions_are_known_to_is_paid_for(monkeypatch):
     """One part in 10^4 in place of 10^12: 4 b of it on delta, 4 of it on epsilon."""
     bins, delta, size = Allocation(3, 0.9), 1e-3, 2**12
     grid = _Grid.of(bins, delta, size)
+    assert grid is not None
     above, below = grid.above(0.5), grid.below(0.5)
     monkeypatch.setattr(allocation, "RELATIVE", 1e-4)
     assert grid.above(0.5) == pytest.approx(above * (1 + 12e-4), rel=1e-6)
     assert grid.below(0.5) < below * (1 - 6e-4)
     grid = _Grid.of(bins, delta, size)
+    assert grid is not None
     found = bins.epsilon(delta, (size,))
     assert found.upper == pytest.approx(allocation._crossing(grid.above, delta)[1] + 4e-4, rel=1e-9)
     assert found.lower == pytest.approx(allocation._crossing(grid.below, delta)[0] - 4e-4, rel=1e-9)
@@ -229,6 +235,31 @@ def test_delta_is_confirmed_on_both_sides_of_a_root():
 
 
 # -------------------------------------------------------------------------- the parts of the proof
+
+PAID = {
+    ("above", "removed"): ("cut", "lost", "error"),
+    ("above", "added"): ("lost", "error"),
+    ("below", "removed"): ("lost", "slipped", "error"),
+    ("below", "added"): ("cut", "lost", "slipped", "error"),
+}
+
+
+@pytest.mark.parametrize(("side", "law"), PAID)
+def test_each_bound_pays_for_each_error_in_either_direction(side, law):
+    """The errors are far below what quadrature sees; here one of them is larger by 1e-6."""
+    more, epsilon, sign = 1e-6, 0.3, 1 if side == "above" else -1
+    grid = _Grid.of(Allocation(3, 1.0), 1e-4, 2**12)
+    assert grid is not None
+    other = {"removed": "added", "added": "removed"}[law]
+    alone = dataclasses.replace(grid, **{other: np.zeros_like(grid.added)})
+    before = getattr(alone, side)(epsilon)
+    for name in ("cut", "lost", "slipped", "error"):
+        larger = dataclasses.replace(alone, **{name: getattr(alone, name) + more})
+        moved = sign * (getattr(larger, side)(epsilon) - before)
+        if name in PAID[side, law]:
+            assert moved >= 0.99 * more, name
+        else:
+            assert moved == 0, name
 
 
 @pytest.mark.parametrize("h", [0.05, 0.7, 3.0])
@@ -281,6 +312,7 @@ def test_what_lies_outside_the_window_is_bounded():
 def test_the_slip_of_the_lower_bound_covers_the_spread():
     """E (R - t)_+ / b for 3 bins, R at its widest: each term +-h / 2."""
     grid = _Grid.of(Allocation(3, 1.0), 1e-5, 2**14)
+    assert grid is not None
     h, t = grid.width, grid.slip
     widest = [(3 - 2 * k) * h / 2 for k in range(4)]
     expected = sum(math.comb(3, k) * max(r - t, 0) for k, r in enumerate(widest)) / 8 / 3

@@ -93,7 +93,7 @@ def told(rank: int, size: int, out: Path) -> None:
         time.sleep(0.5)
         write(folder, state)
 
-    RunFolder.save_checkpoint = slow  # type: ignore[method-assign]
+    RunFolder.save_checkpoint = slow  # type: ignore[method-assign, assignment]
     found = []
 
     def look(trainer: Trainer) -> None:

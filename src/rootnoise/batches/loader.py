@@ -215,7 +215,8 @@ def _leaves(data: Any, indices: Indices) -> Iterator[tuple[Any, Indices]]:
     match data:
         case Subset():
             inner = np.asarray(data.indices, dtype=np.int64)[indices]
-            yield from _leaves(data.dataset, np.where(inner < 0, inner + len(data.dataset), inner))
+            size = len(data.dataset)  # type: ignore[arg-type]
+            yield from _leaves(data.dataset, np.where(inner < 0, inner + size, inner))
         case ConcatDataset():
             start = 0
             for part, stop in zip(data.datasets, data.cumulative_sizes, strict=True):

@@ -68,7 +68,14 @@ class Factorization:
 
     def rmse(self, participation: Participation) -> float:
         """Return the expected approximation error at noise multiplier 1, sens * |B|_F / sqrt(n)."""
-        return error.rmse(self.decoder, self.sensitivity(participation).value)
+        if participation not in self._errors:  # a search has asked before whoever ranks its result
+            found = error.rmse(self.decoder, self.sensitivity(participation).value)
+            self._errors[participation] = found
+        return self._errors[participation]
+
+    @cached_property
+    def _errors(self) -> dict[Participation, float]:
+        return {}
 
     def max_error(self, participation: Participation) -> float:
         """Return the error of the worst step at noise multiplier 1, sens * the largest row of B."""

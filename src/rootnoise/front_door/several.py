@@ -96,19 +96,22 @@ def _feed(value: Any, digest: Any) -> None:
             digest.update(f"{value.dtype} {value.shape} ".encode())
             digest.update(np.ascontiguousarray(value).tobytes())
         case Mapping():
-            for name in sorted(value, key=str):
-                digest.update(f"{name} ".encode())
-                _feed(value[name], digest)
+            _feed([(str(name), value[name]) for name in sorted(value, key=str)], digest)
         case list() | tuple():
             for part in value:
                 _feed(part, digest)
         case str() | bytes() | int() | float() | complex() | np.generic() | None:
             digest.update(f"{value!r} ".encode())
-        case _ if hasattr(value, "__array__"):  # images
-            _feed(np.asarray(value), digest)
-        case _ if getattr(value, "__dict__", None):
-            _feed(vars(value), digest)
         case _:
-            kind = type(value).__name__
-            rule = "data must give records of arrays, numbers and text, which ranks can compare"
-            raise RootnoiseError(f"{rule}, got {kind}")
+            _feed(_parts(value), digest)
+
+
+def _parts(value: Any) -> Any:
+    """Return what an object holds: an image's array, or its attributes by name."""
+    if hasattr(value, "__array__"):
+        return np.asarray(value)
+    if getattr(value, "__dict__", None):
+        return vars(value)
+    kind = type(value).__name__
+    rule = "data must give records of arrays, numbers and text, which ranks can compare"
+    raise RootnoiseError(f"{rule}, got {kind}")

@@ -1,6 +1,4 @@
-"""Opacus's interface with rootnoise's noise: an Opacus script only changes its import.
-
-    from rootnoise.integrations.opacus import PrivacyEngine    # was: from opacus import ...
+"""`PrivacyEngine`, in the shape of Opacus's: it makes a run with rootnoise's noise.
 
 Batches are drawn, gradients clipped and the ledger kept as by `make_private`. Features of Opacus
 that are not supported here, or that would void epsilon, are refused with a one-line error.
@@ -8,53 +6,32 @@ that are not supported here, or that would void epsilon, are refused with a one-
 
 from __future__ import annotations
 
-import io
 import os
-import pickle  # for the name of its error
-from collections.abc import Iterator
-from functools import cached_property
 from inspect import signature
-from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import torch
 from opacus.validators import ModuleValidator
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
-from rootnoise._check import RootnoiseError, integer
-from rootnoise._files import write_whole
-from rootnoise.batches.loader import Split
-from rootnoise.batches.samplers import Indices
-from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
-from rootnoise.keys import Key
+from rootnoise._check import RootnoiseError
+from rootnoise.front_door import LoopOptimizer, make_private
+from rootnoise.integrations.opacus.checkpoint import load, save
+from rootnoise.integrations.opacus.loop import EngineLoader, EngineOptimizer, Hooks
 
 # Most epochs and steps of a run with independent noise whose script does not say how many it will
 # run. Such noise does not depend on their number, but more are refused.
 OPEN_EPOCHS, OPEN_STEPS = 200, 100_000
-VERSION = 1  # version of the checkpoint format
 
 # Opacus's ways to compute per-sample gradients. Here there is one way, whatever the name.
 MODES = ("hooks", "ew", "functorch", "ghost")
-MICRO_BATCHES = "BatchMemoryManager splits a batch of the loader into physical ones"
 # Options of Opacus that have only one allowed value here, and why.
 ONLY = {
     "batch_first": (True, "a row an example"),
     "clipping": ("flat", "a norm that follows the data, or the layer, is not what epsilon means"),
     "noise_generator": (None, "give key=Key.from_seed(...) to repeat an experiment"),
     "rand_on_empty": (False, "a step that drew nobody has a batch of no rows"),
-}
-# Attributes of Opacus's optimizer that are not supported here, and what applies instead.
-REFUSED = {
-    "virtual_step": MICRO_BATCHES,
-    "accumulated_iterations": MICRO_BATCHES,
-    "attach_step_hook": "use torch's register_step_post_hook",
-    "grad_samples": "gradients are clipped inside of step",
-    "clip_and_accumulate": "gradients are clipped inside of step",
-    "add_noise": "noise is added inside of step",
-    "pre_step": "all is done inside of step",
-    "scale_grad": "gradients are divided by the planned batch size inside of step",
 }
 
 
@@ -286,30 +263,7 @@ class PrivacyEngine:
                 step that failed midway, or a file that cannot be written.
         """
         self._check_own(optimizer)
-        how, also = (
-            options.pop("torch_save_kwargs", None),
-            options.pop("module_state_dict_kwargs", None),
-        )
-        _refuse_schedulers(options)
-        private = optimizer.private
-        content = dict(checkpoint_dict or {}) | {
-            "module_state_dict": module.state_dict(**(also or {})),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "rootnoise": {
-                "version": VERSION,
-                "fingerprint": private.mechanism.fingerprint,
-                "key": private.stream.key.secret.hex(),
-            },
-        }
-        buffer = io.BytesIO()
-        torch.save(content, buffer, **(how or {}))
-        try:
-            if isinstance(path, str | os.PathLike):
-                write_whole(Path(path), buffer.getvalue(), mode=0o600)
-            else:
-                path.write(buffer.getvalue())
-        except OSError as reason:
-            raise RootnoiseError(f"path must be writable, got {path}: {reason.strerror}") from None
+        save(path, module, optimizer, checkpoint_dict, options)
 
     def load_checkpoint(
         self,
@@ -332,28 +286,7 @@ class PrivacyEngine:
                 that has taken a step.
         """
         self._check_own(optimizer)
-        how = {"map_location": "cpu"} | (options.pop("torch_load_kwargs", None) or {})
-        also = options.pop("module_load_dict_kwargs", None) or {}
-        _refuse_schedulers(options)
-        try:
-            content = torch.load(path, **(how | {"weights_only": True}))
-            own = content.pop("rootnoise")
-            weights, state = content.pop("module_state_dict"), content.pop("optimizer_state_dict")
-        except OSError as reason:
-            raise RootnoiseError(f"path must be readable, got {path}: {reason.strerror}") from None
-        except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as reason:
-            line = str(reason).partition("\n")[0]
-            raise RootnoiseError(f"path must be of save_checkpoint, got {path}: {line}") from None
-        made = optimizer.private.mechanism.fingerprint
-        if (own["version"], own["fingerprint"]) != (VERSION, made):
-            raise RootnoiseError(
-                f"path must be of the mechanism that was made, {made[:16]} in version {VERSION}, "
-                f"got {own['fingerprint'][:16]} in {own['version']}"
-            )
-        optimizer.follow(Key(bytes.fromhex(own["key"])))
-        optimizer.load_state_dict(state)
-        module.load_state_dict(weights, **also)
-        return dict(content)
+        return load(path, module, optimizer, options)
 
     def _check_own(self, optimizer: Any) -> None:
         if self._optimizer is None or optimizer is not self._optimizer:
@@ -361,187 +294,3 @@ class PrivacyEngine:
                 "optimizer must be the one that this engine made private, for its state is that of "
                 f"noise and ledger, got {type(optimizer).__name__}"
             )
-
-
-def _refuse_schedulers(options: dict[str, Any]) -> None:
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise RootnoiseError(
-            "noise and clip norm must stay as calibrated, and checkpoints hold no more, got "
-            f"{', '.join(given)}"
-        )
-
-
-class EngineOptimizer(LoopOptimizer):
-    """A `LoopOptimizer` with the names that Opacus's scripts read."""
-
-    @property
-    def original_optimizer(self) -> torch.optim.Optimizer:
-        """The inner optimizer."""
-        return self.private.optimizer
-
-    @property
-    def noise_multiplier(self) -> float:
-        """The mechanism's noise multiplier for the whole run; it is fixed."""
-        return self.private.mechanism.noise_multiplier
-
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        raise RootnoiseError(f"noise_multiplier must stay as calibrated, got {value}")
-
-    @property
-    def max_grad_norm(self) -> float:
-        """The clip norm of one record's gradient; it is fixed."""
-        return self.private.mechanism.clip_norm
-
-    @max_grad_norm.setter
-    def max_grad_norm(self, value: float) -> None:
-        raise RootnoiseError(f"max_grad_norm must stay as calibrated, got {value}")
-
-    @property
-    def expected_batch_size(self) -> int:
-        """The divisor of every sum."""
-        return self.private.sampler.batch_size
-
-    def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Be told by Opacus's BatchMemoryManager that more of the batch follows the next part."""
-        self._skips_next = bool(do_skip)
-
-    _skips_next = False
-
-    def _check_skip_next_step(self, pop_next: bool = True) -> bool:
-        """Whether the next `step` only adds a physical batch; asking changes nothing."""
-        return self.more
-
-    @property
-    def _is_last_step_skipped(self) -> bool:
-        return self.step_was_skipped
-
-    def __getattr__(self, name: str) -> Any:
-        """Explain why an attribute of Opacus's optimizer is not supported."""
-        if name in REFUSED:
-            raise RootnoiseError(f"{name} must not be used: {REFUSED[name]}")
-        raise AttributeError(name)
-
-
-class EngineLoader(PrivateLoader):
-    """A `PrivateLoader` with the names that Opacus's scripts read."""
-
-    @property
-    def sample_rate(self) -> float:
-        """Fraction of the records in a step, on average."""
-        return self.batch_size / len(self.dataset)
-
-    # What follows is read by Opacus's own BatchMemoryManager, which makes a DataLoader of it. It
-    # tells the optimizer whether a physical batch is the last, and collating it tells how many
-    # examples it has: the next ones of the batch. So it is collated in this process, in order.
-    num_workers, timeout, persistent_workers = 0, 0, False
-    worker_init_fn = multiprocessing_context = prefetch_factor = None
-
-    @property
-    def pin_memory(self) -> bool:
-        """Whether batches are copied to pinned memory, as the script's own loader said."""
-        return bool(self.loading.get("pin_memory"))
-
-    @property
-    def generator(self) -> Any:
-        """The generator of the script's own loader."""
-        return self.loading.get("generator")
-
-    @cached_property
-    def batch_sampler(self) -> Batches:
-        """The numbers of the examples of each batch of a pass."""
-        return Batches(self)
-
-    def collate_fn(self, examples: list[Any]) -> Any:
-        """Collate the next examples of a batch, and tell the optimizer that they were drawn.
-
-        Raises:
-            RootnoiseError: the last examples of a batch are not those of its last physical one, as
-                when two iterators over one manager take turns: then some would be taken twice.
-        """
-        loop: Any = self._optimizer
-        part, last = self.batch_sampler.take(len(examples)), not loop._skips_next
-        if last != (self.batch_sampler.left == 0):
-            raise RootnoiseError(
-                "physical batches must come in their order from one iterator, got "
-                f"{'the last one' if last else 'another one'} with {self.batch_sampler.left} "
-                "examples of the batch to come"
-            )
-        loop.draw(part, last)
-        collate = self.loading.get("collate_fn") or default_collate
-        return collate(examples) if examples else self._nobody()
-
-
-class Batches:
-    """The batches of a pass as lists, which remember how much of the last one was drawn."""
-
-    def __init__(self, loader: EngineLoader) -> None:
-        self._loader = loader
-        self._rest = np.empty(0, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return self._loader.period
-
-    def __iter__(self) -> Iterator[list[int]]:
-        loader = self._loader
-        loop, steps = loader._optimizer, loader._steps()
-        loop.restart()
-        for t in steps:
-            if loop.t != t:
-                raise RootnoiseError(
-                    f"each batch must be stepped on once before the next, got step {loop.t} at "
-                    f"batch {t}"
-                )
-            self._rest = loop.private.sampler.batch(t)
-            yield self._rest.tolist()
-
-    @property
-    def left(self) -> int:
-        """How many examples of the last batch were not taken."""
-        return self._rest.size
-
-    def take(self, n: int) -> Indices:
-        """Return the next n examples of the batch."""
-        part, self._rest = self._rest[:n], self._rest[n:]
-        return part
-
-
-class Hooks:
-    """What `wrap_model=False` returns: the loop goes on calling its own model."""
-
-    def cleanup(self) -> None:
-        """Do nothing: the model can be used, saved and evaluated as it is."""
-
-
-class BatchMemoryManager:
-    """Splits batches into physical ones, as Opacus's own does, but with the loader's workers.
-
-    Opacus's works too. In either case `optimizer.step()` changes the weights only after the last
-    part of a batch, and `zero_grad()` keeps the sum until then.
-
-    Args:
-        data_loader: the loader of `PrivacyEngine.make_private`.
-        max_physical_batch_size: most examples at a time.
-        optimizer: that of the same call.
-
-    Raises:
-        RootnoiseError: parts of another run, or a size below 1.
-    """
-
-    def __init__(
-        self, *, data_loader: EngineLoader, max_physical_batch_size: int, optimizer: EngineOptimizer
-    ) -> None:
-        if not isinstance(data_loader, EngineLoader) or data_loader._optimizer is not optimizer:
-            raise RootnoiseError(
-                "data_loader and optimizer must be those that one engine made private, got "
-                f"{type(data_loader).__name__} and {type(optimizer).__name__}"
-            )
-        most = integer("max_physical_batch_size", max_physical_batch_size, 1)
-        self._loader = data_loader.divided(Split(most=most))
-
-    def __enter__(self) -> EngineLoader:
-        return self._loader
-
-    def __exit__(self, *_: object) -> None:
-        pass

@@ -939,14 +939,14 @@ MUTATIONS = [
         "front_door/saved.py",
         "if digest != _digest(content):",
         "if False:",
-        "front_door",
+        "front_door_saved",
     ),
     Mutation(
         "a run goes on with other data",
         "front_door/saved.py",
         "if data != ours:",
         "if data[0] != ours[0]:",
-        "front_door",
+        "front_door_saved",
     ),
     Mutation(
         "what Opacus skips ends a batch",
@@ -974,7 +974,7 @@ MUTATIONS = [
         "batches/loader.py",
         "        if counts.size and counts.max() > 1:",
         "        if False:",
-        "front_door",
+        "front_door_refused",
     ),
     Mutation(
         "a forward before a batch was drawn counts for it",

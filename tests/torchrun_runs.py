@@ -93,7 +93,7 @@ def told(rank: int, size: int, out: Path) -> None:
         time.sleep(0.5)
         write(self, state)
 
-    RunFolder.save_checkpoint = slow  # type: ignore[method-assign, assignment]
+    RunFolder.save_checkpoint = slow  # type: ignore[method-assign]
     found = []
 
     def look(trainer: Trainer) -> None:
@@ -149,7 +149,7 @@ class _AtStep:
             if trainer.t == self.step:
                 self.action()
 
-        Trainer._step = step  # type: ignore[method-assign, assignment]
+        Trainer._step = step  # type: ignore[method-assign]
 
 
 def killed() -> None:

@@ -149,7 +149,7 @@ class _AtStep:
             if trainer.t == self.step:
                 self.action()
 
-        Trainer._step = step  # type: ignore[method-assign]
+        Trainer._step = step  # type: ignore[method-assign, assignment]
 
 
 def killed() -> None:

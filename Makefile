@@ -40,7 +40,7 @@ lint: $(VENV)/.lint ## style, formatting, the import rule of ARCHITECTURE.md, an
 	$(BIN)/mypy
 
 docs: $(VENV)/.docs ## build the documentation into site/; an undocumented public name fails it
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 dist: $(VENV)/.dist ## build the wheel and the source archive into dist/
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -11,8 +11,11 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.pages import Page
 
 import rootnoise
+from rootnoise.front_door.loop import LoopOptimizer
 
 PUBLIC = {name: getattr(rootnoise, name) for name in rootnoise.__all__}
+# What `make_private` returns is of no public name, and stands beside it.
+SHOWN = PUBLIC | {"LoopOptimizer": LoopOptimizer}
 _shown: dict[str, str] = {}  # the HTML of each page of the reference
 
 
@@ -23,7 +26,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
     def less(line: re.Match[str]) -> str:
         public = [
-            name for name, value in PUBLIC.items() if getattr(value, "__module__", "") == line[1]
+            name for name, value in SHOWN.items() if getattr(value, "__module__", "") == line[1]
         ]
         hidden = f'["!^_", "!^({"|".join(public)})$"]' if public else '["!^_"]'
         return f"{line[0]}\n    options:\n      filters: {hidden}\n      heading_level: 3\n"

@@ -83,7 +83,7 @@ PRIVACY = [
     "training/tape.py",
     "training/whole.py",
 ]
-SAMPLE = 12  # mutants a file
+SAMPLE = 6  # mutants a file: the first of the same order as in a larger sample
 BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is not seen
 # What several processes run is not recorded: these files of tests are tried last, whole.
 PROCESSES = {

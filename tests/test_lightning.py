@@ -137,7 +137,7 @@ def expected():
     """The weights that `make_private` makes in a loop of its own."""
     model = Lit().net
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    settings = {"epochs": EPOCHS, "key": Key.from_seed(3), "seed": 5}
+    settings = {"epochs": EPOCHS, "key": Key.from_seed(403), "seed": 5}
     private = make_private(model, sgd, loader(), **GOAL, **settings)
     for _ in range(EPOCHS):
         for x, y in private.loader:
@@ -151,7 +151,7 @@ def expected():
 def test_two_lines_make_the_bits_of_make_private(kind, expected):
     model = kind()
     names = list(model.state_dict())
-    callback = PrivacyCallback(**GOAL, key=Key.from_seed(3), seed=5)
+    callback = PrivacyCallback(**GOAL, key=Key.from_seed(403), seed=5)
     run, _ = fit(model, callback)
     assert torch.equal(weights(model), expected)
     assert callback.optimizer.t == run.global_step == EPOCHS * STEPS
@@ -210,7 +210,7 @@ def halving(sgd):
 def accumulated(parts, *more, model=None, batch_size=8, path=None, **changes):
     """A run whose batch of 8 is made of several parts; each training loss is kept."""
     model = model or Lit(scheduler=halving)
-    given = {"key": Key.from_seed(6), "seed": 5} if path is None else {}
+    given = {"key": Key.from_seed(406), "seed": 5} if path is None else {}
     callback = PrivacyCallback(**GOAL | given | changes)
     run = trainer(callback, *more, accumulate_grad_batches=parts)
     batches = DataLoader(data(), batch_size=batch_size // parts, shuffle=True)
@@ -457,7 +457,7 @@ class Recorded(Lit):
 
 def test_c_times_the_noise_that_reaches_the_optimizer_is_white():
     model = Recorded(net=Net())
-    callback = PrivacyCallback(**GOAL, clip_norm=0.7, key=Key.from_seed(4), seed=4)
+    callback = PrivacyCallback(**GOAL, clip_norm=0.7, key=Key.from_seed(404), seed=4)
     trainer(callback, max_epochs=4).fit(model, loader(100))
     made = callback.optimizer.private.mechanism
     assert made.strategy.bands > 1

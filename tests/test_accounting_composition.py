@@ -116,7 +116,7 @@ def test_both_directions_count(monkeypatch, heavy):
 
     expected = made(1.0, 0.1, 1e-2, -40.0, add=False).epsilon(10, 1e-5)
     monkeypatch.setattr(subsampled, "losses", lighter)
-    found = gaussian._on_grid(1.0, 0.1, 10, 1e-5, 1e-2)
+    found = gaussian._on_grid.__wrapped__(1.0, 0.1, 10, 1e-5, 1e-2)  # not from its cache
     assert found == pytest.approx(expected, rel=1e-6)
 
 

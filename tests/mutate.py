@@ -92,7 +92,7 @@ PROCESSES = {
     "runs/processes.py": "torchrun",
     "training/optimizer.py": "parallel",
     "training/ranks.py": "parallel front_door_ranks",
-    "training/sharded.py": "sharded",
+    "training/sharded.py": "sharded torchrun",
     "training/whole.py": "front_door_ranks",
 }
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"

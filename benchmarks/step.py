@@ -25,6 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from rootnoise.bench.models import cnn, perceptron
+
 MICRO = 16
 STEPS = 4096  # that the noise is planned for
 BATCHES = (16, 64, 256)
@@ -91,21 +93,6 @@ class Recurrent(nn.Module):
         """Return the scores."""
         y: torch.Tensor = self.out(self.lstm(x)[0][:, -1])
         return y
-
-
-def perceptron() -> nn.Module:
-    """Return three layers with 1e6 parameters."""
-    hidden = nn.Linear(784, 1000), nn.ReLU(), nn.Linear(1000, 200), nn.ReLU()
-    return nn.Sequential(*hidden, nn.Linear(200, 10))
-
-
-def cnn() -> nn.Module:
-    """Return two convolutions and two layers with 4e5 parameters."""
-    first = nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    second = nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
-    return nn.Sequential(
-        *first, *second, nn.Flatten(), nn.Linear(3136, 120), nn.ReLU(), nn.Linear(120, 10)
-    )
 
 
 def resnet18() -> nn.Module:

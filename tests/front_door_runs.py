@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset, TensorDataset, random_split
 
-from parallel_runs import examples, flat, join, network
-from rootnoise._check import RootnoiseError
+from parallel_runs import Refusals, examples, flat, join, network
 from rootnoise.front_door import Private, evaluate, make_private
 from rootnoise.keys import Key
 from rootnoise.training.whole import whole
@@ -106,15 +104,7 @@ class _Image:
 def refuse(rank: int, size: int, out: Path) -> None:
     """Note what is refused, in order."""
     join(rank, size, out)
-    lines = []
-
-    def refused(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except RootnoiseError as reason:
-            lines.append(str(reason))
-        else:
-            raise AssertionError(f"a refusal must follow {lines}")
+    refused = Refusals()
 
     torch.manual_seed(rank)  # noqa: TID251 - what users forget
     half = random_split(data(), [12, 12])[0]
@@ -132,11 +122,11 @@ def refuse(rank: int, size: int, out: Path) -> None:
     made.optimizer.zero_grad()
     refused(lambda: made.optimizer.save(out / "none" / "x.pt"))
     loop(made, 4)  # all of this has changed nothing
-    (out / f"{rank}.txt").write_text("\n".join(lines))
+    (out / f"{rank}.txt").write_text("\n".join(refused))
     dist.destroy_process_group()
     os.environ["WORLD_SIZE"] = "2"
     refused(partial(private, "", 2, rank))
-    assert lines[-1].startswith("processes of a run must meet before make_private (torch.")
+    assert refused[-1].startswith("processes of a run must meet before make_private (torch.")
 
 
 def weights(path: Path) -> Any:

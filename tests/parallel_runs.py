@@ -6,6 +6,7 @@ import contextlib
 import os
 import runpy
 import shutil
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def join(rank: int, size: int, out: Path) -> dist.ProcessGroup:
     )
     assert dist.group.WORLD is not None
     return dist.group.WORLD
+
+
+class Refusals(list[str]):
+    """The lines with which actions were refused, in order; each must be."""
+
+    def __call__(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except RootnoiseError as reason:
+            self.append(str(reason))
+        else:
+            raise AssertionError(f"a refusal must follow {self}")
 
 
 def examples() -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
-from parallel_runs import examples, join, network, private, train
-from rootnoise._check import RootnoiseError
+from parallel_runs import Refusals, examples, join, network, private, train
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import Clip
 from rootnoise.training.sharded import Shards, _rows
@@ -104,15 +102,7 @@ def go_on(rank: int, size: int, out: Path, start: Path, until: int) -> None:
 def refuse(rank: int, size: int, out: Path) -> None:
     """Note what is refused, in order."""
     join(rank, size, out)
-    lines = []
-
-    def refused(action: Callable[[], object]) -> None:
-        try:
-            action()
-        except RootnoiseError as reason:
-            lines.append(str(reason))
-        else:
-            raise AssertionError(f"a refusal must follow {lines}")
+    refused = Refusals()
 
     optimizer = make(size)
     (x, y), batch = examples(), optimizer.sampler.batch(0)
@@ -151,7 +141,7 @@ def refuse(rank: int, size: int, out: Path) -> None:
     three = torch.zeros(3, 2)
     wrong = DTensor.from_local(three, mesh, [Shard(0)], shape=torch.Size([5, 2]), stride=(2, 1))
     refused(lambda: _rows(wrong))
-    (out / "lines.txt").write_text("\n".join(lines))
+    (out / "lines.txt").write_text("\n".join(refused))
 
 
 def count_bad(rank: int, size: int, out: Path) -> None:

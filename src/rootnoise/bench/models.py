@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -73,3 +74,26 @@ def plain_step(model: str, n: int) -> Callable[[], None]:
         sgd.step()
 
     return step
+
+
+def held(data: str) -> tuple[torch.Tensor, ...]:
+    """Return the inputs and labels to train on, and those to test on, of a file of arrays."""
+    arrays = np.load(data)
+    return tuple(torch.from_numpy(arrays[name]) for name in ("x", "y", "test_x", "test_y"))
+
+
+def trained(
+    private: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    epochs: int,
+    test: tuple[torch.Tensor, torch.Tensor],
+) -> float:
+    """Train in a plain loop, and return the test accuracy."""
+    for _ in range(epochs):
+        for x, y in loader:
+            optimizer.zero_grad()
+            functional.cross_entropy(private(x), y).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    with torch.no_grad():
+        return float((private.eval()(test[0]).argmax(1) == test[1]).double().mean())

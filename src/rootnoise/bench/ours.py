@@ -157,22 +157,14 @@ def accuracy(
     data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int
 ) -> dict[str, Any]:
     """Return the test accuracy of one private run by `make_private`."""
-    arrays = np.load(data)
-    names = ("x", "y", "test_x", "test_y")
-    x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in names)
+    x, y, *test = models.held(data)
     net = models.small(x.shape[1], seed)
     sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     private, optimizer, loader = rootnoise.make_private(
         net, sgd, TensorDataset(x, y), batch_size=n, epsilon=target, delta=delta, epochs=epochs
     )
-    for _ in range(epochs):
-        for inputs, labels in loader:
-            optimizer.zero_grad()
-            functional.cross_entropy(private(inputs), labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    with torch.no_grad():
-        right = (net.eval()(test_x).argmax(1) == test_y).double().mean()
-    return {"value": float(right), "epsilon": optimizer.epsilon_spent()}
+    right = models.trained(private, optimizer, loader, epochs, (test[0], test[1]))
+    return {"value": right, "epsilon": optimizer.epsilon_spent()}
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {

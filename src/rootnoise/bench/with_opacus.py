@@ -7,7 +7,6 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -140,9 +139,7 @@ def accuracy(
     """Return the test accuracy of one private run by its `PrivacyEngine`, with Poisson batches."""
     from opacus import PrivacyEngine
 
-    arrays = np.load(data)
-    names = ("x", "y", "test_x", "test_y")
-    x, y, test_x, test_y = (torch.from_numpy(arrays[name]) for name in names)
+    x, y, *test = models.held(data)
     net = models.small(x.shape[1], seed)
     sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
     engine = PrivacyEngine()
@@ -155,14 +152,8 @@ def accuracy(
         epochs=epochs,
         max_grad_norm=1.0,
     )
-    for _ in range(epochs):
-        for inputs, labels in loader:
-            optimizer.zero_grad()
-            functional.cross_entropy(private(inputs), labels).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    with torch.no_grad():
-        right = (private.eval()(test_x).argmax(1) == test_y).double().mean()
-    return {"value": float(right), "epsilon": float(engine.get_epsilon(delta))}
+    right = models.trained(private, optimizer, loader, epochs, (test[0], test[1]))
+    return {"value": right, "epsilon": float(engine.get_epsilon(delta))}
 
 
 MEASURES: dict[str, Callable[..., dict[str, Any]]] = {

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.loader import Split
 from rootnoise.front_door import LoopOptimizer, make_private
 from rootnoise.keys import Key
+from rootnoise.participation.loader import Split
 
 EPSILON = "privacy_epsilon"
 # What the trainer decides: options of make_private that the callback does not take.

@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.batches.samplers import (
+from rootnoise.diagnostics import Finding
+from rootnoise.factorization import Factorization, factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     Sampler,
 )
-from rootnoise.diagnostics import Finding
-from rootnoise.factorization import Factorization, factorize
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
 from rootnoise.planner.sizing import Fleet, Size, Speed
 from rootnoise.workload import Workload
 

@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.samplers import Indices, Sampler
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import Indices, Sampler
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.models import build

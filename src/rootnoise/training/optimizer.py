@@ -22,12 +22,12 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from rootnoise._check import RootnoiseError, integer, real, warn
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.diagnostics import mismatch
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
@@ -83,7 +83,7 @@ class PrivateOptimizer:
         RootnoiseError: parts that do not fit together, or a model that `privatize` refuses.
 
     >>> from rootnoise.factorization import factorize
-    >>> from rootnoise.batches.samplers import FixedCycleSampler
+    >>> from rootnoise.participation.samplers import FixedCycleSampler
     >>> from rootnoise.training import privatize
     >>> from rootnoise.workload import SGD
     >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
@@ -254,7 +254,7 @@ class PrivateOptimizer:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
                 already; a sharded model. With a process group only this rank raises.
 
-        >>> from rootnoise.batches.samplers import FixedCycleSampler
+        >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.training import privatize
         >>> from rootnoise.workload import SGD

@@ -231,9 +231,7 @@ def test_a_penalty_leaves_nothing_behind_and_counts_nothing():
         loss = o.module(torch.ones(4, 3)).square().mean()
         (loss + penalty * sum(p.square().sum() for p in o.module.parameters())).backward()
         assert all(p.grad is None or not p.grad.any() for p in o.module.parameters())
-        line = (
-            r"term of parameters, such as 0\.(weight|bias), which counts nothing: give weight_decay"
-        )
+        line = r"term of parameters, such as 0\.(weight|bias), which counts nothing: give w"
         with pytest.warns(IgnoredPenaltyWarning, match=line) if penalty else nullcontext():
             o.step(batch)
         found.append(torch.cat([p.detach().flatten() for p in o.module.parameters()]))

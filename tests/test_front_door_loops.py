@@ -408,7 +408,7 @@ def test_frozen_parameters_may_be_in_the_optimizer():
 
 
 @pytest.mark.parametrize(
-    "name, value", [("momentum", 0.5), ("weight_decay", 0.1), ("nesterov", True)]
+    ("name", "value"), [("momentum", 0.5), ("weight_decay", 0.1), ("nesterov", True)]
 )
 def test_settings_that_leave_the_plan_are_warned_of_once(name, value):
     run, _ = private()

@@ -72,9 +72,10 @@ class Copies:
         """Refuse gradients that do not come from one backward of `rows` examples."""
         found = self._module.rows
         if rows and not found:
+            name = own_name(next(iter(self._parameters)))
             raise RootnoiseError(
-                f"per-sample gradients of {own_name(next(iter(self._parameters)))} are missing: run forward "
-                "and backward once, in training mode (evaluate under no_grad)"
+                f"per-sample gradients of {name} are missing: run forward and backward once, in "
+                "training mode (evaluate under no_grad)"
             )
         if found != rows:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")

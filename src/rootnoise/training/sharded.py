@@ -168,16 +168,15 @@ class Shards:
 
     def check(self, rows: int) -> None:
         """Refuse gradients that do not come from one backward of `rows` examples."""
-        for name in self._parameters:
-            layer = self._module.get_submodule(name.rpartition(".")[0])
+        for parameter in self._parameters:
+            name = own_name(parameter)
+            layer = self._module.get_submodule(parameter.rpartition(".")[0])
             kept = self._module.kept.get(layer, [])
             if len(kept) > 1:
-                raise RootnoiseError(
-                    f"backward must run once a step, got {len(kept)} for {own_name(name)}"
-                )
+                raise RootnoiseError(f"backward must run once a step, got {len(kept)} for {name}")
             if rows and not kept:
                 raise RootnoiseError(
-                    f"gradients of {own_name(name)} are missing: run forward and backward once, in training "
+                    f"gradients of {name} are missing: run forward and backward once, in training "
                     "mode, through all trainable parameters (evaluate under no_grad)"
                 )
             found = len(kept[0][1]) if kept else 0

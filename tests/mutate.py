@@ -89,10 +89,10 @@ BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is no
 PROCESSES = {
     "front_door/saved.py": "front_door_ranks",
     "front_door/several.py": "front_door_ranks",
-    "runs/processes.py": "torchrun",
-    "training/optimizer.py": "parallel",
-    "training/ranks.py": "parallel front_door_ranks",
-    "training/sharded.py": "sharded torchrun",
+    "runs/processes.py": "runs_torchrun",
+    "training/optimizer.py": "training_parallel",
+    "training/ranks.py": "training_parallel front_door_ranks",
+    "training/sharded.py": "sharded runs_torchrun",
     "training/whole.py": "front_door_ranks",
 }
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"

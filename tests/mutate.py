@@ -78,6 +78,7 @@ PRIVACY = [
     "training/probe.py",
     "training/ranks.py",
     "training/replicated.py",
+    "training/resume.py",
     "training/reuse.py",
     "training/sharded.py",
     "training/tape.py",

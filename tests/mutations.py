@@ -117,8 +117,8 @@ MUTATIONS = [
     ),
     Mutation(
         "the optimizer resumes after a step",
-        "training/optimizer.py",
-        "if self.t or self.ledger.t or self.stream.t:",
+        "training/resume.py",
+        "if private.t or private.ledger.t or private.stream.t:",
         "if False:",
         "training_resume",
     ),
@@ -406,7 +406,7 @@ MUTATIONS = [
     ),
     Mutation(
         "stream and ledger at different steps on load",
-        "training/optimizer.py",
+        "training/resume.py",
         "if not stream.t == ledger.t == t:",
         "if not ledger.t == t:",
         "training_resume",

@@ -35,6 +35,7 @@ RUN = (
     "participation/ledger.py",
     "noise/stream.py",
     "training/optimizer.py",
+    "training/resume.py",
     "runs/folder.py",
     "runs/trainer.py",
     "runs/run.py",

@@ -45,7 +45,7 @@ PRIVACY = [
     "federated/server.py",
     "federated/store.py",
     "federated/updates.py",
-    "front_door/finished.py",
+    "front_door/evaluation.py",
     "front_door/loop.py",
     "front_door/making.py",
     "front_door/saved.py",

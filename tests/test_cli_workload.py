@@ -456,7 +456,7 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_read(call, monkeypatch
     else:
         Path(name).write_text("[" + "0," * 9999 + "0]")
     monkeypatch.setattr(_limits, "_free", lambda: 80_000.0)
-    monkeypatch.setattr("rootnoise.cli._workload._READERS", {})  # nothing is read
+    monkeypatch.setattr("rootnoise.cli._number_files._READERS", {})  # nothing is read
     monkeypatch.setattr("json.loads", None)
     line = refused(call, f"factorize --workload {name}")
     assert line.startswith(f"memory must hold the numbers of {name}, ")

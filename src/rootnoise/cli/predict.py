@@ -13,7 +13,7 @@ import typer
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
-from rootnoise.cli import _options, _report, _workload
+from rootnoise.cli import _number_files, _options, _report
 
 if TYPE_CHECKING:
     from rootnoise.runs.inference import Predictions
@@ -64,7 +64,7 @@ def predict(
         loaded = dataset.load(config.dataset, where)
         inputs, labels = loaded.test_inputs, loaded.test_labels
     else:
-        inputs = finished.shaped(_workload.read(data))
+        inputs = finished.shaped(_number_files.read(data))
         if raw:
             inputs = dataset.standardised(config.dataset, inputs.numpy())
         dataset.refuse_unscaled(config.dataset, inputs)

@@ -1,4 +1,4 @@
-"""How good a model is."""
+"""How good a model is on held-out data: metrics of the training set are refused."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import typer
 from numpy.typing import NDArray
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, one_of, real
 
 if TYPE_CHECKING:  # imported where they are used: `rootnoise --help` needs no SciPy
     from torch.optim import Optimizer
@@ -163,9 +163,7 @@ class Options:
 
     def _torch(self, n: int, rates: Array | None) -> Workload:
         """Return the workload of the torch optimizer with these learning rates."""
-        if self.optimizer not in OPTIMIZERS:
-            rule = f"one of {', '.join(OPTIMIZERS)}"
-            raise RootnoiseError(f"optimizer must be {rule}, got {self.optimizer!r}")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         from torch import optim
 
         from rootnoise.workload import from_optimizer

@@ -496,3 +496,16 @@ def test_values_that_become_nan_have_changed_and_those_that_stay_have_not():
     assert not seen.same(t, identical=True)
     t.data[:] = torch.tensor([1.0, 2.0])
     assert not seen.same(t, identical=True)
+
+
+def test_a_model_that_is_compiled_afterwards_is_refused():
+    o = make()
+    compiled = torch.compile(o.module, backend="eager")
+    with pytest.raises(
+        RootnoiseError, match=r"^model must run as it is, .* got it compiled: leave"
+    ):
+        compiled(X[:BATCH])
+    with torch.no_grad():
+        compiled(X[:BATCH])
+    plain_step(o)
+    assert o.t == 1

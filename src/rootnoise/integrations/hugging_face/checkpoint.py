@@ -42,8 +42,8 @@ def read(folder: Path) -> Saved:
     if not isinstance(saved, dict) or saved.get("version") != VERSION:
         raise RootnoiseError(f"{STATE} must be of version {VERSION}, got another in {folder}")
     key = Key(bytes.fromhex(saved["key"]))
-    parts = (saved[name] for name in ("fingerprint", "weights", "optimizer"))
-    return Saved(key, *parts, settings=saved.get("settings"))
+    parts = {name: saved[name] for name in ("fingerprint", "weights", "optimizer")}
+    return Saved(key, settings=saved.get("settings"), **parts)
 
 
 def digest(model: nn.Module) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,9 +29,9 @@ from torch.nn import functional
 
 from rootnoise import SGD, Factorization, FixedCycle, Key, Mechanism, NoiseStream, factorize
 from rootnoise.accounting import noise_multiplier
-from rootnoise.batches.samplers import Sampler
 from rootnoise.cli import _progress
 from rootnoise.participation import Participation
+from rootnoise.participation.samplers import Sampler
 from rootnoise.planner import Job
 from rootnoise.planner.groups import cyclic
 from rootnoise.runs.data import load
@@ -191,9 +191,7 @@ class Runs:
 
     def flat(self, run: int) -> torch.Tensor:
         """Return the parameters of one run in the order of `parameters()`."""
-        return torch.cat(
-            [x for w in self.weights for x in (w[:-1, run].T.flatten(), w[-1, run])]
-        )
+        return torch.cat([x for w in self.weights for x in (w[:-1, run].T.flatten(), w[-1, run])])
 
     def _forward(
         self, x: torch.Tensor, weights: Sequence[torch.Tensor]

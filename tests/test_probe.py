@@ -23,6 +23,7 @@ from probe_cases import (
 from processes import launch
 from rootnoise._check import RootnoiseError
 from rootnoise.training.probe import _differ, _sources, _Trace
+from rootnoise.training.tape import NOTE
 
 
 def test_equal_examples_show_nothing_and_are_made_up_for():
@@ -212,3 +213,11 @@ def test_labels_are_labels_beside_tensors_as_wide_as_the_batch():
 
     with pytest.raises(RootnoiseError, match=r"^loss \(\w+\) must not mix the examples"):
         train(make(mlp()), loss)
+
+
+def test_an_error_of_the_loss_says_that_it_is_the_loops_own():
+    o = make(mlp())
+    out = o.module(X[:4])
+    with pytest.raises(RuntimeError, match="expected") as error:
+        F.cross_entropy(out, Y[:4].int())
+    assert error.value.__notes__ == [NOTE]

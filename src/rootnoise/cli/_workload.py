@@ -13,7 +13,7 @@ import typer
 from numpy.typing import NDArray
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, one_of, real
 from rootnoise.cli import _number_files
 
 if TYPE_CHECKING:  # imported where they are used: `rootnoise --help` needs no SciPy
@@ -160,9 +160,7 @@ class Options:
 
     def _torch(self, n: int, rates: Array | None) -> Workload:
         """Return the workload of the torch optimizer with these learning rates."""
-        if self.optimizer not in OPTIMIZERS:
-            rule = f"one of {', '.join(OPTIMIZERS)}"
-            raise RootnoiseError(f"optimizer must be {rule}, got {self.optimizer!r}")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         from torch import optim
 
         from rootnoise.workload import from_optimizer

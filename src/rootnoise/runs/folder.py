@@ -158,11 +158,13 @@ class RunFolder:
         self._acquire()
         for problem in self.changed():
             raise RootnoiseError(problem)
-        for name, value in config.items():
-            if saved.get(name) != value:
-                raise RootnoiseError(
-                    f"{name} must be {saved.get(name)!r}, as when the run began, got {value!r}"
-                )
+        others = [
+            f"{name} must be {saved.get(name)!r}, as when the run began, got {value!r}"
+            for name, value in config.items()
+            if saved.get(name) != value
+        ]
+        if others:
+            raise RootnoiseError("; ".join(others))
 
     def changed(self) -> Iterator[str]:
         """Yield a line for each file of an unfinished run that is not as the run wrote it.

@@ -44,6 +44,10 @@ class UnplannedOptimizerWarning(UserWarning):
     """The noise was planned for another optimizer: privacy holds, but the error is larger."""
 
 
+class IgnoredPenaltyWarning(UserWarning):
+    """A term of the loss depends on parameters alone: no gradient of it reaches the optimizer."""
+
+
 class PrivateOptimizer:
     """A torch optimizer that sees only clipped, summed and noised gradients.
 
@@ -149,6 +153,7 @@ class PrivateOptimizer:
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()
+        self._told = False  # of a penalty
         self._batch: Indices | None = None  # admitted batch of a step that uses micro-batches
         self._taken = np.empty(0, dtype=np.int64)  # this process's examples already in the sum
 
@@ -200,7 +205,7 @@ class PrivateOptimizer:
             module.discard,
             observer=self._probe,
             left=lambda: module.left,
-            fixed=dict(module.named_parameters()) if sharded else None,
+            fixed=dict(model.named_parameters()) if sharded else None,
             again=lambda: module.running_again,
         )
 
@@ -409,6 +414,7 @@ class PrivateOptimizer:
         rows = np.size(indices)
         self._place.check(rows)
         self._guard.check(rows)
+        self._tell_of_penalty()
         part = self.ledger.checked(indices)
         again = part[np.isin(part, self._taken)]
         if again.size:
@@ -418,6 +424,17 @@ class PrivateOptimizer:
         if self._probe is not None and self._place.whole:
             self._probe.run(rows)
         return part
+
+    def _tell_of_penalty(self) -> None:
+        """Warn once of a term of the loss that depends on parameters alone and counts nothing."""
+        name = self.module.past if isinstance(self.module, PrivateModule) else ""
+        if name and not self._told:
+            self._told = True
+            warn(
+                "loss must be made of examples alone, got a term of parameters, such as "
+                f"{name}, which counts nothing: give weight_decay to the optimizer instead",
+                IgnoredPenaltyWarning,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs except the key, for `torch.load(weights_only=True)`.

@@ -261,7 +261,7 @@ def train(
         runs.step(x[chosen], y[chosen], stream.next(), task.batch_size)
         if t >= first:
             for mean, weights in zip(means, runs.weights, strict=True):
-                mean += (weights - mean) / (t - first + 1)
+                mean.add_(weights - mean, alpha=1 / (t - first + 1))
     found = {}
     for name, weights in (("last", runs.weights), ("averaged", means)):
         right, loss = runs.judge(test[0], test[1], weights)

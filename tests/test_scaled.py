@@ -152,7 +152,9 @@ def test_errors_of_quadratic_time_are_refused():
 
 
 def test_unknown_bases_are_refused():
-    with pytest.raises(RootnoiseError, match=r"^mechanism must be one of .*, got 'bst': perhaps bsr$"):
+    with pytest.raises(
+        RootnoiseError, match=r"^mechanism must be one of .*, got 'bst': perhaps bsr$"
+    ):
         factorize(prefix_sum(40), mechanism="epoch-scaled", base="bst")
 
 

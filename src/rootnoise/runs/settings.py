@@ -5,7 +5,11 @@ Imports nothing heavy, so that help is quick. `runs.config.RunConfig` checks the
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
@@ -104,6 +108,18 @@ class Settings(Options):
     data_dir: str | None = setting(
         None, "Folder of the data set's files; --resume remembers it.", metavar="<path>"
     )
+
+
+def resuming(out: Path) -> str:
+    """Return the command that continues the run in a folder, by the program that is running now.
+
+    >>> resuming(Path("runs/my digits"))
+    "rootnoise train --resume --out 'runs/my digits'"
+    """
+    called = Path(sys.argv[0])  # such as .venv/bin/rootnoise, where that is not on the PATH
+    hidden = called.name == "rootnoise" and shutil.which("rootnoise") is None
+    program = shlex.quote(str(called)) if hidden else "rootnoise"
+    return f"{program} train --resume --out {shlex.quote(str(out))}"
 
 
 def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:

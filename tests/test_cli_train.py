@@ -16,6 +16,7 @@ from rootnoise.cli.train import train
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run, stored
+from rootnoise.runs.settings import resuming
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
@@ -250,3 +251,11 @@ def test_an_audit_lists_what_fails_first(call, tmp_path, monkeypatch):
     assert [row[:2] for row in rows if row[1] == "NO"] == [["model.pt", "NO"]] == [rows[0][:2]]
     assert all(cell.endswith("%") for row in rows if row[0] == "gap" for cell in row[2:4])
     assert any(row[0] == "gap" for row in rows)
+
+
+def test_the_command_that_resumes_names_the_program_as_it_was_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["my env/bin/rootnoise"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert resuming(Path("a")) == "'my env/bin/rootnoise' train --resume --out a"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert resuming(Path("a")) == "rootnoise train --resume --out a"

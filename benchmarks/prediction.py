@@ -71,7 +71,7 @@ TASKS = {
     "fashion, logistic": Task("fashion-mnist", 60_000, 0, 500, 4, 0.9),
     "fashion, perceptron": Task("fashion-mnist", 10_000, 32, 200, 8, 0.0),
     "fashion, logistic, 12 epochs": Task("fashion-mnist", 20_000, 0, 500, 12, 0.0),
-    "digits, logistic, 40 epochs": Task("digits", 1442, 0, 256, 40, 0.9),
+    "digits, logistic": Task("digits", 1442, 0, 150, 24, 0.9),
 }
 
 

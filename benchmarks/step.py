@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rootnoise.bench.models import cnn, perceptron
+from rootnoise.cli.bench.models import cnn, perceptron
 
 MICRO = 16
 STEPS = 4096  # that the noise is planned for

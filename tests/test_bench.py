@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rootnoise import SGD, FixedCycle, RootnoiseError, factorize
-from rootnoise.bench import ours, questions, tables, with_opacus
-from rootnoise.bench.clock import Side
 from rootnoise.cli import main
+from rootnoise.cli.bench import ours, questions, tables, with_opacus
+from rootnoise.cli.bench.clock import Side
 
 DOCS = Path(__file__).parents[1] / "docs"
 # A rival that imports nothing of rootnoise.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rootnoise.cli import main
+from commands import refused
 from rootnoise.cli.train import train
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs.config import RunConfig
@@ -20,28 +20,6 @@ from rootnoise.runs.settings import resuming
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command line; return its status, standard output and standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-def refused(call, *arguments):
-    """Return the one line of a refusal."""
-    status, out, err = call(*arguments)
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_train_prints_one_json_object(call, tmp_path):

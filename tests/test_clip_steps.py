@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import IgnoredPenaltyWarning, PrivateOptimizer, privatize
 from rootnoise.training.clip.bounds import EXAMPLES, SLACK
 from rootnoise.training.clipping import Clip

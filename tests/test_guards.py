@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 from rootnoise.training.guards import ForwardGuard, _Seen, tensors_of
 from rootnoise.workload import SGD

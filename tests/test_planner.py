@@ -10,11 +10,11 @@ import pytest
 import oracle
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.bounds.certificate import lower_bound
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
+from rootnoise.participation.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.planner import (
     AFFORDABLE,
     AMPLIFIED,

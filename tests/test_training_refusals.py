@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.participation import FixedCycle
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from training_cases import (
     BATCH,

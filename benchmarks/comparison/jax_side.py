@@ -18,7 +18,7 @@ from clock import (
     seconds,
     serve,
     timed,
-)  # of rootnoise.bench, through PYTHONPATH
+)  # of rootnoise.cli.bench, through PYTHONPATH
 from jax_privacy import accounting, batch_selection, clipping, noise_addition
 from jax_privacy.accounting import calibrate as calibration
 from jax_privacy.matrix_factorization import banded, buffered_toeplitz, dense, toeplitz

@@ -17,7 +17,7 @@ from clock import (
     seconds,
     serve,
     timed,
-)  # of rootnoise.bench, through PYTHONPATH
+)  # of rootnoise.cli.bench, through PYTHONPATH
 from torch.nn import functional
 
 # opake-accounting 0.16.1 does not import on CPython 3.11.7, whose dataclasses overlook an inherited

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rootnoise.bench.clock import Side
-from rootnoise.bench.questions import SECTIONS, Result, ask, own_sides
-from rootnoise.bench.tables import fill
+from rootnoise.cli.bench.clock import Side
+from rootnoise.cli.bench.questions import SECTIONS, Result, ask, own_sides
+from rootnoise.cli.bench.tables import fill
 
 ROOT = Path(__file__).parents[2]
 JSON, PAGE = ROOT / "docs/comparison.json", ROOT / "docs/comparison.md"

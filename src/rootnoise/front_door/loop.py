@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
 from rootnoise._check import RootnoiseError, warn
-from rootnoise.batches.loader import WHOLE, Split, count, data_loader
-from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import saved
 from rootnoise.keys import Key
+from rootnoise.participation.loader import WHOLE, Split, count, data_loader
+from rootnoise.participation.samplers import Indices
 from rootnoise.training import PrivateOptimizer
 from rootnoise.training.ranks import SAVING
 from rootnoise.training.reuse import Releases
@@ -172,7 +172,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return self._drawn[0]
 
     def draw(self, indices: Indices, last: bool = True, *, together: bool = False) -> None:
-        """Be told by the loader of the micro-batch that it gives out.
+        """Note the micro-batch that the loader gives out.
 
         Args:
             indices: its examples.

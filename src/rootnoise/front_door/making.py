@@ -24,7 +24,6 @@ from torch.utils.data import (
 )
 
 from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
-from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
@@ -38,6 +37,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.participation.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import MEMORY_ROWS, Job, plan
 from rootnoise.training import PrivateOptimizer, privatize, whole

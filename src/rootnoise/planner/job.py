@@ -8,22 +8,22 @@ from typing import Any, NamedTuple
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.batches.samplers import (
+from rootnoise.diagnostics import Finding
+from rootnoise.factorization import Factorization, factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     Sampler,
 )
-from rootnoise.diagnostics import Finding
-from rootnoise.factorization import Factorization, factorize
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
 from rootnoise.planner.sizing import Fleet, Size, Speed
 from rootnoise.workload import Workload
 
 # Most steps of a job, for which all candidates together take about half a minute.
 MOST_STEPS = 100_000
-# How many noise vectors of the model's size a mechanism that is planned unseen may keep.
+# Default limit of noise vectors of the model's size where a plan is used without being shown.
 MEMORY_ROWS = 64
 
 # What the privacy claim of a row depends on.

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, one_of, real, warn_of_delta
-from rootnoise.batches.samplers import (
+from rootnoise.factorization import factorize, mechanisms
+from rootnoise.factorization.base import refuse_foreign
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     MinSepPoissonSampler,
     Sampler,
 )
-from rootnoise.factorization import factorize, mechanisms
-from rootnoise.factorization.base import refuse_foreign
-from rootnoise.keys import Key
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson
 from rootnoise.planner import MEMORY_ROWS, Job, Row, plan
 from rootnoise.runs.settings import Options, Settings
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates

@@ -9,7 +9,7 @@
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
     noise.key        SECRET, until the run ends: determines all noise, and keys the digest of the
                      checkpoint (which is its only use in a run without privacy)
-    ledger.bin       for the auditor: who took part in which step (`batches.ledger_file`); stays
+    ledger.bin       for the auditor: who took part when (`participation.ledger_file`); stays
     .lock            held while a process runs in the folder, until the run ends
     model.pt, model.safetensors   the final weights, for torch alone and for everything else; the
                      second says which model they are of (`runs.inference`)
@@ -47,9 +47,9 @@ from safetensors.torch import save
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import lock, partial, write_whole
-from rootnoise.batches.ledger import Ledger
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.ledger import Ledger
 from rootnoise.runs import settings_file, statement
 from rootnoise.runs.settings import as_of_today, resuming
 from rootnoise.runs.statement import Statement

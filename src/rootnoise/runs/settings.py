@@ -146,7 +146,7 @@ def resuming(out: Path) -> str:
 
 
 def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a config.json; where it has no separation, `groups` stood for it."""
+    """Return the settings in a config.json; older ones have the separation under `groups`."""
     if "separation" in saved or "groups" not in saved:
         return saved
     own = "separation" if saved.get("sampling") == "min-sep-poisson" else "groups"

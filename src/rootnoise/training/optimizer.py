@@ -8,7 +8,6 @@ by the expected batch size. What the inner optimizer does with that gradient is 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,12 +21,13 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from rootnoise._check import RootnoiseError, integer, real, warn
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.diagnostics import mismatch
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
+from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
@@ -87,7 +87,7 @@ class PrivateOptimizer:
         RootnoiseError: parts that do not fit together, or a model that `privatize` refuses.
 
     >>> from rootnoise.factorization import factorize
-    >>> from rootnoise.batches.samplers import FixedCycleSampler
+    >>> from rootnoise.participation.samplers import FixedCycleSampler
     >>> from rootnoise.training import privatize
     >>> from rootnoise.workload import SGD
     >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
@@ -259,7 +259,7 @@ class PrivateOptimizer:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
                 already; a sharded model. With a process group only this rank raises.
 
-        >>> from rootnoise.batches.samplers import FixedCycleSampler
+        >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.training import privatize
         >>> from rootnoise.workload import SGD
@@ -447,25 +447,7 @@ class PrivateOptimizer:
         Raises:
             RootnoiseError: a step failed midway.
         """
-        self._check_whole()
-        if self._batch is not None:
-            raise RootnoiseError(
-                f"state must be that between two steps, got step {self.t} in micro-batches: finish "
-                "it, or resume from the state before"
-            )
-        noise = self.stream.state_dict()
-        noise |= {name: self._place.save(noise[name], most) for name, most in self._rows().items()}
-        return {
-            "version": 1,
-            "t": self.t,
-            "non_finite": self.non_finite,
-            "decay": self.decay,
-            "layout": self._layout,
-            "optimizer": self._place.optimizer_state(self.optimizer),
-            "noise": noise,
-            "ledger": self.ledger.state_dict(),
-            "sampler": self.sampler.state_dict(),
-        }
+        return resume.saved(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved run bit for bit, given its key; load the model's weights separately.
@@ -475,53 +457,12 @@ class PrivateOptimizer:
                 `keep` afterwards), or the saved one had another mechanism (any field of it), key,
                 sampler, decay or layout. Nothing has changed then.
         """
-        if not isinstance(state, Mapping):
-            raise RootnoiseError(f"saved state must be a mapping, got {type(state).__name__}")
-        if self.t or self.ledger.t or self.stream.t:
-            raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
-        self.ledger.check_unkept()
-        for name, ours in {"version": 1, "decay": self.decay, "layout": self._layout}.items():
-            if state.get(name) != ours:
-                raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")
-        t = integer("saved t", state.get("t", -1), 0, self.mechanism.n_steps)
-        bad = integer("saved non_finite", state.get("non_finite", -1), 0)
-        # Load into fresh copies first, so that a refusal changes nothing.
-        stream = self._new_stream(self.stream.key)
-        ledger = Ledger(self.ledger.participation, self.ledger.n_examples)
-        sampler = copy.copy(self.sampler)
-        parts: dict[str, Any] = {"noise": stream, "ledger": ledger, "sampler": sampler}
-        for name, part in parts.items():
-            if not isinstance(state.get(name), Mapping):
-                raise RootnoiseError(f"saved {name} must be a mapping, got {state.get(name)!r:.80}")
-            part.load_state_dict(self._own(state[name]) if part is stream else state[name])
-        if not stream.t == ledger.t == t:
-            raise RootnoiseError(
-                f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
-            )
-        try:
-            self._place.load_optimizer_state(self.optimizer, state["optimizer"])
-        except (KeyError, TypeError, ValueError) as reason:
-            raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
-        self.sampler.load_state_dict(state["sampler"])
-        self._stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
+        resume.load(self, state)
 
     def _new_stream(self, key: Key) -> NoiseStream:
         size = sum(p.numel() for p in self._parameters)
         where = self._parameters[0].device
         return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
-
-    def _rows(self) -> dict[str, int]:
-        """Return the largest number of rows of each tensor in a saved stream."""
-        return {"state": self.mechanism.noising.state_size, "ready": self.stream.block_steps}
-
-    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this process's part of a saved state of the whole noise."""
-        unread = integer("saved noise's made", noise.get("made", -1)) - integer(
-            "saved noise's t", noise.get("t", -1)
-        )
-        rows = {"state": self.mechanism.noising.state_size, "ready": unread}
-        own = {name: self._place.load(name, noise.get(name), n) for name, n in rows.items()}
-        return dict(noise) | own
 
     def _follow_first(self, key: Key) -> Key:
         """Adopt rank 0's weights, sampler seed and ledger salt, and return its key."""

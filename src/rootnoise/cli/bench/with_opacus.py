@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from rootnoise.bench import models
-from rootnoise.bench.clock import growth, measured, paired, seconds, serve
+from rootnoise.cli.bench import models
+from rootnoise.cli.bench.clock import growth, measured, paired, seconds, serve
 
 
 def versions() -> dict[str, Any]:

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 import rootnoise
 from rootnoise import SGD, FixedCycle, Mechanism, NoiseStream, SingleParticipation, factorize
-from rootnoise.bench import models
-from rootnoise.bench.clock import growth, measured, paired, seconds, serve, timed
+from rootnoise.cli.bench import models
+from rootnoise.cli.bench.clock import growth, measured, paired, seconds, serve, timed
 
 STEPS = 4096  # that the noise of a timed step is planned for
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError
-from rootnoise.bench.clock import Side
+from rootnoise.cli.bench.clock import Side
 
 Question = dict[str, Any]
 Result = dict[str, Any]
@@ -27,7 +27,9 @@ SECTIONS = ("account", "noise", "step", "memory", "factors", "growth", "accuracy
 def own_sides() -> list[Side]:
     """Return the sides that every installation has: rootnoise, and Opacus, which it needs."""
     names = (("rootnoise", "ours"), ("Opacus", "with_opacus"))
-    return [Side(name, [sys.executable, "-m", f"rootnoise.bench.{file}"]) for name, file in names]
+    return [
+        Side(name, [sys.executable, "-m", f"rootnoise.cli.bench.{file}"]) for name, file in names
+    ]
 
 
 def questions(section: str, quick: bool) -> list[Question]:

@@ -111,7 +111,7 @@ def growth(make: Callable[[], Callable[[], object]], calls: int = 3) -> float:
 def serve(measures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
     """Say what can be asked, then answer questions from standard input until it closes.
 
-    What a library prints of its own goes astray. An answer comes with the processor time it took.
+    What a library prints of its own goes to standard error. An answer comes with the processor time it took.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -131,7 +131,7 @@ def serve(measures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
 
 
 class Side:
-    """One who is asked: a process that is started at the first question.
+    """A library that is measured, in a process that is started at the first question.
 
     Args:
         name: heads its column.

@@ -157,7 +157,7 @@ def linked_below(gram: Array, epsilon: float) -> Chain | None:
             for decay in DECAYS:
                 linked = min(float((least[1:run] / decay**d).min()), own)
                 gain = _seen(linked * decay**d, own, level, 1 - d / run)
-                gain = moving / b * (math.exp(level - longest / 2) + gain)
+                gain = moving / b * (math.exp(level * math.sqrt(own / longest) - own / 2) + gain)
                 if best is None or gain > best[0]:
                     best = gain, linked, float(decay), own, run, moving
     if best is None:

@@ -32,8 +32,8 @@ from rootnoise._check import Array
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.random_allocation import inequality_of_means
 
-# t / h^2 of the lattice, and what the theta function may be off by: 2 e^{-14.8}, and all else.
-SPREAD = 0.75
+# t / h^2 of the lattice, and what the theta function may be off by: 2 e^{-11.8}, and all else.
+SPREAD = 0.6
 THETA = 2.001 * math.exp(-2 * math.pi**2 * SPREAD)
 # Least variance over h^2 of a discrete normal: its masses and moments are then exact to 4e-19.
 LEAST = 2.2
@@ -93,13 +93,16 @@ class Chain:
         return min(first, self._upper(delta, min(start, 1.02 * first), coarse))
 
     def _upper(self, delta: float, start: float, coarse: float) -> float:
-        shift = self._shift(coarse, above=True)
+        shift = self._shift(max(coarse, COARSE), above=True)
         target = delta * math.exp(-shift)
         law = _Law.of(self, math.exp(start), delta, coarse, above=True)
         root = _least(law.remove, target, 0.0, start)
         if math.isinf(root) or self._geometric(root) <= target:
             return root + shift
-        law = _Law.of(self, math.exp(-root), delta, coarse, above=True)
+        for finer in (COARSE, coarse):
+            law = _Law.of(self, math.exp(-root), delta, finer, above=True)
+            if law.add(root) <= target:
+                return root + shift
         return _least(law.add, target, root, start) + shift
 
     def lower(self, delta: float, stop: float, coarse: float = 1.0) -> float:
@@ -259,10 +262,10 @@ class _Law:
         moving = chain.bins - chain.still
         top = most * chain.bins - chain.still
         # A sum beyond the period comes back as a small one, with its put: strikes below E L need room.
-        room = ROOM[above] if most >= 1 else 7.0
+        room, smooth = (ROOM[above], SMOOTH[above]) if most >= 1 else (7.0, 4 * SMOOTH[above])
         scale = max(top, float(moving))
-        r = SMOOTH[above] * coarse * scale
-        period = (room + 2 * FAR * SMOOTH[above] * coarse) * scale
+        r = smooth * coarse * scale
+        period = room * scale + 2 * FAR * r
         waves = 2 * math.pi / period * np.arange(math.ceil(CUT / r * period / 2 / math.pi) + 1)
         reach = math.sqrt(2 * math.log(4 * chain.bins * max(most, 1.0) / (SPARE * delta)))
         lattice = _Lattice.of(chain, top, reach, coarse, above=above)

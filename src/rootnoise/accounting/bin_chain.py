@@ -43,7 +43,7 @@ WIDTH = 0.05
 COARSE = 2.5
 # Deviation r of R over k: in upper bounds, in lower bounds.
 SMOOTH = {True: 3e-3, False: 1e-3}
-ROOM={True: 2.25, False: 6.0}
+ROOM = {True: 2.25, False: 6.0}
 # r w is at least this where the series ends, and R is within this many r of 0.
 CUT, FAR = 8.0, 9.0
 # Part of delta that paths off the lattice may cost.
@@ -140,7 +140,7 @@ class Chain:
         """Return the distance of points of the lattice."""
         return min(
             WIDTH * coarse * math.sqrt(self.linked + self.alone),
-            math.sqrt((1 - self.decay**2) * self.linked / (LEAST + 2 * SPREAD)),
+            math.sqrt((1 - self.decay**2) * self.linked / (LEAST + 2 * SPREAD + 0.1)),
         )
 
     def _geometric(self, epsilon: float) -> float:
@@ -170,9 +170,7 @@ class _Lattice:
     lost: float
 
     @classmethod
-    def of(
-        cls, chain: Chain, top: float, reach: float, coarse: float, *, above: bool
-    ) -> _Lattice:
+    def of(cls, chain: Chain, top: float, reach: float, coarse: float, *, above: bool) -> _Lattice:
         """Cover `reach` deviations to both sides, as far as some l is below `top`."""
         h = chain._width(coarse)
         step = _discrete((1 - chain.decay**2) * chain.linked, h, above=above)
@@ -255,9 +253,7 @@ class _Law:
     beyond: float
 
     @classmethod
-    def of(
-        cls, chain: Chain, most: float, delta: float, coarse: float, *, above: bool
-    ) -> _Law:
+    def of(cls, chain: Chain, most: float, delta: float, coarse: float, *, above: bool) -> _Law:
         """Return the law for puts of strikes up to `most`, upper or lower bounds on them."""
         moving = chain.bins - chain.still
         top = most * chain.bins - chain.still
@@ -303,7 +299,9 @@ class _Law:
         # E e^{i w S}, the terms, and what the series leaves out.
         damped = np.exp(-np.square(self.smooth * w) / 2)
         error = self.error * (u * u / 2 + 2 * float(sizes @ damped))
-        error += UNIT * float(((16 + 8 * w * u) * sizes) @ np.abs(self.series[1:])) + 16 * UNIT * u * u
+        error += (
+            UNIT * float(((16 + 8 * w * u) * sizes) @ np.abs(self.series[1:])) + 16 * UNIT * u * u
+        )
         gap = self.smooth * 2 * math.pi / self.period
         last = 2 * (u / w[-1] + 2 / w[-1] ** 2)
         error += last * math.exp(-(CUT**2) / 2) / (1 - math.exp(-CUT * gap))

@@ -113,7 +113,7 @@ def _merged(gram: Array) -> list[Allocation]:
 def linked_above(gram: Array, epsilon: float) -> Chain | None:
     """Return a chain that hides at most as well, chosen for an epsilon like this one."""
     b, largest = len(gram), _diagonals(gram).max(axis=1)
-    ring = np.maximum(largest, largest[-np.arange(b)])[: b // 2 + 1]
+    ring = np.maximum(0.0, np.maximum(largest, largest[-np.arange(b)]))[: b // 2 + 1]
     far = int(np.flatnonzero(ring)[-1])
     left = b - far
     if far == 0 or left < 2:
@@ -151,7 +151,7 @@ def linked_below(gram: Array, epsilon: float) -> Chain | None:
         own = float(np.diag(part).min())
         least = np.array([np.diag(part, d).min() for d in range(min(moving, RUNS[-1]))])
         for run in RUNS:
-            if run > moving or least[run - 1] <= 0:
+            if run > moving or least[1:run].min() <= 0:
                 break
             d = np.arange(1, run)
             for decay in DECAYS:

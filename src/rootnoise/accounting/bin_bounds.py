@@ -2,7 +2,8 @@
 
 For convex f, E_Q f(L) grows with every entry of the Gram matrix (Kahane 1985; `dominating` has the
 formula), and by Jensen's inequality it falls when L is replaced by a mean of variables like it.
-Both directions of the hockey-stick divergence are such f. So, with v on the diagonal, c elsewhere,
+Both directions of the hockey-stick divergence are such f. So bins are compared with means that can
+be computed, and the better comparison counts. With equal products, v on the diagonal, c elsewhere:
 
 * from above: the b means, in a circle, are the average over its b rotations of b // m of them, m
   apart. They hide at least as well as b // m means with v the largest entry of the diagonal, and c
@@ -10,6 +11,12 @@ Both directions of the hockey-stick divergence are such f. So, with v on the dia
 * from below: the means cut into ceil(b / m) runs of at most m neighbours hide at most as well as as
   many equally likely means with v the least entry of any two that are less than m apart, and c the
   least entry off the diagonal. (Unequal weights would only hide less.) m is free.
+
+With a Markov chain (`bin_chain`), where neighbours are correlated and distant means are not:
+
+* from above: the average over rotations of b - g neighbours, g the largest distance in the circle
+  of means that are not orthogonal; those left are a row, no more a circle.
+* from below: runs of m neighbours, orthogonal to each other; some bins may count as of length 0.
 
 Bins whose means are orthogonal and equally long, as those of independent noise, are compared with
 themselves: the bounds are tight. docs/accounting.md has the proofs.

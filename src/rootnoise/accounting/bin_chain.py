@@ -10,8 +10,8 @@ e^{x_i + n_i - (linked + alone) / 2}. With put(k) = E (k - L)_+, and as E L = 1,
 A lattice. Round every normal at random to a lattice of width h. Quadratic splines keep chances, and
 the means of all e^{a y} but for a part (a h / 2 pi)^3: that hides less (Jensen), as if variances
 were larger by h^2 / 4. Gaussian kernels of variance t = SPREAD h^2 keep, but for a theta function
-within THETA of 1, chances and the means of the e^{a x} given y: what is rounded so hides more, as if
-variances were smaller by t. Chains so rounded have as many states as the lattice has points.
+within THETA of 1, chances and the means of the e^{a x} given y: what is rounded so hides more, as
+if variances were smaller by t. Chains so rounded have as many states as the lattice has points.
 
 A transform. E e^{i w S} of the sum S is then a product of matrices, and needs no grid for S: a
 Fourier series of period W gives E (k - S - R)_+ for an independent normal R, whose deviation r cuts
@@ -206,7 +206,7 @@ class _Lattice:
         each = UNIT * (2 * (m + wide + 64) + 4 * float(np.abs(w).max()))
         errors = each * np.array(lengths, dtype=np.float64)
         steady = bool(np.all(w.imag == 0))
-        vectors: Complexes = self.start * factors
+        vectors = (self.start * factors).astype(np.complex128)
         length = 1
         while True:
             for row in (j for j, wanted in enumerate(lengths) if wanted == length):

@@ -57,6 +57,10 @@ class Options:
     )
     estimator: str | None = _own("Estimator of tree: full, online or naive [default: full].")
     tolerance: float | None = _own("Gap at which dense stops [default: 1e-6].")
+    contraction: float | None = _own(
+        "Optimise for a loss that pulls the parameters back by exp(-c) over the run [default: 0; "
+        "what `plan` and auto optimise for has its own]."
+    )
 
 
 @dataclass(frozen=True)

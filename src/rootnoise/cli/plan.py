@@ -102,7 +102,7 @@ def plan(
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
     if _trainable(work):
         more.append("To train with a row: --train-args ROW prints the command.")
-    print("\n".join([*more, *_plan_view.notes(made, speed)]))
+    _report.lines(*more, *_plan_view.notes(made, speed))
 
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:

@@ -90,7 +90,7 @@ class Settings(Options):
     epochs: int = setting(4, "Passes over the training set.")
     batch_size: int = setting(500, "Examples per step (on average under Poisson sampling).")
     micro_batch_size: int | None = setting(
-        None, "Examples processed at a time, to save memory [default: the whole batch]."
+        None, "Examples processed at a time [default: as many as fit into the free memory]."
     )
     lr: float = setting(DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.")
     momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).")

@@ -28,7 +28,7 @@ from rootnoise.participation.ledger import Ledger
 from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clipping import Clip
+from rootnoise.training.clipping import Clip, divide_
 from rootnoise.training.guards import ForwardGuard
 from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
@@ -348,7 +348,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total.div_(self.sampler.batch_size))
+            self._place.write(divide_(total, self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)

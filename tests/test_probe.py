@@ -1,5 +1,8 @@
 """How the probe of independence goes about it: when it looks, what it sees, what it refuses."""
 
+import gc
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +25,7 @@ from probe_cases import (
 )
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.training.probe import _differ, _sources, _Trace
+from rootnoise.training.probe import Probe, _differ, _sources, _Trace
 from rootnoise.training.tape import NOTE
 
 
@@ -50,6 +53,23 @@ def test_later_steps_are_probed():
     train(o, full, steps=4)  # without padding all tokens count
     with pytest.raises(RootnoiseError, match=r"^loss \(cross_entropy\) must not mix"):
         train(o, token_mean, steps=1)
+
+
+def test_a_probed_step_is_let_go(monkeypatch):
+    """A hook in autograd's graph that holds the step would keep every probed batch for ever."""
+    steps = WeakSet()
+    enter = Probe.enter
+
+    def noted(probe, args, kwargs):
+        enter(probe, args, kwargs)
+        steps.add(probe._step)
+
+    monkeypatch.setattr(Probe, "enter", noted)
+    o = make(mlp())
+    train(o, ce, steps=1)
+    assert o._probe.probed == [0]
+    gc.collect()
+    assert not steps
 
 
 def test_options_are_checked():

@@ -124,9 +124,9 @@ def is_amplified(row: Row) -> bool:
 
 
 def frontier(rows: Sequence[Row]) -> set[int]:
-    """Return the places of the rows than which none with as little memory is better."""
+    """Return the indices of the Pareto frontier: no row has less error with as little memory."""
     least: dict[int, int] = {}
-    for i, row in enumerate(rows):  # ranked: the first of a memory is its best
+    for i, row in enumerate(rows):  # sorted by error: the first with a memory has the least
         least.setdefault(row.memory_rows, i)
     best, found = len(rows), set()
     for _, i in sorted(least.items()):

@@ -117,7 +117,7 @@ def plan(
     more.append(f"Most should take row {take + 1}, as auto does.")
     if _trainable(work):
         more.append("To train with a row: --train-args ROW prints the command.")
-    print("\n".join([*more, *_plan_view.notes(made, speed)]))
+    _report.lines(*more, *_plan_view.notes(made, speed))
 
 
 def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:

@@ -1,4 +1,4 @@
-"""`rootnoise predict`: what the finished model of a run says of test data, or of a file."""
+"""`rootnoise predict`: predictions of a finished model for test data, or for a file."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def predict(
     ] = None,
     json: _options.Json = False,
 ) -> None:
-    """Say what a finished model makes of inputs: its labels, and its accuracy on the test part.
+    """Predict labels with a finished model, and measure its accuracy on the test part.
 
-    On data that were not trained on this costs no privacy. What it says of the training set is
+    On data that were not trained on this costs no privacy. Predictions for the training set are
     computed from the data that epsilon protects, and not for release.
     """
     from rootnoise.runs import data as dataset

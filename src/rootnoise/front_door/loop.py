@@ -172,7 +172,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return self._drawn[0]
 
     def draw(self, indices: Indices, last: bool = True, *, together: bool = False) -> None:
-        """Be told by the loader of the micro-batch that it gives out.
+        """Note the micro-batch that the loader gives out.
 
         Args:
             indices: its examples.

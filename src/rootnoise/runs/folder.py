@@ -38,7 +38,6 @@ import hmac
 import io
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,7 +51,7 @@ from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation.ledger import Ledger
 from rootnoise.runs import settings_file, statement
-from rootnoise.runs.settings import as_of_today
+from rootnoise.runs.settings import as_of_today, resuming
 from rootnoise.runs.statement import Statement
 
 SECRETS = ("checkpoint.pt", "noise.key")
@@ -331,7 +330,7 @@ class RunFolder:
     @property
     def resume(self) -> str:
         """The command that continues the run."""
-        return f"rootnoise train --resume --out {shlex.quote(str(self.path))}"
+        return resuming(self.path)
 
     def statement(self) -> Statement:
         """Read the run's privacy statement.

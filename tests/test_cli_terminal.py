@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import termios
+from typing import Any
 
 import pytest
 
@@ -115,7 +116,9 @@ def test_the_shell_completes_commands_and_options(words, offered):
 
 
 def test_values_that_the_shell_completes_are_those_that_are_taken():
-    offered = {f.name: f.metadata.get("autocompletion") for f in dataclasses.fields(Settings)}
+    offered: dict[str, Any] = {
+        f.name: f.metadata.get("autocompletion") for f in dataclasses.fields(Settings)
+    }
     known = {"model": list(MODELS), "dataset": ["digits", *_FROM_FILES], "schedule": list(FINAL)}
     known |= {
         "sampling": ["auto", *SAMPLINGS],

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch.nn import functional
 
 from rootnoise import SGD, Factorization, FixedCycle, Key, Mechanism, NoiseStream, factorize
@@ -32,7 +33,7 @@ from rootnoise.accounting import noise_multiplier
 from rootnoise.cli import _progress
 from rootnoise.participation import Participation
 from rootnoise.participation.samplers import Sampler
-from rootnoise.planner import Job
+from rootnoise.planner import CONTRACTION, Job
 from rootnoise.planner.groups import cyclic
 from rootnoise.runs.data import load
 
@@ -260,8 +261,8 @@ def train(
         chosen = torch.from_numpy(sampler.batch(t))
         runs.step(x[chosen], y[chosen], stream.next(), task.batch_size)
         if t >= first:
-            for mean, weights in zip(means, runs.weights, strict=True):
-                mean.add_(weights - mean, alpha=1 / (t - first + 1))
+            pairs = zip(means, runs.weights, strict=True)
+            means = [mean + (weights - mean) / (t - first + 1) for mean, weights in pairs]
     found = {}
     for name, weights in (("last", runs.weights), ("averaged", means)):
         right, loss = runs.judge(test[0], test[1], weights)
@@ -326,6 +327,98 @@ def run(path: Path, seeds: int, data_dir: Path | None, tasks: Iterable[str]) -> 
                     lines.write(json.dumps(row) + "\n")
 
 
+CONTRACTIONS = (0, 2, 4, 8, 12, 16, 32, 64)
+STATISTICS = ("rmse", "last", "tail", "max", "mean of tail")
+
+
+def errors(split: Factorization, who: Participation, momentum: float) -> dict[str, list[float]]:
+    """Return the planned errors at noise multiplier 1, by statistic and contraction."""
+    n, noising = split.n_steps, split.noising.dense()
+    sens = split.sensitivity(who).value
+    found: dict[str, list[float]] = {name: [] for name in STATISTICS}
+    for contraction in CONTRACTIONS:
+        decoder = sens * SGD(n, momentum).contracted(contraction).matrix.dense() @ noising
+        rows, tail = np.linalg.norm(decoder, axis=1), slice(n - n // TAIL, n)
+        found["rmse"].append(float(np.sqrt(np.mean(rows**2))))
+        found["last"].append(float(rows[-1]))
+        found["tail"].append(float(np.sqrt(np.mean(rows[tail] ** 2))))
+        found["max"].append(float(rows.max()))
+        found["mean of tail"].append(float(np.linalg.norm(decoder[tail].mean(0))))
+    return found
+
+
+def reached(rows: Sequence[Mapping[str, Any]], which: str) -> np.ndarray:
+    """Return the accuracy by seed and budget, shape (seeds, budgets).
+
+    The rate is that of the best mean over the seeds on one half of the test set; the other half
+    judges it, and both ways are averaged.
+    """
+    right = np.array([row[which]["accuracy"] for row in rows])  # seed, half, budget, rate
+    best = right.mean(0).argmax(-1)
+    budgets = np.arange(len(EPSILONS))
+    return (right[:, 1, budgets, best[0]] + right[:, 0, budgets, best[1]]) / 2
+
+
+@dataclass(frozen=True)
+class Study:
+    """What was reached and planned, by task and method."""
+
+    accuracy: Mapping[tuple[str, str], np.ndarray]
+    errors: Mapping[tuple[str, str], dict[str, list[float]]]
+    tasks: Sequence[str]
+
+    @classmethod
+    def of(cls, path: Path, which: str) -> Study:
+        """Read a file; tasks of which some method is missing are left out."""
+        rows: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for (name, label, _), row in read(path).items():
+            rows.setdefault((name, label), []).append(row)
+        tasks = [name for name in TASKS if all((name, label) in rows for label in METHODS)]
+        keys = [(name, label) for name in tasks for label in METHODS]
+        return cls(
+            {key: reached(rows[key], which) for key in keys},
+            {key: errors(*planned(*key)[:2], TASKS[key[0]].momentum) for key in keys},
+            tasks,
+        )
+
+    def judged(self, statistic: str, place: int) -> tuple[float, float, float]:
+        """Return mean rank correlation, and mean and largest regret in points, of an objective."""
+        correlations, regrets = [], []
+        for name in self.tasks:
+            for budget in range(len(EPSILONS)):
+                error = np.array([self.error(name, x, statistic, place, budget) for x in METHODS])
+                right = np.array([self.accuracy[name, x][:, budget].mean() for x in METHODS])
+                correlations.append(float(spearmanr(-error, right).statistic))
+                regrets.append(100 * float(right.max() - right[error.argmin()]))
+        return float(np.mean(correlations)), float(np.mean(regrets)), max(regrets)
+
+    def error(self, name: str, label: str, statistic: str, place: int, budget: int) -> float:
+        """Return the planned error per unit of clip norm."""
+        sigma = planned(name, label)[2][budget]
+        return self.errors[name, label][statistic][place] * sigma / TASKS[name].batch_size
+
+
+def table(path: Path) -> None:
+    """Print what each objective foretells, and planned errors beside reached accuracies."""
+    for which in ("last", "averaged"):
+        study = Study.of(path, which)
+        print(f"\n{which} iterates: rank correlation, mean and largest regret in points")
+        print("contraction  " + "".join(f"{name:>18}" for name in STATISTICS))
+        for place, contraction in enumerate(CONTRACTIONS):
+            cells = [study.judged(name, place) for name in STATISTICS]
+            said = "".join(f"{r:8.2f}{m:5.2f}{most:5.1f}" for r, m, most in cells)
+            print(f"{contraction:11}  {said}")
+        for name in study.tasks:
+            print(f"\n{name}: accuracy (s.d.) at epsilon {EPSILONS}, and planned error")
+            for label in METHODS:
+                right = 100 * study.accuracy[name, label]
+                spread = right.mean(0), right.std(0)
+                reach = [f"{x:5.1f} ({s:.1f})" for x, s in zip(*spread, strict=True)]
+                place = CONTRACTIONS.index(int(CONTRACTION))
+                error = [study.error(name, label, "rmse", place, e) for e in range(len(EPSILONS))]
+                print(f"{label:40}{' '.join(reach)}  {' '.join(f'{x:8.4f}' for x in error)}")
+
+
 def main() -> None:
     """Train, or print tables of what was trained."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -333,10 +426,13 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, help="folder of Fashion-MNIST")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="digits alone, one seed")
+    parser.add_argument("--table", action="store_true", help="only print what the file holds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tasks = [*TASKS][:1] if arguments.quick else [*TASKS]
-    run(arguments.out, 1 if arguments.quick else arguments.seeds, arguments.data_dir, tasks)
+    if not arguments.table:
+        run(arguments.out, 1 if arguments.quick else arguments.seeds, arguments.data_dir, tasks)
+    table(arguments.out)
 
 
 if __name__ == "__main__":

@@ -235,3 +235,11 @@ def test_a_search_may_meet_a_buffer_that_never_forgets():
 def test_refusals(call, line):
     with pytest.raises(RootnoiseError, match=line):
         call()
+
+
+def test_a_buffer_that_dies_at_once_leaves_no_warning():
+    """On a loss of curvature the search meets gaps that round to 1, whose logit is infinite."""
+    work = ToeplitzWorkload(SGD(240, 0.9).matrix.column(0)).contracted(12.0)
+    who = FixedCycle(12, 20)
+    made = factorize(work, who, "blt", buffers=6)
+    assert made.rmse(who) < factorize(work, who, "identity").rmse(who) / 2

@@ -101,16 +101,20 @@ def test_contracted_sgd_by_running_it(momentum):
         assert type(found) is type(work)
 
 
-def test_contracted_entries():
-    """Of coefficients and matrices each entry falls with its lag."""
-    a = np.array([1.0, 1.5, 1.75])
-    fall = np.exp(-PULL / 3 * np.arange(3))
-    found = ToeplitzWorkload(a).contracted(PULL).matrix.dense()
-    np.testing.assert_allclose(found[:, 0], a * fall)
-    dense = np.array([[2.0, 0, 0], [3, 4, 0], [5, 6, 7]])
-    found = MatrixWorkload(dense).contracted(PULL).matrix.dense()
-    expected = dense * [[1, 0, 0], [fall[1], 1, 0], [fall[2], fall[1], 1]]
-    np.testing.assert_allclose(found, expected)
+def test_contracted_coefficients_and_matrices_are_those_of_sgd():
+    """The decay of SGD is read off its responses, up to what momentum hides of it."""
+    for decay, close in ((1.0, 1e-9), (0.9, 0.02)):
+        work = SGD(40, 0.7, decay)
+        expected = work.contracted(PULL).matrix.dense()
+        for same in (ToeplitzWorkload(work.matrix.column(0)), MatrixWorkload(work.matrix.dense())):
+            np.testing.assert_allclose(same.contracted(PULL).matrix.dense(), expected, atol=close)
+
+
+def test_responses_that_fade_by_themselves_stay():
+    window = ToeplitzWorkload([1.0, 1.0, 0.0, 0.0]).contracted(PULL)
+    np.testing.assert_array_equal(window.matrix.column(0), [1, 1, 0, 0])
+    jagged = np.array([[2.0, 0, 0], [3, 4, 0], [-5, 2, 7]])
+    np.testing.assert_allclose(MatrixWorkload(jagged).contracted(PULL).matrix.dense(), jagged)
 
 
 def test_no_contraction_is_the_workload_itself():

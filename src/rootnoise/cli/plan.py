@@ -49,8 +49,8 @@ def plan(
         float | None,
         typer.Option(
             help="The loss pulls the parameters back by exp(-c) over the run, which forgets old "
-            "noise: errors foretell accuracy best with 16; 0 is the error of the papers "
-            "[default: 16]."
+            "noise: errors foretell accuracy best with 12; 0 is the error of the papers "
+            "[default: 12]."
         ),
     ] = None,
     work: _workload.Options,

@@ -246,7 +246,7 @@ def _logits(gaps: Array, weights: Array) -> Array:
     ordered = np.empty(2 * gaps.size)
     ordered[0::2] = np.sort(gaps)
     ordered[1::2] = eigvalsh(np.diag(gaps) + np.outer(root, root))
-    logits = logit(ordered)
+    logits = logit(ordered.clip(np.finfo(float).tiny, 1 - np.finfo(float).eps))  # never infinite
     steps = np.diff(logits).clip(np.exp(CLOSEST), np.exp(WIDEST))
     return np.append(logits[0], np.log(steps))
 

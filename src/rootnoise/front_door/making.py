@@ -127,7 +127,7 @@ def make_private(
             up the parts of a batch, `zero_grad()` between them keeps the sum, and weights change
             with the last. `scheduler` steps with batches alone; one that make_private is not given
             must step unless `optimizer.step_was_skipped`.
-        mechanism: a name from `mechanisms()`, or "auto": the first row of `plan` that fits
+        mechanism: a name from `mechanisms()`, or "auto": the row that `plan` recommends within
             `memory_rows`; with Adam and the like the first of independent noise, for correlated
             noise needs a larger learning rate there, and a warning says how much larger.
         sampling: how batches are drawn. "auto" is the planner's choice, or fixed cycles for a

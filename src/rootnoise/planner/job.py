@@ -28,9 +28,9 @@ MEMORY_ROWS = 64
 # So much more error is worth less memory, or batches that need not be secret: accuracy does not
 # tell such errors apart (docs/planning.md).
 WORTH = 0.05
-# How far the loss is taken to pull the parameters back in a run, exp(-16): errors of this workload
+# How far the loss is taken to pull the parameters back in a run, exp(-12): errors of this workload
 # foretell accuracy better than those of linear iterates, 0 (docs/planning.md).
-CONTRACTION = 16.0
+CONTRACTION = 12.0
 
 # What the privacy claim of a row depends on.
 AMPLIFIED = (

@@ -90,8 +90,8 @@ def run(
 
     Args:
         config: dataset, model and mechanism by name. Mechanisms are those of `factorize`, dpsgd
-            (independent noise under Poisson sampling), none (no clipping, no noise), and auto (the
-            best row of a plan for the data set, which the folder's settings then name). With
+            (independent noise under Poisson sampling), none (no clipping, no noise), and auto (what
+            a plan for the data set recommends, which the folder's settings then name). With
             sampling "auto", dpsgd uses Poisson sampling and all others fixed cycles. `seed` fixes
             the order of the data and the initial weights. Noise comes from OS entropy, unless
             `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.

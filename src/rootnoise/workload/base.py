@@ -5,6 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
+from scipy.signal import lfilter
+
 from rootnoise._check import Array, real
 from rootnoise._files import Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
@@ -63,6 +66,22 @@ class Workload(ABC):
     def recurrence(self) -> CausalMatrix:
         """The matrix A again, in the form that streams with the smallest known state."""
         return self.matrix
+
+
+def pulled_back(iterates: Array, contraction: float) -> Array:
+    """Return responses to gradients, of shape (n,) or (n, m), on a loss that pulls them back.
+
+    With d the largest factor in [0, 1] for which all x_t - d x_{t-1} >= 0 (what is left of the last
+    iterate; for SGD its decay), what a step adds stays, and d becomes d exp(-contraction / n).
+    """
+    before, after = iterates[:-1], iterates[1:]
+    kept = before > 0
+    d = float(np.clip(np.min(after[kept] / before[kept], initial=1.0), 0, 1))
+    added = iterates.copy()
+    added[1:] -= d * before
+    return np.asarray(
+        lfilter([1.0], [1.0, -d * np.exp(-contraction / len(iterates))], added, axis=0)
+    )
 
 
 WORKLOADS: Kinds[Workload] = Kinds("workload must be of a known type")

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from rootnoise._check import Array, RootnoiseError, set_fields
 from rootnoise.causal import CausalMatrix, Dense
-from rootnoise.workload.base import WORKLOADS, Workload
+from rootnoise.workload.base import WORKLOADS, Workload, pulled_back
 from rootnoise.workload.triangular import square_root
 
 
@@ -48,9 +48,7 @@ class MatrixWorkload(Workload):
         return matrix
 
     def _contracted(self, contraction: float) -> Workload:
-        n = self.n_steps
-        lags = np.subtract.outer(np.arange(n), np.arange(n)).clip(0)
-        return MatrixWorkload(self.matrix.dense() * np.exp(-contraction / n * lags))
+        return MatrixWorkload(np.tril(pulled_back(self.matrix.dense(), contraction)))
 
     def square_root(self, size: int) -> Array:
         """Refuse: the root is no Toeplitz matrix; see `root`."""

@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 from rootnoise._check import Array, RootnoiseError, integer, real, set_fields, vector
 from rootnoise.causal import CausalMatrix, Toeplitz, series
 from rootnoise.causal.momentum import Descent
-from rootnoise.workload.base import WORKLOADS, Workload
+from rootnoise.workload.base import WORKLOADS, Workload, pulled_back
 
 
 @WORKLOADS.add("sgd")
@@ -99,8 +99,7 @@ class ToeplitzWorkload(Workload):
         return series.sqrt(self.matrix.column(0), size)
 
     def _contracted(self, contraction: float) -> Workload:
-        n = self.n_steps
-        return ToeplitzWorkload(self.matrix.column(0) * np.exp(-contraction / n * np.arange(n)))
+        return ToeplitzWorkload(pulled_back(self.matrix.column(0), contraction))
 
 
 def prefix_sum(n_steps: int) -> SGD:

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.training.optimizer import PrivateOptimizer
 from rootnoise.training.ranks import reached
-from rootnoise.training.sharded import ShardedGradSampleModule
+from rootnoise.training.sharded import ShardedModule
 
 
 def whole(value: Any) -> Any:
@@ -44,7 +44,7 @@ def state_dict(private: PrivateOptimizer) -> dict[str, Any]:
     total = torch.tensor([private.non_finite])
     private._ranks.add_(total)
     state = private.state_dict() | {"non_finite": int(total)}
-    if not isinstance(private.module, ShardedGradSampleModule):
+    if not isinstance(private.module, ShardedModule):
         return state
     noise = state["noise"]
     n_rows = {"state": private._rows()["state"], "ready": noise["made"] - noise["t"]}
@@ -63,7 +63,7 @@ def load_state_dict(private: PrivateOptimizer, state: Mapping[str, Any]) -> None
     if private._ranks.rank:
         integer("saved non_finite", state.get("non_finite", -1), 0)
         state = dict(state) | {"non_finite": 0}
-    if isinstance(private.module, ShardedGradSampleModule):
+    if isinstance(private.module, ShardedModule):
         try:
             state = dict(state) | _cut(private, state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:

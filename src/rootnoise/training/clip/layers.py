@@ -33,6 +33,7 @@ from rootnoise.training.clip.bounds import (
     row_squares,
     single,
 )
+from rootnoise.training.clip.taps import kind_of
 
 Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
 
@@ -75,7 +76,7 @@ class Kept(Protocol):
 
 def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
     """Return the table's row for a layer with these trainable parameters, if there is one."""
-    kind = type(module)
+    kind = kind_of(module)
     if kind in CONVOLUTIONS:
         return Convolution(module, trainable)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:

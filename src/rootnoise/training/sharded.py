@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clip.bounds import Sum
-from rootnoise.training.clip.taps import guard_parameter
+from rootnoise.training.clip.taps import guard_parameter, kind_of
 from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.ranks import Ranks
 from rootnoise.training.replicated import rule_within
@@ -50,8 +50,15 @@ class ShardedModule(PrivateModule):
         self._names = {name for name, p in named if p in self._groups}
         part: Any
         for name, part in module.named_modules():
-            if isinstance(part, FSDPModule):
+            if part in self._parts:
                 part.register_forward_hook(partial(self._meet, name), prepend=True)
+        for tapped in self._falls:  # run again, it would have to gather them on all ranks at once
+            parts = [m for m in tapped.module.modules() if m is not tapped.module]
+            cut = [kind_of(part).__name__ for part in parts if isinstance(part, FSDPModule)]
+            if cut:
+                kind = kind_of(tapped.module).__name__
+                rule = f"layer {tapped.name} ({kind}) must be sharded as one, without its parts"
+                raise RootnoiseError(f"{rule}, got a {cut[0]} sharded by itself")
 
     @property
     def reduces(self) -> bool:
@@ -84,6 +91,8 @@ class ShardedModule(PrivateModule):
     def _meet(self, prefix: str, part: nn.Module, args: Any, output: Any) -> None:
         """Guard the gathered parameters, which are there until this part's forward ends."""
         book = self._book
+        if book.paused:  # a layer that is run again has other tensors in their place
+            return
         for name, p in part.named_parameters(prefix, remove_duplicate=False):
             if name not in self._names or p in self._groups or p in book.aliases:
                 continue
@@ -102,7 +111,7 @@ class ShardedModule(PrivateModule):
                     del self._sums[p]
                     self.send(p, self._padded.pop(p))
 
-    def _sum_of(self, p: nn.Parameter) -> Sum:
+    def _sum_of(self, p: Any) -> Sum:
         if p not in self._sums:
             size = _most_rows(p) * p.device_mesh.size() * _width(p)
             padded = torch.empty(size, dtype=torch.float64, device=p.device)

@@ -197,7 +197,8 @@ def _children(model: nn.Module, size: int) -> nn.Module:
 
 
 def _root(model: nn.Module, size: int, **options: Any) -> nn.Module:
-    return fully_shard(model, mesh=init_device_mesh("cpu", (size,)), **options)
+    fully_shard(model, mesh=init_device_mesh("cpu", (size,)), **options)
+    return model
 
 
 def _each(model: nn.Module, size: int) -> nn.Module:
@@ -238,7 +239,8 @@ def narrow(rank: int, size: int, out: Path, until: int) -> None:
     """Forward and backward in bfloat16, by FSDP2's policy."""
     join(rank, size, out)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
-    for layer in (model := network(1)):
+    model = network(1)
+    for layer in model:
         if isinstance(layer, nn.Linear):
             _root(layer, size, mp_policy=policy)
     optimizer = private(privatize(_root(model, size, mp_policy=policy), "sum"), 1)
@@ -265,7 +267,7 @@ class Sent:
             self._last = weakref.ref(tensor)
             return real(ranks, tensor)
 
-        Ranks.part_of_sum = part_of_sum  # type: ignore[method-assign]
+        setattr(Ranks, "part_of_sum", part_of_sum)  # noqa: B010
 
 
 def divided(rank: int, size: int, out: Path, until: int, sync: bool) -> None:
@@ -314,7 +316,7 @@ def break_off(rank: int, size: int, out: Path, until: int) -> None:
             raise KeyboardInterrupt
         return real(ranks, tensor)
 
-    Ranks.part_of_sum = fails  # type: ignore[method-assign]
+    setattr(Ranks, "part_of_sum", fails)  # noqa: B010
     cross_entropy(optimizer.module(x[left]), y[left], reduction="sum").backward()
     with contextlib.suppress(KeyboardInterrupt):
         optimizer.accumulate(left)
@@ -346,28 +348,21 @@ def refuse_together(rank: int, size: int, out: Path, until: int) -> None:
     wrong = np.setdiff1d(np.arange(24), batch)[:1] if rank else part[:1]
     cross_entropy(optimizer.module(x[wrong]), y[wrong], reduction="sum").backward()
     refused(partial(optimizer.accumulate, wrong))
-    optimizer.zero_grad()
-    handle = model.register_forward_hook(lambda *a: a[-1] + leak(), prepend=True, with_kwargs=True)
-    kept: list[Any] = []
-    inner = model[2].register_forward_pre_hook(lambda layer, _: kept.append(layer.weight))
-
-    def leak() -> torch.Tensor:
-        total: torch.Tensor = kept[-1].sum() * 0
-        return total
-
-    refused(lambda: optimizer.module(x[part]))
+    # The weights of a root stay gathered until its backward.
+    lone: Any = _root(network(1), size)
+    other = private(privatize(lone, "sum"), 2)
+    handle = lone.register_forward_hook(lambda m, _, out: out + m[2].weight.sum(), prepend=True)
+    refused(lambda: other.module(x[part]))
     handle.remove()
-    inner.remove()
-    optimizer.zero_grad()
-    # A root's weights are still gathered when the loss is made.
-    lone = private(privatize(_root(network(1), size), "sum"), 2)
-    penalty: Any = lone.module[0].weight
-    loss = cross_entropy(lone.module(x[part]), y[part], reduction="sum")
-    assert not isinstance(lone.module[0].weight, DTensor)
-    (loss * (1 + lone.module[0].weight.sum())).backward()
-    for p in (penalty, *lone.module.parameters()):
+    other.zero_grad()
+    loss = cross_entropy(other.module(x[part]), y[part], reduction="sum")
+    gathered_weight = lone[0].weight
+    assert not isinstance(gathered_weight, DTensor)
+    (loss * (1 + gathered_weight.sum())).backward()
+    for p in (gathered_weight, *other.module.parameters()):
         assert p.grad is None or not gathered({"": p.grad})[""].any()
-    del lone, loss
+    del loss
+    optimizer.zero_grad()
     train(optimizer, rank, size, until)
     report(optimizer, rank, out)
     (out / f"{rank}.txt").write_text("\n".join(refused))

@@ -119,7 +119,7 @@ def test_refusals(tmp_path):
         "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
         "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
         "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
-        "layer model (Scaled) must be sharded as one, without its parts, got a Linear sharded by its",
+        "layer model (Scaled) must be sharded as one, without its parts, got a Linear shard",
         "_module.0.weight must be on the mesh's device (cpu, no CPU offload), got meta",
         "_module.weight must be sharded by rows over one mesh dimension, got (Shard(dim=1),)",
         "_module.0.weight must be sharded by rows over one mesh dimension, got Tensor",

@@ -220,8 +220,8 @@ class Convolution(Products):
         self.groups = module.groups
 
     def _widths(self) -> tuple[int, int]:
-        weight = self.module.weight
-        return weight[0].numel(), weight.shape[0] // self.groups
+        weight = self.module.weight  # of which FSDP2 would gather weight[0], on this rank alone
+        return weight.numel() // len(weight), len(weight) // self.groups
 
     def tokens(self, taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
         """Return windows and output gradients as (examples, groups, places, width)."""

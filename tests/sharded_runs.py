@@ -297,6 +297,8 @@ def divided(rank: int, size: int, out: Path, until: int, sync: bool) -> None:
                 assert len(sent.sizes) == (12 if sync else 4)
                 assert sum(sent.sizes[-4:]) >= 58
     assert sent.freed
+    assert optimizer._probe is not None
+    assert optimizer._probe.probed == [0, 1, 2, 4, 8]  # in first parts: last ones show nothing
     assert "must be whole" in refused[0] or rank
     report(optimizer, rank, out)
 
@@ -339,7 +341,7 @@ def break_off(rank: int, size: int, out: Path, until: int) -> None:
 
 
 def refuse_together(rank: int, size: int, out: Path, until: int) -> None:
-    """Rank 1 brings a stranger, and a layer's weights are used outside of it; then all is well."""
+    """Rank 1 brings a stranger, rank 0 mixes, and weights are used outside of their layer."""
     join(rank, size, out)
     model: Any = sharded(network(1), size)
     optimizer, refused = private(privatize(model, "sum"), 1), Refusals()
@@ -348,6 +350,12 @@ def refuse_together(rank: int, size: int, out: Path, until: int) -> None:
     wrong = np.setdiff1d(np.arange(24), batch)[:1] if rank else part[:1]
     cross_entropy(optimizer.module(x[wrong]), y[wrong], reduction="sum").backward()
     refused(partial(optimizer.accumulate, wrong))
+    optimizer.zero_grad()
+    outputs = optimizer.module(x[part])
+    loss = cross_entropy(outputs, y[part], reduction="sum")
+    (loss if rank else loss + outputs.var(0).sum()).backward()
+    refused(partial(optimizer.accumulate, part))
+    optimizer.zero_grad()
     # The weights of a root stay gathered until its backward.
     lone: Any = _root(network(1), size)
     other = private(privatize(lone, "sum"), 2)

@@ -106,7 +106,9 @@ def test_what_is_broken_off_or_refused_starts_anew(tmp_path, what):
         lines = [(tmp_path / f"{rank}.txt").read_text().splitlines() for rank in range(2)]
         assert lines[0][0] == "step 0 was refused by rank 1"
         assert lines[1][0].startswith("micro-batch must be of the batch of step 0, got example ")
-        for _, line in lines:
+        assert lines[0][1].startswith("loss (")
+        assert lines[1][1] == "step 0 was refused by rank 0"
+        for _, _, line in lines:
             assert line.startswith("parameter 2.weight must be used by its own layer's call alone")
 
 

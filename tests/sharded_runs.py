@@ -226,13 +226,16 @@ def cut_anyhow(rank: int, size: int, out: Path, until: int) -> None:
     join(rank, size, out)
     warnings.simplefilter("ignore")
     for name, (kind, cut) in CUTS.items():
-        optimizer = private(privatize(cut(seeded(kind), size), "sum"), 1)
+        optimizer, sent = private(privatize(cut(seeded(kind), size), "sum"), 1), Sent()
+        shards = list(optimizer.module.parameters())
         for t in range(until):
             train(optimizer, rank, size, t + 1)
+            assert len(sent.sizes) == len(shards) * (t + 1)
+            assert len(optimizer.module._book.aliases) == len(shards)
             with torch.no_grad():
                 optimizer.module(examples()[0])
         torch.save(gathered(optimizer.module.state_dict()), out / f"{name}-{rank}.pt")
-        del optimizer
+        del optimizer, shards
 
 
 def narrow(rank: int, size: int, out: Path, until: int) -> None:
@@ -279,21 +282,22 @@ def divided(rank: int, size: int, out: Path, until: int, sync: bool) -> None:
     refused = Refusals()
     for t in range(until):
         part = optimizer.sampler.batch(t)[rank::size]
-        parts = np.split(part, [2, 2])
+        *parts, end = np.split(part, [2, 2])
         for left_out in (True, False) if t == 0 else (False,):
             optimizer.zero_grad()
             model.set_requires_gradient_sync(sync)
             sent.sizes.clear()
-            for one in parts[:-1] if not left_out else parts[1:-1]:
+            for one in parts:
                 cross_entropy(optimizer.module(x[one]), y[one], reduction="sum").backward()
                 assert all(p.grad is None for p in optimizer.module.parameters())
                 optimizer.accumulate(one)
-            assert len(sent.sizes) == (4 * (2 - left_out) if sync else 0)
-            cross_entropy(optimizer.module(x[parts[-1]]), y[parts[-1]], reduction="sum").backward()
+            assert len(sent.sizes) == (8 if sync else 0)
+            last = end[:0] if left_out else end
+            cross_entropy(optimizer.module(x[last]), y[last], reduction="sum").backward()
             if left_out:
-                refused(partial(optimizer.step, parts[-1]))
+                refused(partial(optimizer.step, last))
             else:
-                optimizer.step(parts[-1])
+                optimizer.step(last)
                 assert len(sent.sizes) == (12 if sync else 4)
                 assert sum(sent.sizes[-4:]) >= 58
     assert sent.freed

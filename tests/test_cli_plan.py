@@ -12,7 +12,6 @@ import pytest
 
 from rootnoise import accounting, participation
 from rootnoise._check import RootnoiseError
-from rootnoise.cli import main
 from rootnoise.factorization import factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.planner import Job, Plan
@@ -24,16 +23,8 @@ JOB = "plan --dataset-size 100 --batch-size 25 --epochs 3 --epsilon 6 --delta 1e
 
 
 @pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder; return its status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        status = main(line.split())
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+def call(call_in_folder):
+    return lambda line: call_in_folder(*line.split())
 
 
 def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):

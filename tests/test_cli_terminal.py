@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,6 +16,12 @@ import termios
 import pytest
 
 from rootnoise.cli import _progress, _report, main
+from rootnoise.factorization import mechanisms
+from rootnoise.runs.config import SAMPLINGS
+from rootnoise.runs.data import _FROM_FILES
+from rootnoise.runs.models import MODELS
+from rootnoise.runs.settings import Settings
+from rootnoise.workload.schedule import FINAL
 
 RUN = ["train", "--dataset", "digits", "--model", "logistic", "--epsilon", "4", "--batch-size"]
 RUN += ["400", "--epochs", "2", "--lr", "0.2"]
@@ -89,6 +96,8 @@ def test_a_bar_says_what_it_was_told_and_before_that_the_accuracy():
         ("rootnoise train --conf", {"--config"}),
         ("rootnoise train --mo", {"--model", "--momentum"}),
         ("rootnoise plan --ht", {"--html"}),
+        ("rootnoise train --mechanism bsr", {"bsr", "bsr-gamma"}),
+        ("rootnoise train --dataset mni", {"mnist", "mnist-5k"}),
     ],
 )
 def test_the_shell_completes_commands_and_options(words, offered):
@@ -103,6 +112,17 @@ def test_the_shell_completes_commands_and_options(words, offered):
         command, check=True, env=os.environ | asked, capture_output=True, text=True
     )
     assert set(made.stdout.split()) == offered
+
+
+def test_values_that_the_shell_completes_are_those_that_are_taken():
+    offered = {f.name: f.metadata.get("autocompletion") for f in dataclasses.fields(Settings)}
+    known = {"model": list(MODELS), "dataset": ["digits", *_FROM_FILES], "schedule": list(FINAL)}
+    known |= {
+        "sampling": ["auto", *SAMPLINGS],
+        "mechanism": ["none", "dpsgd", *mechanisms(), "auto"],
+    }
+    for name, values in known.items():
+        assert sorted(offered[name]()) == sorted(values)
 
 
 def test_the_help_names_completion(capsys):

@@ -28,15 +28,12 @@ epsilon = 4
 
 
 @pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
+def call(call_in_folder, tmp_path):
     """Write a file run.toml in an empty folder and train with it; return status and both texts."""
-    monkeypatch.chdir(tmp_path)
 
     def train(text, *more):
         (tmp_path / "run.toml").write_text(text)
-        status = main(["train", "--config", "run.toml", *more])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return call_in_folder("train", "--config", "run.toml", *more)
 
     return train
 

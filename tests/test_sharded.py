@@ -115,16 +115,16 @@ def test_what_is_broken_off_or_refused_starts_anew(tmp_path, what):
 def test_refusals(tmp_path):
     launch(1, sharded_runs.refuse, tmp_path)
     expected = [
-        "gradients of _module.0.weight are missing: run forward and backward once, in",
+        "gradients of 0.weight are missing: run forward and backward once, in",
         "indices must be one a gradient row (6), got 5",
         "forward must run once a step (evaluate under no_grad, drop one by zero_grad), got 2 in tr",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
         "layer model (Scaled) must be sharded as one, without its parts, got a Linear shard",
-        "_module.0.weight must be on the mesh's device (cpu, no CPU offload), got meta",
-        "_module.weight must be sharded by rows over one mesh dimension, got (Shard(dim=1),)",
-        "_module.0.weight must be sharded by rows over one mesh dimension, got Tensor",
+        "0.weight must be on the mesh's device (cpu, no CPU offload), got meta",
+        "weight must be sharded by rows over one mesh dimension, got (Shard(dim=1),)",
+        "0.weight must be sharded by rows over one mesh dimension, got Tensor",
         "shard must hold rows range(0, 5), got 3 rows",
     ]
     lines = (tmp_path / "lines.txt").read_text().splitlines()

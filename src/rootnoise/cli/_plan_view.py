@@ -126,11 +126,11 @@ def is_amplified(row: Row) -> bool:
 
 
 def choice(made: Plan) -> int:
-    """Return the place of the row that most should take: of the good ones the least demanding.
+    """Return the index of the recommended row.
 
-    Of those that fit the devices, all if none does.
-    Of the rows with nearly the least error, those without secret batches come first, then those
-    with less memory, then those with less error.
+    It is one of the rows that fit the devices, or of all if none does. Among those with nearly the
+    least error, rows without secret batches come first, then those with less memory, then those
+    with less error.
     """
     rows = made.rows
     fitting = [i for i, row in enumerate(rows) if made.fits(row)] or [*range(len(rows))]
@@ -140,9 +140,9 @@ def choice(made: Plan) -> int:
 
 
 def frontier(rows: Sequence[Row]) -> set[int]:
-    """Return the places of the rows than which none with as little memory is better."""
+    """Return the indices of the Pareto frontier: no row has less error with as little memory."""
     least: dict[int, int] = {}
-    for i, row in enumerate(rows):  # ranked: the first of a memory is its best
+    for i, row in enumerate(rows):  # sorted by error: the first with a memory has the least
         least.setdefault(row.memory_rows, i)
     best, found = len(rows), set()
     for _, i in sorted(least.items()):

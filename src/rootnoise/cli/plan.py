@@ -13,6 +13,7 @@ import typer
 
 from rootnoise._check import RootnoiseError, integer, warn_of_delta
 from rootnoise.cli import (
+    _number_files,
     _options,
     _page,
     _plan_view,
@@ -131,7 +132,7 @@ def train_command(job: Job, work: _workload.Options, row: Row) -> list[str]:
 def _trainable(work: _workload.Options) -> bool:
     """Whether `train` has this workload."""
     named = work.optimizer is None and work.workload is None
-    return named and not (work.schedule and _workload.is_file(work.schedule))
+    return named and not (work.schedule and _number_files.named(work.schedule))
 
 
 def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
@@ -145,7 +146,7 @@ def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
             raise RootnoiseError(
                 f"{name} must be left out with --train-args (train has SGD alone), got {got}"
             )
-    if work.schedule is not None and _workload.is_file(work.schedule):
+    if work.schedule is not None and _number_files.named(work.schedule):
         raise RootnoiseError(
             f"schedule must be one that train has with --train-args, got {work.schedule}"
         )

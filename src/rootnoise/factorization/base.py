@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, one_of
 from rootnoise.causal import CausalMatrix, Product, chain
 from rootnoise.factorization import error
 from rootnoise.participation import Participation, SingleParticipation
@@ -154,9 +154,7 @@ def factorize(
     """
     participation = participation if participation is not None else SingleParticipation()
     participation.validate(workload.n_steps)
-    if mechanism not in _BUILDERS:
-        known = ", ".join(mechanisms())
-        raise RootnoiseError(f"mechanism must be one of {known}, got {mechanism!r}")
+    one_of("mechanism", mechanism, mechanisms())
     builder = _BUILDERS[mechanism]
     given = {name: value for name, value in options.items() if value is not None}
     progress = given.pop("progress", None)

@@ -23,7 +23,7 @@ from rootnoise.workload import Workload
 
 # Most steps of a job, for which all candidates together take about half a minute.
 MOST_STEPS = 100_000
-# How many noise vectors of the model's size a mechanism that is planned unseen may keep.
+# Default limit of noise vectors of the model's size where a plan is used without being shown.
 MEMORY_ROWS = 64
 
 # What the privacy claim of a row depends on.

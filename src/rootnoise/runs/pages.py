@@ -1,4 +1,4 @@
-"""The parts of a page: one file of HTML, for phones, paper and dark rooms, which loads nothing."""
+"""The parts of a page: one file of HTML, for phones, print and dark mode, which loads nothing."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class Trainer:
         self.history.append(entry | {"seconds": self._seconds})
 
     @property
-    def _surroundings(self) -> str:
+    def _rounding(self) -> str:
         """What the last bits of the run depend on."""
         line = environment(self._device)
         parts = " with shards" if self._fsdp else ""
@@ -224,7 +224,7 @@ class Trainer:
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": self._surroundings,
+            "surroundings": self._rounding,
             "model": whole.whole(self.model.state_dict()),
             "optimizer": inner,
             "history": self.history,
@@ -243,7 +243,7 @@ class Trainer:
         """
         if state.get("data") != self._data:
             raise RootnoiseError("training set must be the one the run began with, got another")
-        then, now = state.get("surroundings"), self._surroundings
+        then, now = state.get("surroundings"), self._rounding
         if then != now and self._ranks.rank == 0:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "

@@ -23,6 +23,7 @@ from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clip.bounds import Sum
 from rootnoise.training.clip.taps import guard_parameter, kind_of
 from rootnoise.training.clipping import Clip, warn_non_finite
+from rootnoise.training.place import own_name
 from rootnoise.training.ranks import Ranks
 from rootnoise.training.replicated import rule_within
 
@@ -174,9 +175,10 @@ class Shards:
         """Refuse gradients that do not come from one backward of `rows` examples."""
         found = self._module.rows
         if rows and not found:
+            name = own_name(next(iter(self._parameters)))
             raise RootnoiseError(
-                f"gradients of {next(iter(self._parameters))} are missing: run forward and "
-                "backward once, in training mode (evaluate under no_grad)"
+                f"gradients of {name} are missing: run forward and backward once, in training mode "
+                "(evaluate under no_grad)"
             )
         if found != rows:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
@@ -251,7 +253,7 @@ class Shards:
             rows = saved.get(parameter) if isinstance(saved, Mapping) else None
             if not isinstance(rows, DTensor) or rows.shape[1:] != p.shape or len(rows) < n_rows:
                 got = f"{type(rows).__name__} of shape {tuple(getattr(rows, 'shape', ()))}"
-                rule = f"a DTensor of at least {n_rows} rows for {parameter}"
+                rule = f"a DTensor of at least {n_rows} rows for {own_name(parameter)}"
                 raise RootnoiseError(f"saved noise's {name} must have {rule}, got {got}")
             local = rows.redistribute(self._mesh, [Shard(1)]).to_local()
             columns.append(local[:n_rows].flatten(1))
@@ -282,7 +284,7 @@ class Shards:
 
 def _by_rows(name: str, p: nn.Parameter) -> DTensor:
     """Return the parameter if its rows are spread over a mesh of one dimension, or refuse it."""
-    data = p.data
+    data, name = p.data, own_name(name)
     if not isinstance(data, DTensor) or tuple(data.placements) != (Shard(0),):
         got = data.placements if isinstance(data, DTensor) else type(data).__name__
         raise RootnoiseError(f"{name} must be sharded by rows over one mesh dimension, got {got}")

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import Array, RootnoiseError, integer, real, set_fields, vector
+from rootnoise._check import Array, RootnoiseError, integer, one_of, real, set_fields, vector
 from rootnoise.causal import CausalMatrix, Diagonal, Product
 from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import WORKLOADS, Workload
@@ -158,8 +158,7 @@ def learning_rates(
     >>> learning_rates("linear", n_steps=6, warmup=2)
     array([0.33333333, 0.66666667, 1. , 0.75 , 0.5 , 0.25 ])
     """
-    if schedule not in FINAL:
-        raise RootnoiseError(f"schedule must be one of {', '.join(FINAL)}, got {schedule!r}")
+    one_of("schedule", schedule, FINAL)
     n = integer("n_steps", n_steps, 1)
     w = integer("warmup", warmup, 0, n - 1, high_name="n_steps-1")
     f = FINAL[schedule] if final is None else real("final", final, at_least=0, at_most=1)

@@ -84,7 +84,7 @@ def growth(make: Callable[[], Callable[[], object]], calls: int = 3) -> float:
 
 
 def serve(measures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
-    """Answer questions from standard input until it closes; what else is printed goes astray."""
+    """Answer questions from standard input until it closes; other output goes to standard error."""
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -99,7 +99,7 @@ def serve(measures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
 
 
 class Side:
-    """One who is asked: a process that is started at the first question.
+    """A library that is measured, in a process that is started at the first question.
 
     Args:
         name: heads its column.

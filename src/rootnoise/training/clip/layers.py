@@ -33,6 +33,7 @@ from rootnoise.training.clip.bounds import (
     row_squares,
     single,
 )
+from rootnoise.training.clip.taps import kind_of
 
 Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
 
@@ -75,7 +76,7 @@ class Kept(Protocol):
 
 def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
     """Return the table's row for a layer with these trainable parameters, if there is one."""
-    kind = type(module)
+    kind = kind_of(module)
     if kind in CONVOLUTIONS:
         return Convolution(module, trainable)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
@@ -219,8 +220,8 @@ class Convolution(Products):
         self.groups = module.groups
 
     def _widths(self) -> tuple[int, int]:
-        weight = self.module.weight
-        return weight[0].numel(), weight.shape[0] // self.groups
+        weight = self.module.weight  # of which FSDP2 would gather weight[0], on this rank alone
+        return weight.numel() // len(weight), len(weight) // self.groups
 
     def tokens(self, taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
         """Return windows and output gradients as (examples, groups, places, width)."""

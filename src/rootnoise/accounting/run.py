@@ -190,7 +190,7 @@ class _Run:
         name: the participation's type.
         digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
-        bounds: certain ones on epsilon, at a noise multiplier, a delta and grids of so many points.
+        bounds: deterministic ones on epsilon, for a noise multiplier, a delta and sizes of grids.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """

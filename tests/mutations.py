@@ -696,8 +696,8 @@ MUTATIONS = [
     Mutation(
         "means of bins are as short as the shortest",
         "accounting/bin_bounds.py",
-        "_diagonals(gram).max(axis=1)",
-        "np.append(np.diag(gram).min(), _diagonals(gram)[1:].max(axis=1))",
+        "_diagonals(gram).max(axis=1)\n    found",
+        "np.append(np.diag(gram).min(), _diagonals(gram)[1:].max(axis=1))\n    found",
         "random_allocation",
     ),
     Mutation(

@@ -76,15 +76,15 @@ MUTATIONS = [
     Mutation(
         "no noise",
         "training/replicated.py",
-        "clip.noised(total[own], noise, out=total[own])",
-        "clip.noised(total[own], 0 * noise, out=total[own])",
+        "self._clip.noised(part, noise, out=part)",
+        "self._clip.noised(part, 0 * noise, out=part)",
         "training",
     ),
     Mutation(
         "noise scaled by the batch",
         "training/replicated.py",
-        "clip.noised(total[own], noise, out=total[own])",
-        "clip.noised(total[own], noise / max(rows, 1), out=total[own])",
+        "self._clip.noised(part, noise, out=part)",
+        "self._clip.noised(part, noise / max(self._module.rows, 1), out=part)",
         "training",
     ),
     Mutation(

@@ -115,7 +115,9 @@ def test_the_shell_completes_commands_and_options(words, offered):
 
 
 def test_values_that_the_shell_completes_are_those_that_are_taken():
-    offered = {f.name: f.metadata.get("autocompletion") for f in dataclasses.fields(Settings)}
+    completing = "autocompletion"
+    own = [f for f in dataclasses.fields(Settings) if completing in f.metadata]
+    offered = {f.name: f.metadata[completing] for f in own}
     known = {"model": list(MODELS), "dataset": ["digits", *_FROM_FILES], "schedule": list(FINAL)}
     known |= {
         "sampling": ["auto", *SAMPLINGS],
@@ -142,3 +144,21 @@ def test_a_table_never_outgrows_the_terminal(monkeypatch, capsys, width):
     assert "0.009921" in out
     assert "1261.2%" in out
     assert ("239" in out) == ("left out" not in out or "memory" not in out.split("left out")[1])
+
+
+def test_a_narrow_audit_lists_what_holds_and_shows_what_does_not(tmp_path):
+    out = tmp_path / "run"
+    assert main([*RUN, "--out", str(out)]) == 0
+    status, lines = at_a_terminal(50, "audit", str(out))
+    shown = " ".join(line.strip() for line in lines)
+    assert status == 0
+    assert "checks hold: seal, claim.txt, config.json," in shown
+    assert "stated" not in shown
+    (out / "run.toml").write_text("")
+    status, lines = at_a_terminal(50, "audit", str(out))
+    shown = " ".join(line.strip() for line in lines)
+    assert status == 1
+    assert " NO " in shown
+    assert "checks hold: seal, claim.txt" in shown
+    path = [line for line in lines if str(out) in line]  # a word of its own length
+    assert max(len(line) for line in lines if line not in path) <= 50

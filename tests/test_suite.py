@@ -8,8 +8,8 @@ PACKAGE = ROOT / "src" / "rootnoise"
 # Tests of the whole, or of what is not in the package.
 ACROSS = {"dist", "docs", "fail", "first", "golden", "markdown", "mutations", "public"}
 ACROSS |= {"reference", "reproduce", "suite"}
-# Rooms of one kind, command, library or route a file.
-ALIKE = {"auditing", "cli", "factorization", "integrations", "workload"}
+# Rooms of one kind, command or library a file.
+ALIKE = {"cli", "factorization", "integrations", "workload"}
 
 DRAWS = {"default_rng", "fresh", "manual_seed", "normal", "normal_", "rand", "randint", "randn"}
 DRAWS |= {"random", "randperm", "seed", "token_bytes", "uniform", "uniform_"}

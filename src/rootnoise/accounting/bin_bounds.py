@@ -2,7 +2,8 @@
 
 For convex f, E_Q f(L) grows with every entry of the Gram matrix (Kahane 1985; `dominating` has the
 formula), and by Jensen's inequality it falls when L is replaced by a mean of variables like it.
-Both directions of the hockey-stick divergence are such f. So, with v on the diagonal, c elsewhere,
+Both directions of the hockey-stick divergence are such f. So bins are compared with means that can
+be computed, and the better comparison counts. With equal products, v on the diagonal, c elsewhere:
 
 * from above: the b means, in a circle, are the average over its b rotations of b // m of them, m
   apart. They hide at least as well as b // m means with v the largest entry of the diagonal, and c
@@ -10,6 +11,12 @@ Both directions of the hockey-stick divergence are such f. So, with v on the dia
 * from below: the means cut into ceil(b / m) runs of at most m neighbours hide at most as well as as
   many equally likely means with v the least entry of any two that are less than m apart, and c the
   least entry off the diagonal. (Unequal weights would only hide less.) m is free.
+
+With a Markov chain (`bin_chain`), where neighbours are correlated and distant means are not:
+
+* from above: the average over rotations of b - g neighbours, g the largest distance in the circle
+  of means that are not orthogonal; those left are a row, no more a circle.
+* from below: runs of m neighbours, orthogonal to each other; some bins may count as of length 0.
 
 Bins whose means are orthogonal and equally long, as those of independent noise, are compared with
 themselves: the bounds are tight. docs/accounting.md has the proofs.
@@ -113,7 +120,7 @@ def _merged(gram: Array) -> list[Allocation]:
 def linked_above(gram: Array, epsilon: float) -> Chain | None:
     """Return a chain that hides at most as well, chosen for an epsilon like this one."""
     b, largest = len(gram), _diagonals(gram).max(axis=1)
-    ring = np.maximum(largest, largest[-np.arange(b)])[: b // 2 + 1]
+    ring = np.maximum(0.0, np.maximum(largest, largest[-np.arange(b)]))[: b // 2 + 1]
     far = int(np.flatnonzero(ring)[-1])
     left = b - far
     if far == 0 or left < 2:
@@ -151,13 +158,13 @@ def linked_below(gram: Array, epsilon: float) -> Chain | None:
         own = float(np.diag(part).min())
         least = np.array([np.diag(part, d).min() for d in range(min(moving, RUNS[-1]))])
         for run in RUNS:
-            if run > moving or least[run - 1] <= 0:
+            if run > moving or least[1:run].min() <= 0:
                 break
             d = np.arange(1, run)
             for decay in DECAYS:
                 linked = min(float((least[1:run] / decay**d).min()), own)
                 gain = _seen(linked * decay**d, own, level, 1 - d / run)
-                gain = moving / b * (math.exp(level - longest / 2) + gain)
+                gain = moving / b * (math.exp(level * math.sqrt(own / longest) - own / 2) + gain)
                 if best is None or gain > best[0]:
                     best = gain, linked, float(decay), own, run, moving
     if best is None:

@@ -7,11 +7,11 @@ e^{x_i + n_i - (linked + alone) / 2}. With put(k) = E (k - L)_+, and as E L = 1,
 
     remove: E (L - e^eps)_+ = put(e^eps) + 1 - e^eps,    add: E (1 - e^eps L)_+ = e^eps put(e^-eps).
 
-A lattice. Let y be the discrete normal on a lattice of width h: masses proportional to e^{-y^2 / 2 v}.
-It hides less than N(0, v - t) and more than N(0, v + t), t = SPREAD h^2, but for factors of 1 + e,
-e = 4 e^{-2 pi^2 SPREAD}: round a normal at random by a Gaussian kernel, and the chance and the mean
-of e^{a y} are right but for the theta function, which is within e / 2 of 1 (Poisson summation).
-Transitions to discrete normals around decay * y make a chain with as many states as points.
+A lattice. Round every normal at random to a lattice of width h. Quadratic splines keep chances, and
+the means of all e^{a y} but for a part (a h / 2 pi)^3: that hides less (Jensen), as if variances
+were larger by h^2 / 4. Gaussian kernels of variance t = SPREAD h^2 keep, but for a theta function
+within THETA of 1, chances and the means of the e^{a x} given y: what is rounded so hides more, as
+if variances were smaller by t. Chains so rounded have as many states as the lattice has points.
 
 A transform. E e^{i w S} of the sum S is then a product of matrices, and needs no grid for S: a
 Fourier series of period W gives E (k - S - R)_+ for an independent normal R, whose deviation r cuts
@@ -32,8 +32,8 @@ from rootnoise._check import Array
 from rootnoise.accounting.composition import UNIT
 from rootnoise.accounting.random_allocation import inequality_of_means
 
-# t / h^2 of the lattice, and what the theta function may be off by: 2 e^{-14.8}, and all else.
-SPREAD = 0.75
+# t / h^2 of the lattice, and what the theta function may be off by: 2 e^{-11.8}, and all else.
+SPREAD = 0.6
 THETA = 2.001 * math.exp(-2 * math.pi**2 * SPREAD)
 # Least variance over h^2 of a discrete normal: its masses and moments are then exact to 4e-19.
 LEAST = 2.2
@@ -43,7 +43,7 @@ WIDTH = 0.05
 COARSE = 2.5
 # Deviation r of R over k: in upper bounds, in lower bounds.
 SMOOTH = {True: 3e-3, False: 1e-3}
-ROOM={True: 2.25, False: 6.0}
+ROOM = {True: 2.25, False: 6.0}
 # r w is at least this where the series ends, and R is within this many r of 0.
 CUT, FAR = 8.0, 9.0
 # Part of delta that paths off the lattice may cost.
@@ -93,13 +93,16 @@ class Chain:
         return min(first, self._upper(delta, min(start, 1.02 * first), coarse))
 
     def _upper(self, delta: float, start: float, coarse: float) -> float:
-        shift = self._shift(coarse, above=True)
+        shift = self._shift(max(coarse, COARSE), above=True)
         target = delta * math.exp(-shift)
         law = _Law.of(self, math.exp(start), delta, coarse, above=True)
         root = _least(law.remove, target, 0.0, start)
         if math.isinf(root) or self._geometric(root) <= target:
             return root + shift
-        law = _Law.of(self, math.exp(-root), delta, coarse, above=True)
+        for finer in (COARSE, coarse):
+            law = _Law.of(self, math.exp(-root), delta, finer, above=True)
+            if law.add(root) <= target:
+                return root + shift
         return _least(law.add, target, root, start) + shift
 
     def lower(self, delta: float, stop: float, coarse: float = 1.0) -> float:
@@ -137,11 +140,13 @@ class Chain:
         """Return the distance of points of the lattice."""
         return min(
             WIDTH * coarse * math.sqrt(self.linked + self.alone),
-            math.sqrt((1 - self.decay**2) * self.linked / (LEAST + 2 * SPREAD)),
+            math.sqrt((1 - self.decay**2) * self.linked / (LEAST + 2 * SPREAD + 0.1)),
         )
 
     def _geometric(self, epsilon: float) -> float:
         """Bound the add direction by the mean of the logarithms."""
+        if self.run < self.bins:
+            return math.inf
         d = np.arange(1.0, self.run)
         pairs = float(np.sum(self.decay**d * (1 - d / self.run)))
         spread = (self.alone + self.linked * (1 + 2 * pairs)) / self.bins
@@ -167,9 +172,7 @@ class _Lattice:
     lost: float
 
     @classmethod
-    def of(
-        cls, chain: Chain, top: float, reach: float, coarse: float, *, above: bool
-    ) -> _Lattice:
+    def of(cls, chain: Chain, top: float, reach: float, coarse: float, *, above: bool) -> _Lattice:
         """Cover `reach` deviations to both sides, as far as some l is below `top`."""
         h = chain._width(coarse)
         step = _discrete((1 - chain.decay**2) * chain.linked, h, above=above)
@@ -203,13 +206,14 @@ class _Lattice:
         each = UNIT * (2 * (m + wide + 64) + 4 * float(np.abs(w).max()))
         errors = each * np.array(lengths, dtype=np.float64)
         steady = bool(np.all(w.imag == 0))
-        vectors, length = self.start * factors, 1
+        vectors = (self.start * factors).astype(np.complex128)
+        length = 1
         while True:
             for row in (j for j, wanted in enumerate(lengths) if wanted == length):
                 found[row] = vectors.sum(axis=1)
             if length >= max(lengths):
                 return errors, found
-            after = _times(vectors, self.steps) * factors
+            after: Complexes = _times(vectors, self.steps) * factors
             if steady and length % 8 == 0:
                 sums = vectors.sum(axis=1)
                 alive = np.abs(sums) > 1e-200
@@ -220,7 +224,8 @@ class _Lattice:
                         found[row] = sums * ratio ** (lengths[row] - length)
                         errors[row] += 1.01 * (lengths[row] - length) * (left + 16 * UNIT)
                     return errors, found
-            vectors, length = after, length + 1
+            vectors = after
+            length += 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,28 +257,28 @@ class _Law:
     beyond: float
 
     @classmethod
-    def of(
-        cls, chain: Chain, most: float, delta: float, coarse: float, *, above: bool
-    ) -> _Law:
+    def of(cls, chain: Chain, most: float, delta: float, coarse: float, *, above: bool) -> _Law:
         """Return the law for puts of strikes up to `most`, upper or lower bounds on them."""
         moving = chain.bins - chain.still
         top = most * chain.bins - chain.still
-        # A sum beyond the period comes back as a small one, with its put: strikes below E L need room.
-        room = ROOM[above] if most >= 1 else 7.0
+        # A sum beyond the period comes back as a small one, and its put counts: E L must fit in.
+        room, smooth = (ROOM[above], SMOOTH[above]) if most >= 1 else (7.0, 4 * SMOOTH[above])
         scale = max(top, float(moving))
-        r = SMOOTH[above] * coarse * scale
-        period = (room + 2 * FAR * SMOOTH[above] * coarse) * scale
-        waves = 2 * math.pi / period * np.arange(math.ceil(CUT / r * period / 2 / math.pi) + 1)
+        r = smooth * coarse * scale
+        period = room * scale + 2 * FAR * r
+        last = math.ceil(CUT / r * period / 2 / math.pi)
+        waves: Array = 2 * math.pi / period * np.arange(last + 1.0)
         reach = math.sqrt(2 * math.log(4 * chain.bins * max(most, 1.0) / (SPARE * delta)))
         lattice = _Lattice.of(chain, top, reach, coarse, above=above)
         full, rest = divmod(moving, chain.run)
         lengths = [chain.run, rest] if rest else [chain.run]
 
         def whole(parts: Complexes) -> Complexes:
-            return parts[0] ** full * (parts[1] if rest else 1.0)
+            power: Complexes = parts[0] ** full
+            return power * parts[1] if rest else power
 
         errors, parts = lattice.transform(waves.astype(np.complex128), top, lengths)
-        error = (full * errors[0] + (errors[1] if rest else 0.0) + 8 * full * UNIT) * 1.01
+        error = (full * errors[0] + (errors[1] if rest else 0.0) + 16 * full * UNIT) * 1.01
         beyond = 1e-18
         if not above:
             tilts = np.array(CHERNOFF)
@@ -300,13 +305,14 @@ class _Law:
         # E e^{i w S}, the terms, and what the series leaves out.
         damped = np.exp(-np.square(self.smooth * w) / 2)
         error = self.error * (u * u / 2 + 2 * float(sizes @ damped))
-        error += UNIT * float(((16 + 8 * w * u) * sizes) @ np.abs(self.series[1:])) + 16 * UNIT * u * u
+        rounded = float(((16 + 8 * w * u) * sizes) @ np.abs(self.series[1:]))
+        error += UNIT * (rounded + 16 * u * u)
         gap = self.smooth * 2 * math.pi / self.period
         last = 2 * (u / w[-1] + 2 / w[-1] ** 2)
         error += last * math.exp(-(CUT**2) / 2) / (1 - math.exp(-CUT * gap))
-        value, error = total / (self.period * b), error / (self.period * b)
+        value, error = float(total) / (self.period * b), float(error) / (self.period * b)
         if self.above:
-            return max(value, 0.0) + error + strike * (self.lost + 1e-17)
+            return max(value, 0.0) + error + strike * self.lost + 1e-17 * (1 + strike)
         return value - error - u / b * self.beyond
 
     def remove(self, epsilon: float) -> float:

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
 # Columns to leave out in a narrow terminal, in this order.
 SPARE = ("bands", "noise", "memory", "batches")
-# So much more error is worth less memory, or batches that need not be secret.
-WORTH = 0.05
 
 
 def title(job: Job, work: Mapping[str, Any]) -> str:
@@ -123,20 +121,6 @@ def batches(row: Row) -> str:
 def is_amplified(row: Row) -> bool:
     """Whether the row's epsilon counts on secret batches."""
     return row.sampling != "fixed-cycle"
-
-
-def choice(made: Plan) -> int:
-    """Return the index of the recommended row.
-
-    It is one of the rows that fit the devices, or of all if none does. Among those with nearly the
-    least error, rows without secret batches come first, then those with less memory, then those
-    with less error.
-    """
-    rows = made.rows
-    fitting = [i for i, row in enumerate(rows) if made.fits(row)] or [*range(len(rows))]
-    most = (1 + WORTH) * rows[fitting[0]].rmse_per_example
-    good = [i for i in fitting if rows[i].rmse_per_example <= most]
-    return min(good, key=lambda i: (is_amplified(rows[i]), rows[i].memory_rows, i))
 
 
 def frontier(rows: Sequence[Row]) -> set[int]:

@@ -180,7 +180,7 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
 
 
 def planned(config: RunConfig, n_examples: int) -> RunConfig:
-    """Return the settings, with those of the best row of a plan for mechanism auto.
+    """Return the settings, with those of the row to take of a plan for mechanism auto.
 
     Raises:
         RootnoiseError: settings for which there is no plan.
@@ -197,7 +197,7 @@ def planned(config: RunConfig, n_examples: int) -> RunConfig:
     job = Job(n_examples, config.batch_size, config.epochs, epsilon, config.delta, rows)
     bins = config.sampling == "balls-in-bins"
     made = plan(make_workload(config, job.n_steps), job, bins=bins)
-    chosen = made.first(*PLANNED.get(config.sampling, ("auto",)))
+    chosen = made.recommended(*PLANNED.get(config.sampling, ("auto",)))
     return replace(config, memory_rows=None, **row_settings(chosen))
 
 

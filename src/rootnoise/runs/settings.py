@@ -57,6 +57,10 @@ class Options:
     )
     estimator: str | None = _own("Estimator of tree: full, online or naive [default: full].")
     tolerance: float | None = _own("Gap at which dense stops [default: 1e-6].")
+    contraction: float | None = _own(
+        "Optimise for a loss that pulls the parameters back by exp(-c) over the run [default: 0; "
+        "what `plan` and auto optimise for has its own]."
+    )
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Settings(Options):
     epochs: int = setting(4, "Passes over the training set.")
     batch_size: int = setting(500, "Examples per step (on average under Poisson sampling).")
     micro_batch_size: int | None = setting(
-        None, "Examples processed at a time, to save memory [default: the whole batch]."
+        None, "Examples processed at a time [default: as many as fit into the free memory]."
     )
     lr: float = setting(DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.")
     momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).")

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
 from opacus.optimizers import DPOptimizer
-from torch import nn
 
 from rootnoise._check import RootnoiseError, integer, real, warn
 from rootnoise.diagnostics import mismatch
@@ -29,7 +28,7 @@ from rootnoise.participation.ledger import Ledger
 from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clipping import Clip
+from rootnoise.training.clipping import Clip, divide_
 from rootnoise.training.guards import ForwardGuard
 from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
@@ -37,7 +36,7 @@ from rootnoise.training.ranks import Indices, Ranks
 from rootnoise.training.replicated import Copies
 from rootnoise.training.reuse import Releases
 from rootnoise.training.sharded import ShardedGradSampleModule, Shards
-from rootnoise.training.wrapping import check_layers
+from rootnoise.training.wrapping import check_layers, held_parameters
 
 
 class UnplannedOptimizerWarning(UserWarning):
@@ -94,13 +93,13 @@ class PrivateOptimizer:
     >>> workload, cycle = SGD(sampler.n_steps, momentum=0.9), sampler.participation
     >>> bsr = factorize(workload, cycle, "bsr")
     >>> mechanism = Mechanism.calibrate(bsr, cycle, epsilon=2.0, delta=1e-5)
-    >>> module = privatize(nn.Linear(3, 2))
+    >>> module = privatize(torch.nn.Linear(3, 2))
     >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
     >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
     >>> for batch in sampler:
     ...     optimizer.zero_grad()
-    ...     nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+    ...     torch.nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
     ...     optimizer.step(batch)
     >>> optimizer.t
     6
@@ -135,7 +134,7 @@ class PrivateOptimizer:
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self._mechanism = mechanism
-        self._parameters = _parameters(optimizer, module)
+        self._parameters = held_parameters(optimizer, module)
         self._layout = self._current_layout()
         clip = Clip.of(mechanism, sampler.n_examples)
         self._place: Place
@@ -266,14 +265,14 @@ class PrivateOptimizer:
         >>> sampler = FixedCycleSampler(n_examples=12, batch_size=6, epochs=1, seed=0)
         >>> split = factorize(SGD(sampler.n_steps), sampler.participation, "identity")
         >>> mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=2.0, delta=1e-5)
-        >>> module = privatize(nn.Linear(3, 2))
+        >>> module = privatize(torch.nn.Linear(3, 2))
         >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1)
         >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
         >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
         >>> for batch in sampler:
         ...     optimizer.zero_grad()
         ...     for part in (batch[:4], batch[4:]):
-        ...         nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+        ...         torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
         ...         if part[-1] != batch[-1]:
         ...             optimizer.accumulate(part)
         ...     optimizer.step(part)
@@ -349,7 +348,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total.div_(self.sampler.batch_size))
+            self._place.write(divide_(total, self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)
@@ -403,7 +402,7 @@ class PrivateOptimizer:
         self._check_whole()
         check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
-        parameters = _parameters(self.optimizer, self.module)
+        parameters = held_parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
             p is q for p, q in zip(parameters, self._parameters, strict=True)
         )
@@ -490,18 +489,3 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
-
-
-def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if not held or sorted(held) != sorted(map(id, trainable)):
-        known = len(set(held) & set(map(id, trainable)))
-        raise RootnoiseError(
-            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
-            f"and no other, got {len(held)}, among them {known} of these"
-        )
-    if not all(p.is_floating_point() for p in trainable):
-        raise RootnoiseError("parameters must be real floating-point numbers")
-    return trainable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -107,6 +107,12 @@ class ScheduledSGD(Workload):
     @property
     def root_is_exact(self) -> bool:
         return False
+
+    def _contracted(self, contraction: float) -> Workload:
+        # A step of gradient descent contracts in proportion to its rate.
+        rates = np.asarray(self.learning_rates)
+        pull = np.exp(-contraction * rates / rates.sum())
+        return replace(self, decay=np.asarray(self.decay) * pull)
 
 
 def sgd_roots(

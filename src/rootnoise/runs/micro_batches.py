@@ -61,7 +61,11 @@ def example_bytes(model: nn.Module, example: torch.Tensor) -> float:
     zeros = torch.zeros(rows, *example.shape, dtype=example.dtype)
     devices = [p.device for p in model.parameters() if p.device.type == "cuda"][:1]
     where = next(model.parameters()).device
-    with torch.random.fork_rng(devices), torch.enable_grad(), saved_tensors_hooks(keep, lambda x: x):
+    with (
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+        saved_tensors_hooks(keep, lambda x: x),
+    ):
         outputs = model(zeros.to(where))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     return size + TIMES * (sum(kept.values()) + outputs.untyped_storage().nbytes()) / rows

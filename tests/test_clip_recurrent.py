@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from rootnoise import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
 
 N, STEPS, WIDTH = 4, 6, 3
-KINDS = {
+KINDS: dict[str, Any] = {
     "lstm": nn.LSTM,
     "gru": nn.GRU,
     "tanh": nn.RNN,
@@ -69,9 +71,15 @@ def check(model: nn.Module, x: torch.Tensor) -> None:
     )
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(1)
+        yield
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_one_backward_an_example(kind: str) -> None:
-    torch.manual_seed(1)
     for ways, layers, first, starts, bias in itertools.product(
         (False, True), (1, 2), (False, True), (False, True), (False, True)
     ):
@@ -80,12 +88,10 @@ def test_gradients_are_those_of_one_backward_an_example(kind: str) -> None:
 
 
 def test_by_gram_matrices_in_float32_whose_first_state_is_zero() -> None:
-    torch.manual_seed(2)
     check(Whole(nn.LSTM(60, 90, batch_first=True), False), torch.randn(N, 25, 60))
 
 
 def test_a_frozen_weight_has_no_gradient() -> None:
-    torch.manual_seed(3)
     layer = nn.LSTM(WIDTH, 4, batch_first=True)
     layer.weight_hh_l0.requires_grad_(False)
     layer.bias_ih_l0.requires_grad_(False)
@@ -102,13 +108,12 @@ def test_outputs_that_are_changed_in_place() -> None:
             y: torch.Tensor = self.layer(x)[0].mul_(2)
             return y
 
-    torch.manual_seed(4)
     check(Doubled(), torch.randn(N, STEPS, WIDTH))
 
 
 def test_sequences_first_are_refused_where_examples_are_expected() -> None:
     ours = PrivateModule(nn.Sequential(nn.Linear(3, 3), First()), "sum")
-    with pytest.raises(RootnoiseError, match="layer 1.layer must take one row an example"):
+    with pytest.raises(RootnoiseError, match=r"layer 1\.layer must take one row an example"):
         ours(torch.randn(N, STEPS, WIDTH)).sum().backward()
 
 

@@ -31,13 +31,13 @@ inequality, however many chunks. So each product of two entries errs by at most
 2.01 CHUNK v |a_t||a_u||g_t||g_u|, their float64 sum by 2^-25 S^2, less than 0.004 CHUNK v S^2, and
 S^2 is known to a relative 2.01 CHUNK v. A token of `SAFE` squares is longer than 2^-41. Below
 float32's normal numbers an entry loses at most d 2^-126 <= 0.02 CHUNK v 2^-82, for widths d of at
-most 2^20. Together less than 2.1 CHUNK v S^2 < ROUGH S^2. A token of zeros, such as the first state of a
-recurrent layer, adds nothing to either. QED
+most 2^20. Together less than 2.1 CHUNK v S^2 < ROUGH S^2. A token of zeros, such as the first state
+of a recurrent layer, adds nothing to either. QED
 
 Where ROUGH S^2 is more than COSTLY q, so that a norm might be over 0.1 % too large, or a token is
-neither `SAFE` nor zero, the example's norm is made anew in float64. That looks at one example alone. That a norm
-is not too small rests on float32 products that are made in float32; that a sum moves by at most C
-does not, as its arrays are measured.
+neither `SAFE` nor zero, the example's norm is made anew in float64. That looks at one example
+alone. That a norm is not too small rests on float32 products that are made in float32; that a sum
+moves by at most C does not, as its arrays are measured.
 
 For T tokens in independent directions, S is about sqrt(T) |c|. If S exceeds 31 |c|, the tokens
 nearly cancel; the clipping factor is then smaller than necessary, never larger.

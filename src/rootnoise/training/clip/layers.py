@@ -276,7 +276,8 @@ class Convolution(Products):
             len(g) * self.groups,
             (False, True, False),
         )
-        return made.reshape(len(g), -1)[:n]
+        found: torch.Tensor = made.reshape(len(g), -1)[:n]
+        return found
 
     def bias_gradient(self, g: torch.Tensor) -> torch.Tensor:
         """See `Products`."""

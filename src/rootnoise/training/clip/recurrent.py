@@ -1,8 +1,8 @@
 """torch's recurrent layers as two Linear layers a cell, on inputs and on states.
 
-`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. But what
-a cell multiplies by its weights is known after forward: its inputs, and its states, which are its
-outputs. So the gates of all steps are two products, their gradients one loop back over the steps
+`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. But
+what a cell multiplies by its weights is known after forward: its inputs, and its states, which are
+its outputs. So the gates of all steps are two products, their gradients one loop back over time
 (Werbos, 1990, "Backpropagation through time"), and the gradient of each weight is that of a Linear
 layer whose tokens are the steps.
 
@@ -31,11 +31,9 @@ Steps = tuple[torch.Tensor, torch.Tensor]
 def unrolls(module: nn.Module) -> bool:
     """Return whether a layer is a recurrent one of torch, without projections or dropout."""
     kinds = nn.LSTM, nn.GRU, nn.RNN
-    return (
-        type(module) in kinds
-        and not module.proj_size
-        and (not module.dropout or module.num_layers == 1)
-    )
+    if not isinstance(module, kinds) or type(module) not in kinds:
+        return False
+    return not module.proj_size and (not module.dropout or module.num_layers == 1)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class Recurrent:
         layers = []  # inputs and states of each cell
         for i, cells in enumerate(self.cells):
             if i == len(self.cells) - 1:
-                made = list(y.split(width, 2))
+                made = list(torch.split(y, width, 2))
             else:
                 made = [
                     _forward(module, cell, x, [s[i * ways + k] for s in starts])

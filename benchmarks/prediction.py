@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -29,9 +29,9 @@ from torch.nn import functional
 
 from rootnoise import SGD, Factorization, FixedCycle, Key, Mechanism, NoiseStream, factorize
 from rootnoise.accounting import noise_multiplier
-from rootnoise.batches.samplers import Sampler
 from rootnoise.cli import _progress
 from rootnoise.participation import Participation
+from rootnoise.participation.samplers import Sampler
 from rootnoise.planner import Job
 from rootnoise.planner.groups import cyclic
 from rootnoise.runs.data import load
@@ -71,7 +71,7 @@ TASKS = {
     "fashion, logistic": Task("fashion-mnist", 60_000, 0, 500, 4, 0.9),
     "fashion, perceptron": Task("fashion-mnist", 10_000, 32, 200, 8, 0.0),
     "fashion, logistic, 12 epochs": Task("fashion-mnist", 20_000, 0, 500, 12, 0.0),
-    "digits, logistic, 40 epochs": Task("digits", 1442, 0, 256, 40, 0.9),
+    "digits, logistic": Task("digits", 1442, 0, 150, 24, 0.9),
 }
 
 
@@ -191,9 +191,7 @@ class Runs:
 
     def flat(self, run: int) -> torch.Tensor:
         """Return the parameters of one run in the order of `parameters()`."""
-        return torch.cat(
-            [x for w in self.weights for x in (w[:-1, run].T.flatten(), w[-1, run])]
-        )
+        return torch.cat([x for w in self.weights for x in (w[:-1, run].T.flatten(), w[-1, run])])
 
     def _forward(
         self, x: torch.Tensor, weights: Sequence[torch.Tensor]
@@ -263,7 +261,7 @@ def train(
         runs.step(x[chosen], y[chosen], stream.next(), task.batch_size)
         if t >= first:
             for mean, weights in zip(means, runs.weights, strict=True):
-                mean += (weights - mean) / (t - first + 1)
+                mean.add_(weights - mean, alpha=1 / (t - first + 1))
     found = {}
     for name, weights in (("last", runs.weights), ("averaged", means)):
         right, loss = runs.judge(test[0], test[1], weights)

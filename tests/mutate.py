@@ -45,7 +45,7 @@ PRIVACY = [
     "federated/server.py",
     "federated/store.py",
     "federated/updates.py",
-    "front_door/finished.py",
+    "front_door/evaluation.py",
     "front_door/loop.py",
     "front_door/making.py",
     "front_door/saved.py",
@@ -78,6 +78,7 @@ PRIVACY = [
     "training/probe.py",
     "training/ranks.py",
     "training/replicated.py",
+    "training/resume.py",
     "training/reuse.py",
     "training/sharded.py",
     "training/tape.py",
@@ -89,10 +90,10 @@ BUDGET = 10.0  # seconds of tests for one mutant: what takes longer to see is no
 PROCESSES = {
     "front_door/saved.py": "front_door_ranks",
     "front_door/several.py": "front_door_ranks",
-    "runs/processes.py": "torchrun",
-    "training/optimizer.py": "parallel",
-    "training/ranks.py": "parallel front_door_ranks",
-    "training/sharded.py": "sharded torchrun",
+    "runs/processes.py": "runs_torchrun",
+    "training/optimizer.py": "training_parallel",
+    "training/ranks.py": "training_parallel front_door_ranks",
+    "training/sharded.py": "sharded runs_torchrun",
     "training/whole.py": "front_door_ranks",
 }
 EQUIVALENT = ROOT / "tests" / "equivalent.toml"

@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel run; a child can import it, a test module it cannot."""
+"""What the ranks of test_training_parallel run; a child can import it, a test module it cannot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of test_kill run; a child can import it, a test module it cannot."""
+"""What the processes of test_runs_kill run; a child can import it, a test module it cannot."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ RUN = (
     "participation/ledger.py",
     "noise/stream.py",
     "training/optimizer.py",
+    "training/resume.py",
     "runs/folder.py",
     "runs/trainer.py",
     "runs/run.py",

@@ -1,4 +1,4 @@
-"""All commands as one program, and how each of its errors becomes one line and a status."""
+"""All commands as one program; errors and Ctrl-C become one line and a status."""
 
 from __future__ import annotations
 

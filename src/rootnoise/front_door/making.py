@@ -389,10 +389,10 @@ def _split(
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
-        if not rows:
-            raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
-        row = adaptive.choose(rows, workload, optimizer)
+        made = plan(workload, job)
+        first = made.recommended(sampling)
+        rows = [row for row in made.rows if sampling in ("auto", row.sampling)]
+        row = adaptive.choose([first, *rows], workload, optimizer)
         who, name, options = row.participation, row.mechanism, row.options
     else:
         who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)

@@ -39,8 +39,8 @@ class Undivided(ClosureResult):
 class Calls:
     """Whether a model was called in training mode, since it was last asked.
 
-    It is a hook that does not hold the callback: the autograd graph keeps hooks alive, out of the
-    garbage collector's sight, and so would keep the optimizer.
+    The hook holds no reference to the callback: autograd's graph keeps hooks alive where the
+    garbage collector does not see them, and the optimizer would live as long.
     """
 
     def __init__(self) -> None:

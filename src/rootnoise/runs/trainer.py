@@ -178,7 +178,7 @@ class Trainer:
         self.history.append(entry | {"seconds": self._seconds})
 
     @property
-    def _surroundings(self) -> str:
+    def _rounding(self) -> str:
         """What the last bits of the run depend on."""
         line = environment(self._device)
         if self._chosen and self._micro < self.sampler.n_examples:
@@ -246,7 +246,7 @@ class Trainer:
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": self._surroundings,
+            "surroundings": self._rounding,
             "model": whole.whole(self.model.state_dict()),
             "optimizer": inner,
             "history": self.history,
@@ -268,7 +268,7 @@ class Trainer:
             raise RootnoiseError("training set must be the one the run began with, got another")
         if self._chosen:  # as before the stop, if it still fits
             self._micro = min(self._micro, state.get("micro_batch_size", self._micro))
-        then, now = state.get("surroundings"), self._surroundings
+        then, now = state.get("surroundings"), self._rounding
         if then != now and self._ranks.rank == 0:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "

@@ -12,6 +12,7 @@ import torch
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
 from rootnoise.training.clipping import PART, Clip, divide_, warn_non_finite
+from rootnoise.training.place import own_name
 from rootnoise.training.ranks import Ranks
 
 # Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
@@ -72,9 +73,10 @@ class Copies:
         """Refuse gradients that do not come from one backward of `rows` examples."""
         found = self._module.rows
         if rows and not found:
+            name = own_name(next(iter(self._parameters)))
             raise RootnoiseError(
-                f"per-sample gradients of {next(iter(self._parameters))} are missing: run forward "
-                "and backward once, in training mode (evaluate under no_grad)"
+                f"per-sample gradients of {name} are missing: run forward and backward once, in "
+                "training mode (evaluate under no_grad)"
             )
         if found != rows:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")

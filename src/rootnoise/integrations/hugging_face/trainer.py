@@ -374,8 +374,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         saved = checkpoint.read(folder)
         if saved.fingerprint != private.mechanism.fingerprint:
             raise RootnoiseError(
-                "checkpoint must be of the mechanism that these arguments make, "
-                f"{private.mechanism.fingerprint[:16]}, got {saved.fingerprint:.16}"
+                "checkpoint must be of the mechanism that these arguments make, got "
+                + private.mechanism.unlike(saved.settings)
             )
         if saved.weights != checkpoint.digest(self.model):
             raise RootnoiseError(

@@ -61,7 +61,7 @@ class EngineOptimizer(LoopOptimizer):
         return self.private.sampler.batch_size
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Be told by Opacus's BatchMemoryManager that more of the batch follows the next part."""
+        """Note from Opacus's BatchMemoryManager whether more of the batch follows the next part."""
         self._skips_next = bool(do_skip)
 
     _skips_next = False

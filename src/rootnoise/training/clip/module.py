@@ -133,6 +133,11 @@ class PrivateModule(nn.Module):
         return self._book.paused
 
     @property
+    def past(self) -> str:
+        """The parameter that a gradient has reached past its layer since forward, or ""."""
+        return self._book.past
+
+    @property
     def rows(self) -> int:
         """Number of examples whose gradients backward has left, or 0."""
         return self._book.rows if self._book.open and self._book.gradients else 0

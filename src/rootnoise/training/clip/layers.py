@@ -241,10 +241,9 @@ class Convolution(Products):
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`: one convolution on a CPU, in which each example has groups of its own.
 
-        Windows need not be copied: by itself 3.0 ms, not 6.8, for 64 examples, 32 to 64 channels and
-        14 x 14 places. An example's
-        array depends neither on the number of examples nor on their threads, except that of a
-        single one, which gets an empty one beside it.
+        Windows need not be copied: by itself 3.0 ms, not 6.8, for 64 examples, 32 to 64 channels
+        and 14 x 14 places. An example's array depends neither on the number of examples nor on
+        threads, except that of a single one, which gets an empty one beside it.
         """
         (a,), g = taps[0].values(), taps[1]
         if not self.weight or a.device.type != "cpu":  # not measured on GPUs

@@ -120,8 +120,8 @@ class Trainer:
         fit = micro_batch_size(self.model, example, held, most, self._ranks.size)
         if fit < config.batch_size and self._ranks.rank == 0:
             warn(
-                f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit into "
-                "the free memory (micro_batch_size says another number)"
+                f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit "
+                "into the free memory (micro_batch_size says another number)"
             )
         return fit
 

@@ -110,14 +110,16 @@ class Copies:
         rows, self._taken = self._taken, 0
         if bad:
             warn_non_finite(bad, rows, t)
-        alone = self.ranks.size == 1
-        for part, noise_part in self._parts(total, noise):
-            self._noised(part, noise_part)
+        clip, alone = self._clip, self.ranks.size == 1
+        for part, own in self._parts(total, noise):
+            divide_(part, clip.grid).round_()
+            if len(own):
+                clip.noised(part, own, out=part)
             if alone:
-                part.mul_(self._clip.grid)
+                part.mul_(clip.grid)
         self.ranks.add_(total)
         if not alone:
-            total.mul_(self._clip.grid)
+            total.mul_(clip.grid)
         self._module.reuse(total)
         if noise.shape == total.shape and noise.device.type == "cpu":
             self._written = noise
@@ -139,12 +141,6 @@ class Copies:
             for i in range(low, high, size):
                 j = min(i + size, high)
                 yield total[i:j], noise[i - start : j - start] if own else noise[:0]
-
-    def _noised(self, part: torch.Tensor, noise: torch.Tensor) -> None:
-        """Turn a part of the sum into whole units plus its noise, in place."""
-        divide_(part, self._clip.grid).round_()
-        if len(noise):
-            self._clip.noised(part, noise, out=part)
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.

@@ -364,7 +364,7 @@ class PrivateModule(nn.Module):
                     self._keep_taps(linears[linear], taps)
 
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        Tapped(name, module, parameters, None, self._book, keep).hook()
+        Tapped(name, module, parameters, None, self._book, keep, first=True).hook()
 
     def _find_tied(self) -> set[nn.Parameter]:
         """Return the parameters that several layers, or one layer under two names, hold."""

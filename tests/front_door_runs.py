@@ -115,7 +115,6 @@ def refuse(rank: int, size: int, out: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     refused(partial(private, "", 2, rank, clip_norm=1.0 + rank))
     refused(partial(private, "", 2, rank, resume=out / "none.pt"))
-    refused(partial(private, "fsdp", 2, rank, micro_batch_size=2))
     made = private("", 2, rank)
     loop(made, 2)
     refused((lambda: made.optimizer.save(out / "x.pt")) if rank == 0 else partial(loop, made, 3))

@@ -106,6 +106,40 @@ def test_bounds_are_in_order_for_all_sizes(b, decay, part, own, delta):
     assert lower <= alone * (1 + 1e-9)
 
 
+def test_the_add_direction_is_not_forgotten(monkeypatch):
+    """It is seldom the larger one: here the other is said to be 0."""
+    chain, delta = SMALL[0], 1e-2
+    monkeypatch.setattr(_Law, "remove", lambda self, epsilon: 0.0)
+    upper = chain.upper(delta, 6.0)
+    assert 0.9 * delta < quadrature(chain, upper)[1] <= delta * (1 + 5e-3)
+    assert chain._geometric(upper) >= delta
+
+
+def test_what_is_smoothed_is_taken_back(monkeypatch):
+    monkeypatch.setitem(chains.SMOOTH, False, 0.1)
+    exact = quadrature(SMALL[0], 0.5)[0]
+    law = _Law.of(SMALL[0], 2.0, 1e-5, 1.0, above=False)
+    assert law.put(math.exp(0.5)) + 1 - math.exp(0.5) > 1.003 * exact
+    assert law.remove(0.5) < 0.997 * exact
+    # E (R - t)_+ is no more than what is paid for it.
+    r, t = law.smooth / 2, 5 * law.smooth / 2
+    moved = math.exp(0.5) + t
+    slipped = law.put(moved) + 1 - moved - law.remove(0.5)
+    assert 0 < r * (norm.pdf(5) - 5 * norm.sf(5)) < slipped < 2e-6
+
+
+def test_the_mean_on_the_lattice_is_that_of_its_masses():
+    chain = Chain(5, 1.0, 0.5, 0.7, 5)
+    lattice = _Lattice.of(chain, 1e6, 9.0, 4.0, above=True)
+    wide, law, total = len(lattice.alone), lattice.start, 0.0
+    m = len(law)
+    for _ in range(5):
+        total += sum(law @ lattice.values[j : j + m] * lattice.alone[j] for j in range(wide)) / 5
+        law = law @ lattice.steps
+    assert -1e-10 < total - chain._mean(4.0) <= 1e-14  # the next term of the series
+    assert total < 1 - 1e-6
+
+
 def test_importance_samples_lie_between():
     """(1 - K / L)_+ under the mixture: 5 standard errors each way, a false alarm in 1e6."""
     chain, epsilon = Chain(20, 1.5, 0.7, 0.8, 20), 2.2

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from rootnoise import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
+from rootnoise.training.clip.layers import Convolution
 from test_clip_engine import First, check, private
 
 KINDS = ("embedding", "bag", "layer", "rms", "group", "instance", "prelu", "attention", "lstm")
@@ -193,3 +194,19 @@ def test_peak_memory_holds_no_gradient_an_example() -> None:
         [sys.executable, "-c", MEMORY], capture_output=True, check=True, text=True
     )
     assert float(done.stdout) < 150
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(1, 1), (1, 32), (2, 4)])
+def test_a_convolution_makes_an_array_of_one_example_alone(groups: int, channels: int) -> None:
+    """The same bits whoever else is in the batch, and with nobody else."""
+    generator = torch.Generator().manual_seed(1)
+    layer = nn.Conv2d(channels, 2 * channels, 3, padding=1, groups=groups)
+    row = Convolution(layer, ["bias", "weight"])
+    a = torch.randn(9, channels, 14, 14, generator=generator)
+    g = torch.randn(9, 2 * channels, 14, 14, generator=generator)
+    whole = row.per_sample(({"input": a}, g))
+    for n in (1, 2, 5, 8):
+        for part in (slice(0, n), slice(9 - n, 9)):
+            made = row.per_sample(({"input": a[part]}, g[part]))
+            for name in ("weight", "bias"):
+                assert torch.equal(made[name], whole[name][part])

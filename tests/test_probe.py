@@ -1,6 +1,7 @@
 """How the probe of independence goes about it: when it looks, what it sees, what it refuses."""
 
 import gc
+from typing import Any
 from weakref import WeakSet
 
 import pytest
@@ -57,7 +58,7 @@ def test_later_steps_are_probed():
 
 def test_a_probed_step_is_let_go(monkeypatch):
     """A hook in autograd's graph that holds the step would keep every probed batch for ever."""
-    steps = WeakSet()
+    steps: WeakSet[Any] = WeakSet()
     enter = Probe.enter
 
     def noted(probe, args, kwargs):

@@ -113,9 +113,10 @@ def test_micro_batches_are_chosen_from_free_memory(monkeypatch):
     said = f"^batches of {SMALL.batch_size} are made in micro-batches of 32, which fit"
     with pytest.warns(UserWarning, match=said):
         split = fresh()
+    zeros = dataclasses.replace(data, train_inputs=torch.zeros_like(data.train_inputs))
     with pytest.warns(UserWarning, match=said):
-        zeros = torch.zeros_like(data.train_inputs)
-        assert fresh(dataclasses.replace(data, train_inputs=zeros))._micro == 32
+        other = fresh(zeros)
+    assert other._micro == split._micro == 32
     before, after = steps_of(whole, 2), steps_of(split, 2)
     for name in before:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)

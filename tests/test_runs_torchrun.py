@@ -99,7 +99,7 @@ def test_shards_of_another_model_with_parts_of_nobody(tmp_path, alone):
     base = ["train", "--dataset", DATA, "--model", "cnn", "--lr", "0.1", "--json"]
     base += ["--mechanism", "dpsgd", "--batch-size", "5", "--epochs", "2", "--epsilon", "8"]
     base += ["--insecure-noise-seed", "5"]
-    assert launched(3, tmp_path, [*base, "--fsdp"]) == [0] * 3
+    assert launched(3, tmp_path, [*base, "--fsdp", "--micro-batch-size", "1"]) == [0] * 3
     assert_same_run(tmp_path, alone(base), 3)
 
 
@@ -193,8 +193,8 @@ def test_what_rank_0_refuses_is_said_once(tmp_path):
 
 
 def test_what_all_refuse_is_said_once(tmp_path):
-    assert launched(2, tmp_path, [*PRIVATE, "--fsdp", "--micro-batch-size", "3"]) == [2, 2]
-    assert "micro_batch_size must be left out with fsdp, got 3" in one_line(tmp_path, 2)
+    assert launched(2, tmp_path, [*PRIVATE, "--fsdp", "--micro-batch-size", "0"]) == [2, 2]
+    assert "micro_batch_size must be >= 1, got 0" in one_line(tmp_path, 2)
 
 
 def test_shards_need_torchrun(tmp_path, capsys):

@@ -23,7 +23,6 @@ from rootnoise.participation.samplers import (
 )
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import NonFiniteGradientWarning
-from rootnoise.training.sharded import Shards
 from rootnoise.workload import SGD
 
 N, BATCH = 24, 8
@@ -324,15 +323,6 @@ def test_batches_of_ones_own_are_declared_with_the_first_part():
     backward(o, again[:3])
     with pytest.raises(RootnoiseError, match="breaks the participation"):
         o.accumulate(again[:3], again)
-
-
-def test_sharded_models_take_whole_batches():
-    o = make()
-    o._place = Shards.__new__(Shards)
-    with pytest.raises(
-        RootnoiseError, match=r"^micro-batches must be of a model that each process"
-    ):
-        o.accumulate(step_batch(o))
 
 
 def test_ranks_may_take_different_numbers_of_parts(tmp_path):

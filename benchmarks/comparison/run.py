@@ -58,7 +58,10 @@ def merged(old: Result, new: Result, sections: list[str]) -> Result:
     """Return the new rows, and the old ones of the sections that were not asked."""
     kept = [row for row in old.get("rows", []) if row["section"] not in sections]
     rows = sorted([*kept, *new["rows"]], key=lambda row: SECTIONS.index(row["section"]))
-    return {**old, **new, "rows": rows}
+    whole = {**old, **new, "rows": rows}
+    if kept:
+        del whole["seconds"]  # those of a part
+    return whole
 
 
 def write(path: Path, result: Result) -> None:

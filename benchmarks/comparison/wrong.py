@@ -217,7 +217,7 @@ def fastdp() -> list[Case]:
 
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what they print of their own goes astray
+    os.dup2(2, 1)  # what they print of their own
     print(
         json.dumps({"opacus": opacus, "jax": jax, "opake": opake, "fastdp": fastdp}[sys.argv[1]]()),
         file=out,

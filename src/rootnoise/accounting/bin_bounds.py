@@ -41,6 +41,8 @@ COARSE = SIZES[:2]
 QUICK = SIZES[:3]
 # Decays of chains that are tried, and lengths of runs in lower bounds.
 DECAYS = tuple(np.linspace(0.02, 0.98, 97).tolist())
+# The part of the bins that a chain must keep, or means far apart are tried as well.
+LEFT = 0.75
 RUNS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -62,12 +64,15 @@ def bounds(
         found = _best(above, delta, sizes, above=True)
         return Interval(max(lower, found.lower), found.upper)
     coarse = COARSER if len(sizes) < len(SIZES) else 1.0
-    upper = min(_best(above, delta, COARSE, above=True).upper, _any(gram, delta))
+    upper = _any(gram, delta)
     chain = linked_above(gram, upper)
-    linked = math.inf if chain is None else chain.upper(delta, upper, coarse)
-    if linked > upper:  # then finer grids of the others may be worth it
-        linked = _best(above, delta, sizes, above=True).upper
+    linked = math.inf if chain is None else chain.upper(delta, upper, COARSER)
     upper = min(upper, linked)
+    if chain is None or math.isinf(linked) or chain.bins < LEFT * len(gram):
+        upper = min(upper, _best(above, delta, sizes, above=True).upper)
+    chain = linked_above(gram, upper)
+    if chain is not None and coarse < COARSER:
+        upper = min(upper, chain.upper(delta, upper, coarse))
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
     chain = linked_below(least, upper)
     if chain is not None:
@@ -120,7 +125,7 @@ def _merged(gram: Array) -> list[Allocation]:
 def linked_above(gram: Array, epsilon: float) -> Chain | None:
     """Return a chain that hides at most as well, chosen for an epsilon like this one."""
     b, largest = len(gram), _diagonals(gram).max(axis=1)
-    ring = np.maximum(0.0, np.maximum(largest, largest[-np.arange(b)]))[: b // 2 + 1]
+    ring = np.maximum(0.0, largest[: b // 2 + 1])
     far = int(np.flatnonzero(ring)[-1])
     left = b - far
     if far == 0 or left < 2:

@@ -85,9 +85,19 @@ class Chain:
 
         >>> chain = Chain(bins=100, linked=0.5, decay=0.6, alone=0.5, run=100)
         >>> round(chain.upper(1e-5, start=2.0), 2)
-        0.8
+        0.75
         """
         first = self._upper(delta, start, COARSE)
+        for _ in range(4):  # what is rounded may be too much there, and yet fit below
+            if math.isfinite(first):
+                break
+            start *= 0.9
+            first = self._upper(delta, start, COARSE)
+        for _ in range(6):  # what is rounded is in proportion to e^start
+            if first > 0.9 * start:
+                break
+            start = 1.05 * first + 0.02
+            first = min(first, self._upper(delta, start, COARSE))
         if coarse >= COARSE:
             return first
         return min(first, self._upper(delta, min(start, 1.02 * first), coarse))
@@ -99,7 +109,7 @@ class Chain:
         root = _least(law.remove, target, 0.0, start)
         if math.isinf(root) or self._geometric(root) <= target:
             return root + shift
-        for finer in (COARSE, coarse):
+        for finer in (COARSE, coarse):  # seldom the larger one: a coarse look will do
             law = _Law.of(self, math.exp(-root), delta, finer, above=True)
             if law.add(root) <= target:
                 return root + shift

@@ -32,7 +32,7 @@ def read(path: Path) -> NDArray[np.float64]:
         raise RootnoiseError(f"file must be {FORMATS}, got {path}") from None
     except OSError as reason:
         raise RootnoiseError(
-            f"file must be readable, got {path}: {reason.strerror or reason}"
+            f"file must be readable, got {path}: {reason.strerror or 'no such file'}"
         ) from None
     except (ValueError, EOFError, zipfile.BadZipFile) as reason:
         raise RootnoiseError(f"file must hold numbers, got {path}: {reason}") from None

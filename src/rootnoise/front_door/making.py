@@ -13,7 +13,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import (
     DataLoader,
@@ -170,7 +169,7 @@ def make_private(
     _check_kind("options", options or {}, Mapping)
     _check_kind("resume", resume or "", str | os.PathLike)
     dataset, batch, loading = _data(data, batch_size)
-    split_by = _micro_batches(model, ranks, micro_batch_size)
+    split_by = _micro_batches(ranks, micro_batch_size)
     refuse_repeats(dataset)
     goal = {"epsilon": epsilon, "noise_multiplier": noise_multiplier}
     if sum(value is not None for value in goal.values()) != 1:
@@ -237,13 +236,11 @@ def make_private(
     return Private(model, loop, PrivateLoader(dataset, loop, job.period, loading, split_by))
 
 
-def _micro_batches(model: nn.Module, ranks: Ranks, most: int | None) -> Split:
+def _micro_batches(ranks: Ranks, most: int | None) -> Split:
     """Return how the loader of this rank divides each batch."""
     own = Split(rank=ranks.rank, size=ranks.size)
     if most is None:
         return own
-    if isinstance(model, FSDPModule):
-        raise RootnoiseError(f"micro_batch_size must be left out for a sharded model, got {most}")
     return dataclasses.replace(own, most=integer("micro_batch_size", most, 1))
 
 

@@ -31,13 +31,16 @@ class Split:
     Args:
         number: micro-batches of each batch; some may be empty.
         most: most examples in one, in place of `number`; an empty batch is one of them.
-        rank: divides the part of each batch that this rank of several takes.
+        rank: divides the part of each batch that this rank of several takes, into as many as on
+            every other rank.
         size: number of ranks.
 
     >>> [part.tolist() for part in Split(most=3)(np.arange(5))]
     [[0, 1, 2], [3, 4]]
     >>> [part.tolist() for part in Split(2)(np.arange(1))]
     [[0], []]
+    >>> [part.tolist() for part in Split(most=1, rank=1, size=2)(np.arange(3))]
+    [[1], []]
     """
 
     number: int = 1
@@ -47,9 +50,11 @@ class Split:
 
     def __call__(self, batch: Indices) -> list[Indices]:
         """Return the parts of a batch, in its order."""
-        batch = batch[self.rank :: self.size]
-        number = self.number if self.most is None else max(1, -(-len(batch) // self.most))
-        return list(np.array_split(batch, number))
+        number = self.number
+        if self.most is not None:
+            largest = -(-len(batch) // self.size)
+            number = max(1, -(-largest // self.most))
+        return list(np.array_split(batch[self.rank :: self.size], number))
 
 
 WHOLE = Split()

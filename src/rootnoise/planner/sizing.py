@@ -1,7 +1,7 @@
 """What a step of a row takes on each rank: bytes held, bytes sent, and seconds for the noise.
 
 Bytes are counted, not measured; `tests/test_sizing.py` holds the counts to what `NoiseStream` and
-`PrivateOptimizer` hold for small models. Activations, per-sample gradients of a layer, and the
+`PrivateOptimizer` hold for small models. Activations, gradients and sums of one layer, and the
 work space of the libraries are not in them: they depend on the model and the micro-batch.
 
 Seconds are a model of two measured speeds, for the noise alone.
@@ -103,20 +103,19 @@ class Fleet:
     def _sums(self) -> int:
         """Return the most bytes of float64 at a time: the sum, and the noise to be added to it.
 
-        FSDP2 has the whole sum until it is reduced to shards, and then up to four vectors of them.
+        FSDP2 has one layer's whole sum at a time, which is not counted, and adds it to the shards.
         """
-        most = SUM * (self.n_params + self.columns)
-        return max(most, 4 * SUM * self.columns) if self.sharded else most
+        return SUM * ((self.columns if self.sharded else self.n_params) + self.columns)
 
     def _traffic(self, unit: int) -> int:
         """Return bytes that one rank sends in a step, by ring algorithms.
 
         DDP: one all-reduce of the float64 sum, 2 (R - 1) / R of it. FSDP2: the float64 sum is
-        reduced to shards, (R - 1) / R of it; and FSDP2's own, two gathers of the parameters and one
-        reduction of the gradients that its backward makes. Batch indices are not counted.
+        reduced to shards, (R - 1) / R of it; and FSDP2's own two gathers of the parameters. Batch
+        indices are not counted.
         """
         most = self.n_params - self.n_params // self.ranks  # ceil of (R - 1) / R of them
-        return most * (SUM + 3 * unit) if self.sharded else 2 * SUM * most
+        return most * (SUM + 2 * unit) if self.sharded else 2 * SUM * most
 
 
 @dataclass(frozen=True)
@@ -153,8 +152,8 @@ class Size:
         noise_rows: float32 rows of the rank's part of the parameters: what the noise stream holds,
             and the noise of the step.
         noise_bytes: of these.
-        sum_bytes: float64 sum of clipped gradients, whole on each rank (under FSDP2 until it is
-            reduced to shards), and the rank's part of the noise as it is added.
+        sum_bytes: float64 sum of clipped gradients, whole on each rank or in shards, and the rank's
+            part of the noise as it is added.
         gradient_bytes: what the inner optimizer reads.
         parameter_bytes: parameters, and the inner optimizer's momentum.
         traffic: sent a step.

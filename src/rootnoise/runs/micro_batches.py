@@ -24,7 +24,7 @@ def micro_batch_size(
     """Return how many examples fit into memory at a time: a power of two below `most`, or `most`.
 
     No data is read: the model is run on zeros. Neither does it depend on the batch that is drawn,
-    since `most` bounds every batch. Powers of two, so that a little less free memory changes little.
+    since `most` bounds every batch. Powers of two: a little less free memory changes nothing.
 
     Args:
         model: as it is trained, on its device, not yet private.
@@ -68,4 +68,5 @@ def example_bytes(model: nn.Module, example: torch.Tensor) -> float:
     ):
         outputs = model(zeros.to(where))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    return size + TIMES * (sum(kept.values()) + outputs.untyped_storage().nbytes()) / rows
+    made = sum(kept.values()) + int(outputs.untyped_storage().nbytes())
+    return float(size + TIMES * made / rows)

@@ -18,6 +18,7 @@ from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.loader import Split
 from rootnoise.participation.samplers import Indices, Sampler
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
@@ -75,9 +76,6 @@ class Trainer:
         model = build(config.model, data.input_shape, data.n_classes, config.seed)
         self.model = model.to(self._device)
         if fsdp:
-            if config.micro_batch_size is not None:
-                rule = "micro_batch_size must be left out with fsdp"
-                raise RootnoiseError(f"{rule}, got {config.micro_batch_size}")
             shard(self.model, ranks, self._device)
         sgd = torch.optim.SGD(
             self.model.parameters(),
@@ -122,8 +120,8 @@ class Trainer:
         fit = micro_batch_size(self.model, example, held, most, self._ranks.size)
         if fit < config.batch_size and self._ranks.rank == 0:
             warn(
-                f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit into "
-                "the free memory (micro_batch_size says another number)"
+                f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit "
+                "into the free memory (micro_batch_size says another number)"
             )
         return fit
 
@@ -195,9 +193,9 @@ class Trainer:
         return digest.hexdigest()
 
     def _step(self) -> None:
-        batch = self.sampler.batch(self.t)[self._ranks.rank :: self._ranks.size]
+        split = Split(most=self._micro, rank=self._ranks.rank, size=self._ranks.size)
         self.optimizer.zero_grad()
-        *parts, last = np.split(batch, range(self._micro, batch.size, self._micro))
+        *parts, last = split(self.sampler.batch(self.t))
         for part in parts:
             self._backward(part)
             self.optimizer.accumulate(part)

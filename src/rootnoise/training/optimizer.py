@@ -1,9 +1,9 @@
 """Clipped, summed and noised gradients for a torch optimizer.
 
-Backward leaves what clipped sums are computed from (`training.clip`; for sharded models
-per-sample gradients, by Opacus). Everything that epsilon depends on happens in
-`PrivateOptimizer.step`, in a fixed order: check the batch, clip, sum, add the step's noise, divide
-by the expected batch size. What the inner optimizer does with that gradient is post-processing.
+Backward leaves what clipped sums are computed from (`training.clip`). Everything that epsilon
+depends on happens in `PrivateOptimizer.step`, in a fixed order: check the batch, clip, sum, add the
+step's noise, divide by the expected batch size. What the inner optimizer does with that gradient is
+post-processing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from rootnoise.training.probe import Probe
 from rootnoise.training.ranks import Indices, Ranks
 from rootnoise.training.replicated import Copies
 from rootnoise.training.reuse import Releases
-from rootnoise.training.sharded import ShardedGradSampleModule, Shards
+from rootnoise.training.sharded import ShardedModule, Shards
 from rootnoise.training.wrapping import check_layers, held_parameters
 
 
@@ -108,7 +108,7 @@ class PrivateOptimizer:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        module: PrivateModule | ShardedGradSampleModule,
+        module: PrivateModule,
         mechanism: Mechanism,
         sampler: Sampler,
         key: Key | None = None,
@@ -126,7 +126,7 @@ class PrivateOptimizer:
         ):
             kind = type(optimizer).__name__
             raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
-        if not isinstance(module, PrivateModule | ShardedGradSampleModule):
+        if not isinstance(module, PrivateModule):
             kind = type(module).__name__
             raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
         check_layers(module)
@@ -138,7 +138,7 @@ class PrivateOptimizer:
         self._layout = self._current_layout()
         clip = Clip.of(mechanism, sampler.n_examples)
         self._place: Place
-        if isinstance(module, ShardedGradSampleModule):
+        if isinstance(module, ShardedModule):
             self._place = Shards(module, clip)
         else:
             self._place = Copies(module, Ranks(process_group), clip)
@@ -185,7 +185,7 @@ class PrivateOptimizer:
         references to the model and its parameters, but none to this optimizer.
         """
         module = self.module
-        model, sharded = module._module, isinstance(module, ShardedGradSampleModule)
+        model, sharded = module._module, isinstance(module, ShardedModule)
 
         @contextmanager
         def quiet() -> Iterator[None]:
@@ -249,6 +249,11 @@ class PrivateOptimizer:
         batch here, before the first gradient counts. Nothing is released until `step`; `zero_grad`
         drops the parts taken so far, and the step starts over.
 
+        Of a sharded model every rank takes as many parts, which may be empty. Each part's sums are
+        exchanged at once, so that no rank holds them whole. After torch's
+        `model.set_requires_gradient_sync(False)` they are kept whole on each rank instead, and
+        exchanged once, by `step`.
+
         Args:
             indices: the examples of the last backward, one for each of its rows; may be empty.
             batch: the whole batch, over all ranks, with `OwnBatches`; otherwise the sampler gives
@@ -256,7 +261,7 @@ class PrivateOptimizer:
 
         Raises:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
-                already; a sharded model. With a process group only this rank raises.
+                already. With a process group only this rank raises; of a sharded model all do.
 
         >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
@@ -279,7 +284,24 @@ class PrivateOptimizer:
         >>> optimizer.t
         2
         """
-        self._place.check_parts()
+        if self._place.whole:
+            part = self._part(indices, batch)
+        else:
+            try:
+                part = self._part(indices, batch)
+            except RootnoiseError as refusal:
+                self._ranks.refuse(refusal)
+            self._ranks.agree(self.t)
+            if self._probe is not None:
+                self._probe_together(self._probe, part.size)
+        self._taken = np.concatenate([self._taken, part])  # first, so an interrupt cannot add twice
+        self._place.take(part.size)
+        self._guard.reset()
+        if self._probe is not None:
+            self._probe.taken()
+
+    def _part(self, indices: ArrayLike | None, batch: ArrayLike | None) -> Indices:
+        """Return a part of the step's batch, or refuse it."""
         part = self._checked(indices)
         stranger = part[~np.isin(part, self._begin(batch))]
         if stranger.size:
@@ -287,11 +309,7 @@ class PrivateOptimizer:
                 f"micro-batch must be of the batch of step {self.t}, got example {stranger[0]}, "
                 "which is not in it"
             )
-        self._taken = np.concatenate([self._taken, part])  # first, so an interrupt cannot add twice
-        self._place.take(part.size)
-        self._guard.reset()
-        if self._probe is not None:
-            self._probe.taken()
+        return part
 
     def _begin(self, given: ArrayLike | None) -> Indices:
         """Return the batch of a step in micro-batches; the first of them admits it."""

@@ -23,7 +23,7 @@ class Place(Protocol):
     """The parameters of a run as this process holds them, with clipped sums made where they are.
 
     Attributes:
-        whole: whether each process holds all of them; only then can a batch be taken in parts.
+        whole: whether each process holds all of them; otherwise each pass needs all processes.
         ranks: the processes that hold them.
         spans: this process's part of the flattened noise, as (start, stop).
     """
@@ -40,9 +40,6 @@ class Place(Protocol):
 
     def check(self, rows: int) -> None:
         """Refuse what one backward of `rows` examples would not have left."""
-
-    def check_parts(self) -> None:
-        """Refuse micro-batches where the parameters do not allow them."""
 
     def take(self, rows: int) -> None:
         """Add what one backward of `rows` examples has left, clipped, to the sum of the step."""

@@ -131,6 +131,15 @@ class Ranks:
             with reached():
                 dist.all_reduce(tensor, group=self.group)
 
+    def part_of_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of the tensor's sum over the ranks, all parts being as long."""
+        own = tensor.new_empty(len(tensor) // self.size)
+        # torch 2.13 renames it.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        with reached():
+            scatter(own, tensor, group=self.group)
+        return own
+
     def batch(self, t: int, part: Indices) -> Indices:
         """Return the batch of step t, joined from every rank's part, unless a rank refuses.
 

@@ -20,6 +20,21 @@ from rootnoise.training.ranks import Ranks
 MOST_ROUNDING = 0.01
 
 
+def rule_within(clip: Clip, size: int) -> Flat:
+    """Return the rule for sums of `size` numbers that are then rounded to the grid; see `Copies`.
+
+    Raises:
+        RootnoiseError: noise so large that its grid unit is not small beside the clip norm.
+    """
+    rounding = math.sqrt(size) * clip.grid
+    if rounding > MOST_ROUNDING * clip.norm:
+        raise RootnoiseError(
+            "noise must leave float64 digits for the clip norm, got a grid of "
+            f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
+        )
+    return Flat(math.nextafter(clip.norm - rounding, 0))
+
+
 class Copies:
     """Clipped sums by `training.clip`, added up over ranks that each add their part of the noise.
 
@@ -37,7 +52,7 @@ class Copies:
         spans: this rank's part of the noise.
 
     Raises:
-        RootnoiseError: noise so large that its grid unit is not small beside the clip norm.
+        RootnoiseError: as for `rule_within`.
     """
 
     whole = True
@@ -48,13 +63,7 @@ class Copies:
         self._sizes = [p.numel() for p in self._parameters.values()]
         self._span = ranks.span(sum(self._sizes))
         self.spans = [self._span]
-        rounding = math.sqrt(sum(self._sizes)) * clip.grid
-        if rounding > MOST_ROUNDING * clip.norm:
-            raise RootnoiseError(
-                "noise must leave float64 digits for the clip norm, got a grid of "
-                f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
-            )
-        self._rule = Flat(math.nextafter(clip.norm - rounding, 0))
+        self._rule = rule_within(clip, sum(self._sizes))
         self._taken = 0  # number of examples whose gradients are in the sum
         self._written: torch.Tensor | None = None  # the step's noise once it is in the sum
 
@@ -82,9 +91,6 @@ class Copies:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
         self._module.check_size(rows)
 
-    def check_parts(self) -> None:
-        """Accept micro-batches."""
-
     def take(self, rows: int) -> None:
         """Add the clipped gradients of one backward of `rows` examples to the sum."""
         if not rows:
@@ -104,14 +110,16 @@ class Copies:
         rows, self._taken = self._taken, 0
         if bad:
             warn_non_finite(bad, rows, t)
-        alone = self.ranks.size == 1
-        for part, noise_part in self._parts(total, noise):
-            self._noised(part, noise_part)
+        clip, alone = self._clip, self.ranks.size == 1
+        for part, own in self._parts(total, noise):
+            divide_(part, clip.grid).round_()
+            if len(own):
+                clip.noised(part, own, out=part)
             if alone:
-                part.mul_(self._clip.grid)
+                part.mul_(clip.grid)
         self.ranks.add_(total)
         if not alone:
-            total.mul_(self._clip.grid)
+            total.mul_(clip.grid)
         self._module.reuse(total)
         if noise.shape == total.shape and noise.device.type == "cpu":
             self._written = noise
@@ -133,12 +141,6 @@ class Copies:
             for i in range(low, high, size):
                 j = min(i + size, high)
                 yield total[i:j], noise[i - start : j - start] if own else noise[:0]
-
-    def _noised(self, part: torch.Tensor, noise: torch.Tensor) -> None:
-        """Turn a part of the sum into whole units plus its noise, in place."""
-        divide_(part, self._clip.grid).round_()
-        if len(noise):
-            self._clip.noised(part, noise, out=part)
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.

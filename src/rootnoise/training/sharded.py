@@ -1,228 +1,237 @@
 """Parameters that `fully_shard` (FSDP2) has split into shards, one per rank.
 
-Per-sample gradients of a whole sharded model do not fit into memory, and clipping needs their joint
-norms before any of them is scaled. So backward keeps each layer's inputs and output gradients, and
-per-sample gradients are computed from them one layer at a time, twice: for the norms, and for the
-clipped sum (Bu et al., 2023, "Differentially private optimization on large model at small cost",
-which saves the second backward pass of ghost clipping). The gradients that are clipped are exactly
-those that were measured.
+Backward leaves each layer's inputs and output gradients, as for whole models (`training.clip`).
+From them a rank makes norms over all layers and then, layer after layer, its clipped sum. That is
+rounded to the grid, scattered over the ranks, which add up exactly, and freed before the next: what
+a rank holds beside its shards is one layer. FSDP2's own reduction has nothing to do, since
+parameters take no part in autograd.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from opacus import GradSampleModule
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.clipping import Clip, clip_scale, row_norms, scaled_sum
+from rootnoise.training.clip import PrivateModule
+from rootnoise.training.clip.bounds import Sum
+from rootnoise.training.clip.taps import guard_parameter, kind_of
+from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.place import own_name
-from rootnoise.training.ranks import Ranks, reached
+from rootnoise.training.ranks import Ranks
+from rootnoise.training.replicated import rule_within
 
 
-class ShardedGradSampleModule(GradSampleModule):  # type: ignore[misc]
-    """Opacus's wrapper for a sharded model: backward keeps what per-sample gradients need.
+class ShardedModule(PrivateModule):
+    """A `PrivateModule` whose layers FSDP2 gathers for forward and backward.
 
-    Raises:
-        RootnoiseError: a trainable layer that Opacus has no per-sample gradient for, or one that
-            owns a parameter of another layer.
+    `add` gives away the clipped sum of each layer as soon as it is whole, and does not keep it.
+
+    Attributes:
+        send: takes a parameter's float64 sum, flattened and followed by zeros so that all ranks get
+            as many rows; called for each parameter in the same order on every rank, examples or
+            none.
+        sends: whether `add` calls it; otherwise sums are kept whole until the next `add`.
     """
 
-    hooks_enabled: bool
+    unrolled = False  # its Linear layers would keep the weights of the first step
+    send: Callable[[nn.Parameter, torch.Tensor], None]
 
-    def __init__(self, model: nn.Module, loss_reduction: str) -> None:
-        super().__init__(model, batch_first=True, loss_reduction=loss_reduction, strict=False)
-        self.kept: dict[nn.Module, list[tuple[list[torch.Tensor], torch.Tensor]]] = {}
-        owners: dict[nn.Parameter, nn.Module] = {}
-        for layer in self.iterate_submodules(model):
-            kind = self._get_module_type(layer)
-            if kind not in self.GRAD_SAMPLERS:
-                rule = "layers of a sharded model must have a per-sample gradient in Opacus"
-                raise RootnoiseError(f"{rule}, got {kind.__name__}")
-            for p in layer.parameters(recurse=False):
-                if owners.setdefault(p, layer) is not layer:
-                    rule = "parameters of a sharded model must be in one layer each"
-                    raise RootnoiseError(f"{rule}, got a second {kind.__name__} with them")
-
-    def _get_module_type(self, module: nn.Module) -> type:
-        """Return the original class, which `fully_shard` has replaced with a subclass."""
-        kind = type(module)
-        return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
-
-    def capture_activations_hook(
-        self, module: nn.Module, forward_input: list[torch.Tensor], _: torch.Tensor
-    ) -> None:
-        """Keep a layer's inputs."""
-        if module.training and torch.is_grad_enabled() and self.hooks_enabled:
-            kept: Any = module
-            if not hasattr(module, "activations"):
-                kept.activations = []
-            kept.activations.append([t.detach() for t in forward_input])
-
-    def capture_backprops_hook(
-        self,
-        module: nn.Module,
-        _: torch.Tensor,
-        forward_output: torch.Tensor,
-        loss_reduction: str,
-        batch_first: bool,
-    ) -> None:
-        """Keep the gradient of a layer's output, with its inputs."""
-        if self.hooks_enabled:
-            inputs, backprops = self.rearrange_grad_samples(
-                module=module,
-                backprops=forward_output[0].detach(),
-                loss_reduction=loss_reduction,
-                batch_first=batch_first,
-            )
-            self.kept.setdefault(module, []).append((inputs, backprops))
-            del module.max_batch_len
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop all gradients and what backward has kept."""
-        self.discard()
-        super().zero_grad(set_to_none)
-
-    def discard(self) -> None:
-        """Drop what was kept for passes that are not used."""
-        self.kept.clear()
-        for layer in self.modules():
-            for name in ("activations", "max_batch_len"):
-                vars(layer).pop(name, None)
-        for p in self.parameters():
-            p.grad_sample, p._forward_counter = None, 0
-            vars(p).pop("_current_grad_sample", None)
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Run the model without keeping anything from its passes."""
-        before, self.hooks_enabled = self.hooks_enabled, False
-        try:
-            yield
-        finally:
-            self.hooks_enabled = before
+    def __init__(self, module: nn.Module, loss_reduction: str) -> None:
+        super().__init__(module, loss_reduction, guarded=True)
+        self.sends = True
+        self._padded: dict[nn.Parameter, torch.Tensor] = {}
+        self._parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        named = list(module.named_parameters(remove_duplicate=False))
+        self._names = {name for name, p in named if p in self._groups}
+        part: Any
+        for name, part in module.named_modules():
+            if part in self._parts:
+                part.register_forward_hook(partial(self._meet, name), prepend=True)
+        for tapped in self._falls:  # run again, it would have to gather them on all ranks at once
+            parts = [m for m in tapped.module.modules() if m is not tapped.module]
+            cut = [kind_of(part).__name__ for part in parts if isinstance(part, FSDPModule)]
+            if cut:
+                kind = kind_of(tapped.module).__name__
+                rule = f"layer {tapped.name} ({kind}) must be sharded as one, without its parts"
+                raise RootnoiseError(f"{rule}, got a {cut[0]} sharded by itself")
 
     @property
-    def running_again(self) -> bool:
-        """Whether this module is running a layer again for its gradients: it never does."""
-        return False
+    def reduces(self) -> bool:
+        """Whether gradients are to be exchanged now: torch's `set_requires_gradient_sync`."""
+        states = [part._get_fsdp_state() for part in self._parts]
+        groups = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
+        return all(group.reduce_grads for each in groups for group in each if group is not None)
 
-    @property
-    def left(self) -> list[torch.Tensor]:
-        """What backward has left, from which per-sample gradients are computed."""
-        calls = (call for calls in self.kept.values() for call in calls)
-        return [t for inputs, g in calls for t in (*inputs, g)]
+    def reshard(self) -> None:
+        """Free the parameters that a forward without backward has left gathered."""
+        for part in self._parts:
+            part.reshard()
 
-    def gradients(self, layer: nn.Module) -> dict[nn.Parameter, torch.Tensor]:
-        """Return the per-sample gradients of one layer's parameters, float32 (rows, size)."""
-        ((inputs, backprops),) = self.kept[layer]
-        made = self.GRAD_SAMPLERS[self._get_module_type(layer)](layer, inputs, backprops)
-        return {p: g.flatten(1).float() for p, g in made.items() if p.requires_grad}
+    def sent(self) -> int:
+        """Return how many examples were bad since the last call; their sums have been sent.
+
+        Raises:
+            RootnoiseError: an `add` failed midway.
+        """
+        self._check_whole()
+        bad = self._bad
+        self.restart()
+        return bad
+
+    def restart(self) -> None:
+        """Drop the sums that were kept."""
+        super().restart()
+        self._padded = {}
+
+    def _meet(self, prefix: str, part: nn.Module, args: Any, output: Any) -> None:
+        """Guard the gathered parameters, which are there until this part's forward ends."""
+        book = self._book
+        if book.paused:  # a layer that is run again has other tensors in their place
+            return
+        for name, p in part.named_parameters(prefix, remove_duplicate=False):
+            if name not in self._names or p in self._groups or p in book.aliases:
+                continue
+            book.aliases[p] = name
+            wanted = p.requires_grad
+            p.requires_grad_(True)
+            guard_parameter(book, name, p)
+            p.requires_grad_(wanted)
+
+    def _add(self, scales: torch.Tensor, bad: torch.Tensor | None) -> None:
+        for group, (tapped, scale) in enumerate(zip(self._rows, scales, strict=True)):
+            self._add_layer(tapped, scale, bad)
+            for p in tapped.parameters.values():
+                if self.sends and self._groups[p] == group:
+                    self._sum_of(p).whole()
+                    del self._sums[p]
+                    self.send(p, self._padded.pop(p))
+
+    def _sum_of(self, p: Any) -> Sum:
+        if p not in self._sums:
+            size = _most_rows(p) * p.device_mesh.size() * _width(p)
+            padded = torch.empty(size, dtype=torch.float64, device=p.device)
+            padded[p.numel() :].zero_()
+            self._padded[p], self._sums[p] = padded, Sum(padded[: p.numel()])
+        return self._sums[p]
 
 
 class Shards:
     """Parameters whose rows are spread over the ranks; each rank draws the noise of its shards.
 
-    It adds that noise to its part of the sum.
+    It adds that noise to its part of the sum. One record moves the sum by at most the clip norm,
+    for the reasons given at `replicated.Copies`; a micro-batch is rounded by itself, and a record
+    is in one of them.
 
     Attributes:
         ranks: the ranks of the mesh that the model is sharded over.
         spans: this rank's shards, in the flattened parameters.
 
     Raises:
-        RootnoiseError: a trainable parameter that is not sharded, or not by rows over one mesh of
-            one dimension.
+        RootnoiseError: a trainable parameter that is not sharded, not by rows over one mesh of
+            one dimension, or not on the mesh's device; or as for `replicated.rule_within`.
     """
 
     whole = False
 
-    def __init__(self, module: ShardedGradSampleModule, clip: Clip) -> None:
+    def __init__(self, module: ShardedModule, clip: Clip) -> None:
         self._module, self._clip = module, clip
-        self._parameters: dict[str, DTensor] = {}
+        self._parameters: dict[str, Any] = {}
         self.spans, start = [], 0
         for name, p in module.named_parameters():
             if not p.requires_grad:
                 continue
             data = _by_rows(name, p)
-            first = self._parameters.setdefault(name, data)
-            rows, width = _rows(data), data.numel() // data.shape[0]
+            self._parameters[name] = p
+            rows, width = _rows(data), _width(data)
             self.spans.append((start + rows.start * width, start + rows.stop * width))
             start += data.numel()
         self._sizes = [stop - start for start, stop in self.spans]
-        self._mesh = first.device_mesh
+        self._mesh = _by_rows(name, p).device_mesh
         self.ranks = Ranks(self._mesh.get_group())
+        self._rule = rule_within(clip, start)
+        self._total: torch.Tensor | None = None  # this rank's rows of the sum, in grid units
+        self._own: dict[nn.Parameter, torch.Tensor] = {}  # their places in it
+        self._taken = 0  # examples whose gradients are in the sums
+        module.send = self._scatter
 
     def begin(self) -> None:
         """Leave the weights alone: each rank has its own part of them."""
 
     def clear(self) -> None:
-        """Drop gradients, but keep what a forward has saved for its backward."""
-        for p in self._module.parameters():
+        """Drop gradients and their sum, but keep what a forward has saved for its backward."""
+        self._module.restart()
+        self._module.zero_grad()
+        for p in self._parameters.values():
             p.grad = None
+        self._total, self._own, self._taken = None, {}, 0
 
     def check(self, rows: int) -> None:
         """Refuse gradients that do not come from one backward of `rows` examples."""
-        for parameter in self._parameters:
-            name = own_name(parameter)
-            layer = self._module.get_submodule(parameter.rpartition(".")[0])
-            kept = self._module.kept.get(layer, [])
-            if len(kept) > 1:
-                raise RootnoiseError(f"backward must run once a step, got {len(kept)} for {name}")
-            if rows and not kept:
-                raise RootnoiseError(
-                    f"gradients of {name} are missing: run forward and backward once, in training "
-                    "mode, through all trainable parameters (evaluate under no_grad)"
-                )
-            found = len(kept[0][1]) if kept else 0
-            if found != rows:
-                raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
-
-    def check_parts(self) -> None:
-        """Refuse them: each layer is gathered once, for the sum of the whole step."""
-        raise RootnoiseError(
-            "micro-batches must be of a model that each process holds whole, got a sharded one"
-        )
+        found = self._module.rows
+        if rows and not found:
+            name = own_name(next(iter(self._parameters)))
+            raise RootnoiseError(
+                f"gradients of {name} are missing: run forward and backward once, in training mode "
+                "(evaluate under no_grad)"
+            )
+        if found != rows:
+            raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
+        self._module.check_size(rows)
 
     def take(self, rows: int) -> None:
-        """See `check_parts`: never asked for."""
-        raise NotImplementedError
+        """Add the clipped gradients of one backward of `rows` examples to the sum of the step.
+
+        Ranks exchange sums now, or with the last part where torch's `set_requires_gradient_sync`
+        says so.
+        """
+        self._take(rows, self._module.reduces)
+
+    def _take(self, rows: int, send: bool) -> None:
+        if not rows:
+            self._module.discard()  # no backward, or that of an empty part
+        self._module.sends = send
+        self._module.norms(rows)
+        self._module.add(self._rule)
+        self._taken += rows
+
+    def _scatter(self, p: nn.Parameter, total: torch.Tensor) -> None:
+        """Add this rank's rows of the sum of all ranks' tensors."""
+        total.div_(self._clip.grid).round_()
+        own = self.ranks.part_of_sum(total)
+        if self._total is None:
+            self._total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=own.device)
+            parts = torch.split(self._total, self._sizes)
+            self._own = dict(zip(self._parameters.values(), parts, strict=True))
+        self._own[p].add_(own[: len(self._own[p])])
 
     def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return this rank's part of clipped sum plus noise, and the number of bad rows."""
-        clip = self._clip
-        layers, bad, sums = list(self._module.kept) if rows else [], 0, {}
-        if rows:
-            norms = [row_norms(list(self._module.gradients(x).values())) for x in layers]
-            scale, bad = clip_scale(torch.stack(norms).square().sum(0).sqrt(), clip, t)
-        for layer in layers:
-            for p, g in self._module.gradients(layer).items():
-                sums[p] = scaled_sum(scale, g, bad)
-        total = torch.cat([self._scatter(p, sums.pop(p, None)) for p in self._trainable()])
-        return clip.noised(total, noise) * clip.grid, bad
+        """Return this rank's part of clipped sum plus noise, and the number of bad rows.
 
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self._module.parameters() if p.requires_grad]
-
-    def _scatter(self, p: nn.Parameter, own: torch.Tensor | None) -> torch.Tensor:
-        """Return this rank's rows of the sum of all ranks' tensors, flattened."""
-        whole = torch.zeros(p.numel(), dtype=torch.float64, device=p.device) if own is None else own
-        shared = DTensor.from_local(whole.view(p.shape), self._mesh, [Partial()])
-        with reached():
-            return shared.redistribute(placements=[Shard(0)]).to_local().flatten()
+        Includes what `take` has added.
+        """
+        self._take(rows, True)
+        bad = self._module.sent()
+        rows, self._taken = self._taken, 0
+        if bad:
+            warn_non_finite(bad, rows, t)
+        total, self._total, self._own = self._total, None, {}
+        assert total is not None  # noqa: S101 - `_scatter` has made it
+        self._module.reshard()  # the probe's forward has left the root's parameters gathered
+        return self._clip.noised(total, noise, out=total).mul_(self._clip.grid), bad
 
     def write(self, mean: torch.Tensor) -> None:
-        """Make `mean` the gradient of this rank's shards, and drop what backward has kept."""
+        """Make `mean` the gradient of this rank's shards."""
         parts = torch.split(mean, self._sizes)
-        for p, part in zip(self._trainable(), parts, strict=True):
-            local = part.view(p.to_local().shape).to(p.dtype)  # type: ignore[attr-defined]
+        for p, part in zip(self._parameters.values(), parts, strict=True):
+            local = part.view(p.to_local().shape).to(p.dtype)
             p.grad = self._sharded(local, p.shape, 0)
-        self._module.kept.clear()
 
     def save(self, rows: torch.Tensor, most: int) -> dict[str, DTensor]:
         """Return the noise rows of each parameter as a DTensor of shape (most, *its shape).
@@ -276,18 +285,28 @@ class Shards:
 
 def _by_rows(name: str, p: nn.Parameter) -> DTensor:
     """Return the parameter if its rows are spread over a mesh of one dimension, or refuse it."""
-    if not isinstance(p.data, DTensor) or tuple(p.data.placements) != (Shard(0),):
-        got = p.data.placements if isinstance(p.data, DTensor) else type(p.data).__name__
-        rule = "must be sharded by rows over one mesh dimension"
-        raise RootnoiseError(f"{own_name(name)} {rule}, got {got}")
-    return p.data
+    data, name = p.data, own_name(name)
+    if not isinstance(data, DTensor) or tuple(data.placements) != (Shard(0),):
+        got = data.placements if isinstance(data, DTensor) else type(data).__name__
+        raise RootnoiseError(f"{name} must be sharded by rows over one mesh dimension, got {got}")
+    if data.device.type != data.device_mesh.device_type:
+        rule = f"on the mesh's device ({data.device_mesh.device_type}, no CPU offload)"
+        raise RootnoiseError(f"{name} must be {rule}, got {data.device.type}")
+    return data
 
 
 def _rows(p: DTensor) -> range:
     """Return this rank's rows: ranks take ceil(rows / size) each, in order, until none is left."""
-    rank, size = p.device_mesh.get_local_rank(), p.device_mesh.size()
-    most = -(-p.shape[0] // size)
+    rank, most = p.device_mesh.get_local_rank(), _most_rows(p)
     rows = range(min(rank * most, p.shape[0]), min((rank + 1) * most, p.shape[0]))
     if len(rows) != len(p.to_local()):
         raise RootnoiseError(f"shard must hold rows {rows}, got {len(p.to_local())} rows")
     return rows
+
+
+def _most_rows(p: Any) -> int:
+    return int(-(-p.shape[0] // p.device_mesh.size()))
+
+
+def _width(p: torch.Tensor) -> int:
+    return p.numel() // max(1, p.shape[0])

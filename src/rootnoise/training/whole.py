@@ -18,7 +18,7 @@ from rootnoise._check import RootnoiseError, integer
 from rootnoise.training.optimizer import PrivateOptimizer
 from rootnoise.training.ranks import reached
 from rootnoise.training.resume import rows
-from rootnoise.training.sharded import ShardedGradSampleModule
+from rootnoise.training.sharded import ShardedModule
 
 
 def whole(value: Any) -> Any:
@@ -45,7 +45,7 @@ def state_dict(private: PrivateOptimizer) -> dict[str, Any]:
     total = torch.tensor([private.non_finite])
     private._ranks.add_(total)
     state = private.state_dict() | {"non_finite": int(total)}
-    if not isinstance(private.module, ShardedGradSampleModule):
+    if not isinstance(private.module, ShardedModule):
         return state
     noise = state["noise"]
     n_rows = {"state": rows(private)["state"], "ready": noise["made"] - noise["t"]}
@@ -64,7 +64,7 @@ def load_state_dict(private: PrivateOptimizer, state: Mapping[str, Any]) -> None
     if private._ranks.rank:
         integer("saved non_finite", state.get("non_finite", -1), 0)
         state = dict(state) | {"non_finite": 0}
-    if isinstance(private.module, ShardedGradSampleModule):
+    if isinstance(private.module, ShardedModule):
         try:
             state = dict(state) | _cut(private, state)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as reason:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
-from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule
-from opacus.validators import ModuleValidator
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -15,12 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clip.taps import is_tapped
-from rootnoise.training.sharded import ShardedGradSampleModule
+from rootnoise.training.sharded import ShardedModule
 
 
-def privatize(
-    model: nn.Module, loss_reduction: str = "mean"
-) -> PrivateModule | ShardedGradSampleModule:
+def privatize(model: nn.Module, loss_reduction: str = "mean") -> PrivateModule:
     """Return `model` wrapped so that backward leaves what clipping needs, and no raw gradient.
 
     Apply `fully_shard` (FSDP2) to a model before wrapping it; see `rootnoise.training.sharded`.
@@ -37,8 +31,7 @@ def privatize(
     Raises:
         RootnoiseError: another reduction; a model already wrapped or in evaluation mode; a layer
             that mixes examples or remembers them (BatchNorm, running statistics) or rewrites its
-            weights (`max_norm`); what `PrivateModule` refuses or, for a sharded model,
-            `ShardedGradSampleModule`.
+            weights (`max_norm`); what `PrivateModule` refuses.
     """
     if loss_reduction not in ("mean", "sum"):
         raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
@@ -51,11 +44,9 @@ def privatize(
         kind = type(model).__name__
         raise RootnoiseError(f"model must be a plain module, got a private {kind}: wrap it once")
     check_layers(model)
-    if not isinstance(model, FSDPModule):
-        return PrivateModule(model, loss_reduction, guarded=True)
-    # torch tells every loop that the first layer's input, the data, needs no gradient.
-    warnings.filterwarnings("ignore", "Full backward hook is firing when", UserWarning)
-    return ShardedGradSampleModule(model, loss_reduction)
+    if any(isinstance(part, FSDPModule) for part in model.modules()):
+        return ShardedModule(model, loss_reduction)
+    return PrivateModule(model, loss_reduction, guarded=True)
 
 
 def check_layers(model: nn.Module) -> None:
@@ -71,12 +62,6 @@ def check_layers(model: nn.Module) -> None:
             raise RootnoiseError(f"layer {name or 'model'} {rule}, got {got}")
     if not model.training:
         raise RootnoiseError("model must be in training mode, got one in evaluation mode")
-    if not isinstance(model, FSDPModule):
-        return
-    errors = [*ModuleValidator.validate(model), *GradSampleModule.validate(model, strict=False)]
-    if errors:
-        reason = " ".join(str(errors[0]).split())
-        raise RootnoiseError(f"model must pass Opacus's checks, got {reason}")
 
 
 def held_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:

@@ -111,8 +111,8 @@ def growth(make: Callable[[], Callable[[], object]], calls: int = 3) -> float:
 def serve(measures: Mapping[str, Callable[..., dict[str, Any]]]) -> None:
     """Say what can be asked, then answer questions from standard input until it closes.
 
-    What a library prints of its own goes to standard error. An answer comes with the processor
-    time that it took.
+    What a library prints of its own goes to standard error. With an answer comes the processor time
+    that it took.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -200,11 +200,11 @@ def growth(rows: Iterable[Row], sides: Sequence[str]) -> list[Axis]:
         return Axis(title, points)
 
     axes = (
-        pick("BSR, its sensitivity and error, over steps n", "plan_time", "n", k=10),
-        pick("the same at n = 100000, over participations k", "plan_time", "k", n=10**5),
-        pick("noise of 16 bands, over parameters d", "noise", "d", bands=16),
-        pick("noise of 1e6 parameters, over bands p", "noise", "bands", d=10**6),
-        pick("one Poisson batch of 64, over records", "draw", "n_examples"),
+        pick("BSR planned, over n", "plan_time", "n", k=10),
+        pick("BSR planned, over k", "plan_time", "k", n=10**5),
+        pick("noise, over d", "noise", "d", bands=16),
+        pick("noise, over bands", "noise", "bands", d=10**6),
+        pick("batch, over records", "draw", "n_examples"),
     )
     return [axis for axis in axes if any(axis.points.values())]
 
@@ -242,8 +242,6 @@ def _accuracy(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, 
                 if got
                 else _cell({"missing": True}, versions[side], str)
             )
-        rates = sorted({r["question"]["lr"] for r in asked if r["question"]["target"] == target})
-        tried = ", ".join(f"{rate:g}" for rate in rates)
-        what = "its own choice" if noise == "default" else "asked for independent noise"
-        found.append([f"epsilon {target:g}, {what}; rates {tried}", *cells])
+        what = "by default" if noise == "default" else "independent noise"
+        found.append([f"epsilon {target:g}, {what}", *cells])
     return Table("Test accuracy on the digits: mean and deviation", ["budget", *sides], found)

@@ -145,7 +145,11 @@ def _accuracy(result: Result) -> str:
                     f"At epsilon {target:g} rootnoise {what} is {how} {side}:"
                     f" {our.mean:.1f} against {their.mean:.1f} %."
                 )
-    return " ".join(said) + "\n" if said else "Not measured in this run.\n"
+    asked = [row["question"] for row in result["rows"] if row["section"] == "accuracy"]
+    rates = ", ".join(f"{rate:g}" for rate in sorted({q["lr"] for q in asked}))
+    seeds = len({q["seed"] for q in asked})
+    said.append(f"Learning rates tried: {rates}, each with {seeds} seeds.")
+    return " ".join(said) + "\n" if asked else "Not measured in this run.\n"
 
 
 def _wrong(result: Result) -> str:

@@ -16,12 +16,13 @@ from torch import nn
 from torch.nn import functional
 
 from rootnoise._check import RootnoiseError
+from rootnoise.training.clip.taps import kind_of
 
 
-def divides(module: nn.Module) -> bool:
+def divides(module: Any) -> bool:
     """Return whether a layer is torch's attention with no parameters other than two projections."""
     return (
-        type(module) is nn.MultiheadAttention
+        kind_of(module) is nn.MultiheadAttention
         and module._qkv_same_embed_dim
         and module.bias_k is None
         and not module.add_zero_attn
@@ -64,6 +65,9 @@ def attend(
     if not torch.is_grad_enabled():  # torch's fast path
         options = (key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal)
         return nn.MultiheadAttention.forward(module, query, key, value, *options)
+    project.weight = module.in_proj_weight  # FSDP2 has put the whole one there
+    if module.in_proj_bias is not None:
+        project.bias = module.in_proj_bias
     if query.dim() != 3:
         got = f"{query.dim()} dimensions"
         raise RootnoiseError(f"layer {name} must take a batch of sequences, got {got}")

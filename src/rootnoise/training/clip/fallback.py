@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.clip.taps import Call, Tapped
+from rootnoise.training.clip.taps import Call, Tapped, kind_of
 
 # Layers whose examples are not in the first dimension of every tensor.
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention)
@@ -26,7 +26,7 @@ WHOLE = (nn.MultiheadAttention,)
 
 def opacus_sampler(module: nn.Module) -> Callable[..., Any] | None:
     """Return the per-sample gradient function that is registered with Opacus, if there is one."""
-    found: Callable[..., Any] | None = GradSampleModule.GRAD_SAMPLERS.get(type(module))
+    found: Callable[..., Any] | None = GradSampleModule.GRAD_SAMPLERS.get(kind_of(module))
     return found
 
 
@@ -90,7 +90,7 @@ class Fallback:
             )
             return sum(terms, torch.zeros((), device=weights[0].device))
 
-        parameters = {n: p.detach() for n, p in tapped.parameters.items()}
+        parameters = {n: p.detach() for n, p in tapped.gathered().items()}
         arguments = list(inputs)
         state = torch.get_rng_state()
         if not self.one_by_one:

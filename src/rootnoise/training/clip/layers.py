@@ -33,6 +33,7 @@ from rootnoise.training.clip.bounds import (
     row_squares,
     single,
 )
+from rootnoise.training.clip.taps import kind_of
 
 Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
 
@@ -75,7 +76,7 @@ class Kept(Protocol):
 
 def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
     """Return the table's row for a layer with these trainable parameters, if there is one."""
-    kind = type(module)
+    kind = kind_of(module)
     if kind in CONVOLUTIONS:
         return Convolution(module, trainable)
     if isinstance(module, nn.Linear) and kind.forward is nn.Linear.forward:
@@ -219,8 +220,8 @@ class Convolution(Products):
         self.groups = module.groups
 
     def _widths(self) -> tuple[int, int]:
-        weight = self.module.weight
-        return weight[0].numel(), weight.shape[0] // self.groups
+        weight = self.module.weight  # of which FSDP2 would gather weight[0], on this rank alone
+        return weight.numel() // len(weight), len(weight) // self.groups
 
     def tokens(self, taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
         """Return windows and output gradients as (examples, groups, places, width)."""
@@ -241,16 +242,17 @@ class Convolution(Products):
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`: one convolution on a CPU, in which each example has groups of its own.
 
-        Windows need not be copied: half the time for 32 channels of 14 x 14 places. An example's
-        array depends neither on the number of examples nor on their threads, except that of a
-        single one, which gets an empty one beside it.
+        Windows need not be copied: by itself 3.0 ms, not 6.8, for 64 examples, 32 to 64 channels
+        and 14 x 14 places. An example's array depends neither on the number of examples nor on
+        threads, except that of a single one, which gets an empty one beside it.
         """
         (a,), g = taps[0].values(), taps[1]
         if not self.weight or a.device.type != "cpu":  # not measured on GPUs
             return super().per_sample(taps)
         made = {"bias": self.bias_gradient(_real(g))} if self.bias else {}
         rows = g.new_empty(len(g), self.module.weight.numel(), dtype=_real(g).dtype)
-        for part in example_blocks(len(g), 1, a[0].numel() + g[0].numel() + rows.shape[1]):
+        width = a[0].numel() + g[0].numel() + rows.shape[1]
+        for part in example_blocks(len(g), 1, width, CACHED):
             rows[part] = self._weight_gradient(_real(a[part]), _real(g[part]))
         return made | {"weight": rows}
 
@@ -276,7 +278,8 @@ class Convolution(Products):
             len(g) * self.groups,
             (False, True, False),
         )
-        return made.reshape(len(g), -1)[:n]
+        found: torch.Tensor = made.reshape(len(g), -1)[:n]
+        return found
 
     def bias_gradient(self, g: torch.Tensor) -> torch.Tensor:
         """See `Products`."""

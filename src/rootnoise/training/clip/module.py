@@ -17,7 +17,7 @@ from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
 from rootnoise.training.clip.recurrent import Recurrent, unrolls
 from rootnoise.training.clip.rules import ClipRule
-from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter
+from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter, kind_of
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
@@ -57,6 +57,8 @@ class PrivateModule(nn.Module):
     >>> model.finish()
     (tensor([0.6000, 1.3000], dtype=torch.float64), 0)
     """
+
+    unrolled = True  # whether torch's recurrent layers are tapped step by step
 
     def __init__(
         self, module: nn.Module, loss_reduction: str = "mean", *, guarded: bool = False
@@ -318,7 +320,7 @@ class PrivateModule(nn.Module):
             for name, part in parts.items():
                 self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
             return
-        if unrolls(module):
+        if self.unrolled and unrolls(module):
             self._tap_recurrent(prefix or "model", module)
             return
         row = row_of(module, sorted(own)) if not below else None
@@ -337,7 +339,7 @@ class PrivateModule(nn.Module):
         if names is None:
             self._falls[tapped] = Fallback()
             warn(
-                f"layer {name} ({type(module).__name__}) is not in the table of layers: its "
+                f"layer {name} ({kind_of(module).__name__}) is not in the table of layers: its "
                 "gradients are made one by one for each example, exactly but slowly"
             )
         self._rows[tapped] = row
@@ -362,7 +364,7 @@ class PrivateModule(nn.Module):
                     self._keep_taps(linears[linear], taps)
 
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        Tapped(name, module, parameters, None, self._book, keep).hook()
+        Tapped(name, module, parameters, None, self._book, keep, first=True).hook()
 
     def _find_tied(self) -> set[nn.Parameter]:
         """Return the parameters that several layers, or one layer under two names, hold."""
@@ -399,7 +401,7 @@ class PrivateModule(nn.Module):
             sampler = opacus_sampler(tapped.module)
             assert sampler is not None  # noqa: S101 - it was there at construction
             made = sampler(tapped.module, list(inputs), g)
-            names = {p: n for n, p in tapped.parameters.items()}
+            names = {p: n for n, p in tapped.gathered().items()}
             self._keep_gradients(tapped, {names[p]: x for p, x in made.items()})
         else:
             self._keep_taps(tapped, taps)
@@ -449,16 +451,22 @@ class PrivateModule(nn.Module):
     def _add(self, scales: torch.Tensor, bad: torch.Tensor | None) -> None:
         if not self._book.open:  # an empty micro-batch
             return
-        for group, tapped in enumerate(self._rows):
-            kept = self._kept.pop(tapped, None)
-            if kept is not None:
-                sums = {n: self._sum_of(p) for n, p in tapped.parameters.items()}
-                kept.add_(sums, scales[group], bad)
-        while self._grads:
-            p, rows = self._grads.popitem()
+        for tapped, scale in zip(self._rows, scales, strict=True):
+            self._add_layer(tapped, scale, bad)
+
+    def _add_layer(self, tapped: Tapped, scale: torch.Tensor, bad: torch.Tensor | None) -> None:
+        """Add the sums of a layer's own parameters; tied ones are the first layer's."""
+        kept = self._kept.pop(tapped, None)
+        if kept is not None:
+            sums = {n: self._sum_of(p) for n, p in tapped.parameters.items()}
+            kept.add_(sums, scale, bad)
+        for p in tapped.parameters.values():
+            rows = self._grads.pop(p, None)
+            if rows is None:
+                continue
             if bad is not None:
                 rows = rows.masked_fill(bad[:, None], 0)
-            add_rows_(self._sum_of(p), rows, scales[self._groups[p]])
+            add_rows_(self._sum_of(p), rows, scale)
 
     def _sum_of(self, p: nn.Parameter) -> Sum:
         if p not in self._sums:  # then none of its device is there

@@ -1,8 +1,8 @@
 """torch's recurrent layers as two Linear layers a cell, on inputs and on states.
 
-`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. But what
-a cell multiplies by its weights is known after forward: its inputs, and its states, which are its
-outputs. So the gates of all steps are two products, their gradients one loop back over the steps
+`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. But
+what a cell multiplies by its weights is known after forward: its inputs, and its states, which are
+its outputs. So the gates of all steps are two products, their gradients one loop back over time
 (Werbos, 1990, "Backpropagation through time"), and the gradient of each weight is that of a Linear
 layer whose tokens are the steps.
 
@@ -31,11 +31,9 @@ Steps = tuple[torch.Tensor, torch.Tensor]
 def unrolls(module: nn.Module) -> bool:
     """Return whether a layer is a recurrent one of torch, without projections or dropout."""
     kinds = nn.LSTM, nn.GRU, nn.RNN
-    return (
-        type(module) in kinds
-        and not module.proj_size
-        and (not module.dropout or module.num_layers == 1)
-    )
+    if not isinstance(module, kinds) or type(module) not in kinds:
+        return False
+    return not module.proj_size and (not module.dropout or module.num_layers == 1)
 
 
 @dataclass(frozen=True)
@@ -83,11 +81,17 @@ class Recurrent:
     ) -> dict[nn.Linear, Steps]:
         """Return what each Linear layer has multiplied in a call, and the gradients there.
 
+        Args:
+            call: of the layer.
+            inputs: its tensors, and its first output.
+            gradients: of its outputs.
+
         Raises:
             RootnoiseError: arguments or outputs without one row an example; packed sequences.
         """
         structure, rest, places, mine, *_ = call.context
         module, rows = self._module, call.layer.book.rows
+        *inputs, made = inputs
         input_dims(call.layer, structure, rest, places, inputs)
         outputs: list[torch.Tensor | None] = [None] * 3
         for j, g in zip(mine, gradients, strict=True):
@@ -103,11 +107,12 @@ class Recurrent:
         x = given["input"].transpose(0, 1) if module.batch_first else given["input"]
         starts = given.get("hx")
         starts = () if starts is None else starts if isinstance(starts, tuple) else (starts,)
+        y = _wide(made.transpose(0, 1) if module.batch_first else made)
         with torch.autocast(x.device.type, enabled=False):
-            return self._unrolled(x, starts, outputs)
+            return self._unrolled(x, y, starts, outputs)
 
     def _unrolled(
-        self, x: torch.Tensor, starts: Any, outputs: list[torch.Tensor | None]
+        self, x: torch.Tensor, y: torch.Tensor, starts: Any, outputs: list[torch.Tensor | None]
     ) -> dict[nn.Linear, Steps]:
         module, found = self._module, {}
         ways, width = len(self.cells[0]), module.hidden_size
@@ -116,10 +121,13 @@ class Recurrent:
             starts = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
         layers = []  # inputs and states of each cell
         for i, cells in enumerate(self.cells):
-            made = [
-                _forward(module, cell, x, [s[i * ways + k] for s in starts])
-                for k, cell in enumerate(cells)
-            ]
+            if i == len(self.cells) - 1:
+                made = list(torch.split(y, width, 2))
+            else:
+                made = [
+                    _forward(module, cell, x, [s[i * ways + k] for s in starts])
+                    for k, cell in enumerate(cells)
+                ]
             layers.append((x, made))
             x = torch.cat(made, 2)
         g = outputs[0]
@@ -169,20 +177,23 @@ def _backward(
     if cell.reverse:
         x, y, g = x.flip(0), y.flip(0), g.flip(0)
     before = torch.cat([starts[0][None], y[:-1]])
-    a = nn.functional.linear(x, cell.inputs.weight, cell.inputs.bias)
-    b = nn.functional.linear(before, cell.states.weight, cell.states.bias)
     weight = cell.states.weight
     zero = torch.zeros_like(starts[0])
     late = [zero if e is None else e for e in ends]
     if isinstance(module, nn.LSTM):
-        left = right = _lstm(a + b, starts[1], weight, g, late[0], late[1])
+        a, b = _products(cell, x, before)
+        left = right = _lstm(a.add_(b), starts[1], weight, g, late[0], late[1])
     elif isinstance(module, nn.GRU):
-        left, right = _gru(a, b, before, weight, g, late[0])
+        left, right = _gru(*_products(cell, x, before), before, weight, g, late[0])
     else:
         slope = 1 - y.square() if module.mode == "RNN_TANH" else (y > 0).to(y.dtype)
         left = right = _plain(slope, weight, g, late[0])
     steps = (x, left), (before, right)
     return tuple((p.flip(0), q.flip(0)) for p, q in steps) if cell.reverse else steps  # type: ignore[return-value]
+
+
+def _products(cell: Cell, x: torch.Tensor, before: torch.Tensor) -> Steps:
+    return cell.inputs(x), cell.states(before)
 
 
 def _lstm(
@@ -193,26 +204,27 @@ def _lstm(
     dh: torch.Tensor,
     dc: torch.Tensor,
 ) -> torch.Tensor:
-    """Return the gradients of the gates i, f, g, o: c' = f c + i g and h' = o tanh(c')."""
-    i, f, new, o = gates.chunk(4, 2)
-    i, f, new, o = i.sigmoid(), f.sigmoid(), new.tanh(), o.sigmoid()
-    cells = [c]
-    made = i * new
-    for t in range(len(gates)):
-        cells.append(torch.addcmul(made[t], f[t], cells[-1]))
-    c_before, tanh = torch.stack(cells[:-1]), torch.stack(cells[1:]).tanh_()
-    by_c = torch.stack([made * (1 - i), c_before * f * (1 - f), i * (1 - new.square())], 2)
-    by_h = tanh * o * (1 - o)
-    through = o * (1 - tanh.square())
-    found = torch.empty_like(gates)
-    parts = found.view(*gates.shape[:2], 4, -1)
-    for t in reversed(range(len(gates))):
+    """Make gradients of the gates i, f, g, o, in place: c' = f c + i g and h' = o tanh(c')."""
+    i, f, new, o = (x.contiguous() for x in gates.chunk(4, 2))
+    i.sigmoid_(), f.sigmoid_(), new.tanh_(), o.sigmoid_()
+    cells, made = torch.empty(len(f) + 1, *c.shape, dtype=f.dtype, device=f.device), i * new
+    cells[0] = c
+    for t in range(len(f)):
+        torch.addcmul(made[t], f[t], cells[t], out=cells[t + 1])
+    before, tanh = cells[:-1], cells[1:].tanh()
+    slopes = gates.view(*gates.shape[:2], 4, -1)  # of c' by the first three, of h' by the last
+    slopes[:, :, 0] = torch.addcmul(made, made, i, value=-1)
+    slopes[:, :, 1] = before * torch.addcmul(f, f, f, value=-1)
+    slopes[:, :, 2] = torch.addcmul(i, made, new, value=-1)
+    slopes[:, :, 3] = tanh * torch.addcmul(o, o, o, value=-1)
+    through = torch.addcmul(o, o, tanh.square_(), value=-1)
+    for t in reversed(range(len(f))):
         dh = dh + g[t]
         dc = torch.addcmul(dc, dh, through[t])
-        torch.mul(by_c[t], dc[:, None], out=parts[t, :, :3])
-        torch.mul(by_h[t], dh, out=parts[t, :, 3])
-        dh, dc = found[t] @ weight, dc * f[t]
-    return found
+        slopes[t, :, :3] *= dc[:, None]
+        slopes[t, :, 3] *= dh
+        dh, dc = gates[t] @ weight, dc * f[t]
+    return gates
 
 
 def _gru(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rootnoise._check import RootnoiseError
@@ -102,6 +103,7 @@ class Book:
         inside: whether the forward is running.
         gradients: whether backward has reached a tap.
         paused: whether a layer, or the model, is being run again without taps.
+        aliases: whole parameters that FSDP2 puts in the place of trainable ones for a while.
         past: the parameter that a gradient has reached past its layer since forward, or "".
     """
 
@@ -116,6 +118,7 @@ class Book:
     inside: bool = False
     gradients: bool = False
     paused: bool = False
+    aliases: dict[nn.Parameter, str] = field(default_factory=dict)
     past: str = ""
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _depth: int = 0
@@ -166,6 +169,7 @@ class Book:
     def _reached(self, outputs: Iterable[Any]) -> Iterable[str]:
         """Yield parameters that the outputs' graph reaches; takes a microsecond per node."""
         names = {id(p): name for name, p in self.trainable.items()}
+        names |= {id(p): name for p, name in self.aliases.items()}
         waiting = [x.grad_fn for x in outputs if isinstance(x, torch.Tensor)]
         seen: set[Any] = set()
         while waiting:
@@ -198,6 +202,7 @@ class Tapped:
     names: Sequence[str] | None
     book: Book
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
+    first: bool = False  # whether the first output is handed over as the last input
     active: bool = False
     held: Sequence[nn.Parameter] = ()  # parameters excluded from autograd during the call
 
@@ -208,7 +213,15 @@ class Tapped:
     def hook(self) -> None:
         """Tap every call of the layer from now on."""
         self.module.register_forward_pre_hook(self.enter)
-        self.module.register_forward_hook(self.leave, with_kwargs=True, always_call=True)
+        # First of all hooks: what they make of the output is not the layer's, and FSDP2 gathers its
+        # parameters for backward only if the output that it sees requires a gradient.
+        self.module.register_forward_hook(
+            self.leave, prepend=True, with_kwargs=True, always_call=True
+        )
+
+    def gathered(self) -> dict[str, nn.Parameter]:
+        """Return the parameters as the layer has them now: FSDP2 puts whole ones in their place."""
+        return {name: self.module.get_parameter(name) for name in self.parameters}
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Exclude the parameters from autograd for this call."""
@@ -221,7 +234,7 @@ class Tapped:
             rule = "must be called by its model alone between forward and step"
             raise RootnoiseError(f"layer {self.name} {rule} (evaluate under no_grad)")
         self.active = True
-        self.held = [p for p in self.parameters.values() if p.requires_grad]
+        self.held = [p for p in self.gathered().values() if p.requires_grad]
         for p in self.held:
             p.requires_grad_(False)
 
@@ -255,6 +268,8 @@ class Tapped:
         arguments, structure = tree_flatten((args, kwargs))
         mine = [i for i, x in enumerate(outputs) if _differentiable(x)]
         tensors = [x.detach() for x in arguments if isinstance(x, torch.Tensor)]
+        if self.first:  # what follows gets a copy
+            tensors.append(outputs[0].detach())
         rest = [None if isinstance(x, torch.Tensor) else x for x in arguments]
         places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
         kind = next((x.device.type for x in tensors), "cpu")
@@ -295,7 +310,7 @@ class Tapped:
                 for x in (*inputs, *gradients) if len(self.names) == 1 else gradients:
                     if x is not None:
                         self._check_rows(x)
-            if any(g is not None for g in gradients):
+            if self.book.rows and any(g is not None for g in gradients):
                 self.keep(call, inputs, gradients)
 
 
@@ -320,6 +335,16 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
 
     hooked: Any = parameter
     return hooked.register_hook(refuse)
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a layer, which `fully_shard` has replaced by a subclass of it.
+
+    >>> kind_of(nn.Linear(2, 2)).__name__
+    'Linear'
+    """
+    kind = type(module)
+    return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
 
 
 def is_tapped(module: nn.Module) -> bool:

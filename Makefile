@@ -51,7 +51,7 @@ benchmarks: $(VENV)/.lab ## run each script of benchmarks/
 rivals: $(VENV)/.lab ## install JAX-Privacy and opake, each in .venv-rivals-NAME (FASTDP=FOLDER: fastDP too)
 	$(BIN)/python benchmarks/comparison/install.py $(if $(FASTDP),--fastdp $(FASTDP))
 
-comparison: $(VENV)/.lab ## measure rootnoise beside them (QUICK=1: less): writes docs/comparison.json and .md
+comparison: $(VENV)/.lab ## measure rootnoise beside them (QUICK=1: in 10 minutes): writes docs/comparison.json and .md
 	$(BIN)/python benchmarks/comparison/run.py $(if $(QUICK),--quick)
 
 clean: ## remove .venv, caches and everything the targets above wrote

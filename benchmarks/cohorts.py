@@ -17,10 +17,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from rootnoise.batches.ledger_file import Indices
 from rootnoise.federated.clients import Clients
 from rootnoise.federated.cohorts import Policy, pick
 from rootnoise.participation import MinSeparation
+from rootnoise.participation.ledger_file import Indices
 from rootnoise.runs.palette import BLUE, ORANGE
 
 POLICIES: tuple[Policy, ...] = ("fewest", "longest", "random")

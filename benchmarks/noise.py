@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from rootnoise import SGD, FixedCycle, Key, Mechanism, NoiseStream, SingleParticipation, factorize
-from rootnoise.batches.samplers import FixedCycleSampler
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 
 BYTES = 16e9  # of buffers that a machine of 24 GB can spare

@@ -1,22 +1,29 @@
 """What a step of private training costs, over the same step without privacy in the same rounds.
 
-A round times every candidate once, one after the other, so that a busy machine slows all of them;
-a cell is the median over rounds of the ratio to plain. Candidates: `PrivateOptimizer`, with its
-ledger and noise of 8 bands; Opacus's hooks, ghost clipping and `functorch` mode, with independent
-float32 noise. All make one step of SGD. Accumulated: the batch in micro-batches of 16; Opacus's
-through its optimizer's skipped steps, functorch's likewise. Memory is the largest resident size of
-a process of its own, less its size before its model was made (Linux).
+Without arguments in about ten minutes of an idle machine; writes docs/clipping.json, and of it the
+table and words of docs/clipping.md. A round times every candidate once, one after the other, so
+that a busy machine slows all of them; a cell is the median over rounds of the ratio to plain.
+Candidates: `PrivateOptimizer`, with its ledger and noise of 8 bands; Opacus's hooks, ghost clipping
+and `functorch` mode, with independent float32 noise. All make one step of SGD. Accumulated: the
+batch in micro-batches of 16; Opacus's through its optimizer's skipped steps, functorch's likewise.
+Hooks and functorch hold the gradients of a micro-batch at once; where those exceed 4 GB they are
+not run. Memory is the largest resident size of a process of its own, less its size before its model
+was made (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +32,20 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from rootnoise.bench.models import cnn, perceptron
+from rootnoise._files import write_whole
+from rootnoise.cli.bench.clock import growth
+from rootnoise.cli.bench.models import cnn, perceptron
+from rootnoise.cli.bench.page import written
+from rootnoise.cli.bench.questions import load, processor
+from rootnoise.cli.bench.tables import Table
 
 MICRO = 16
 STEPS = 4096  # that the noise is planned for
 BATCHES = (16, 64, 256)
+LARGEST = {"resnet18": 64}  # of those, by default: its 256 alone take ten minutes
 WAYS = ("plain", "ours", "hooks", "ghost", "functorch")
+MOST = 4e9  # bytes of gradients at once
+DOCS = Path(__file__).parents[1] / "docs"
 
 
 class Residual(nn.Module):
@@ -204,99 +219,159 @@ def _opacus(way: str, model: nn.Module, sgd: Any, parts: list[Any], n: int) -> C
     return step
 
 
-def times(name: str, n: int, micro: int, rounds: int) -> dict[str, float | str]:
-    """Return the seconds of plain and each other's time over it, or why it fails."""
+def too_large(way: str, name: str, micro: int) -> str | None:
+    """Return how much a way would hold, if that is too much to be run."""
+    if way not in ("hooks", "functorch"):
+        return None
+    held = micro * 4 * sum(p.numel() for p in MODELS[name][0]().parameters())
+    return f"not run: {held / 1e9:.0f} GB" if held > MOST else None
+
+
+def times(
+    name: str, n: int, micro: int, rounds: int, budget: float
+) -> tuple[dict[str, float | str], int]:
+    """Return the seconds of plain and each other's time over it, or why it fails; and the rounds.
+
+    Rounds end with the budget in seconds: one at least.
+    """
     found: dict[str, float | str] = {}
     steps: dict[str, Callable[[], None]] = {}
     for way in WAYS:
+        reason = too_large(way, name, micro)
+        if reason:
+            found[way] = reason
+            continue
         try:
-            steps[way] = step_of(way, name, n, micro)
-            steps[way]()  # also what the first step alone does
-            steps[way]()
+            step = step_of(way, name, n, micro)
+            step()  # also what the first step alone does
+            step()
         except Exception as reason:  # a candidate that cannot is a cell of the table
             if way in ("plain", "ours"):
                 raise
-            steps.pop(way, None)
             found[way] = type(reason).__name__
+        else:
+            steps[way] = step
     taken: list[dict[str, float]] = []
-    for _ in range(rounds):
+    start = time.perf_counter()
+    while len(taken) < rounds and (not taken or time.perf_counter() - start < budget):
         taken.append({})
         for way, step in steps.items():
-            start = time.perf_counter()
+            since = time.perf_counter()
             step()
-            taken[-1][way] = time.perf_counter() - start
+            taken[-1][way] = time.perf_counter() - since
     for way in steps:
         found[way] = median(t[way] / (1 if way == "plain" else t["plain"]) for t in taken)
+    return found, len(taken)
+
+
+def peak(way: str, name: str, n: int, micro: int) -> float:
+    """Return by how many MB this process grows while it makes two steps."""
+    warnings.simplefilter("ignore")
+    return growth(lambda: step_of(way, name, n, micro), calls=2)
+
+
+def peaks(ways: list[str], name: str, n: int, micro: int) -> dict[str, float | None]:
+    """Return the peak memory of each way, in a process of its own; None if that ended."""
+    forks = multiprocessing.get_context("forkserver")  # which has imported all before it forks
+    forks.set_forkserver_preload(["opacus", "rootnoise.training", "sklearn"])
+    found: dict[str, float | None] = {}
+    for way in ways:
+        with ProcessPoolExecutor(1, mp_context=forks) as pool:
+            try:
+                found[way] = pool.submit(peak, way, name, n, micro).result()
+            except RuntimeError:  # out of memory, or killed for it: the row keeps its times
+                found[way] = None
     return found
 
 
-def peak(way: str, name: str, n: int, micro: int) -> float | None:
-    """Return the peak memory of three steps in a process of its own, in MB; None if it fails."""
-    arguments = [sys.executable, __file__, "--peak", way, name, str(n), str(micro)]
-    done = subprocess.run(arguments, capture_output=True, check=False, text=True)
-    return float(done.stdout.split()[-1]) if done.returncode == 0 else None
+def table(result: Mapping[str, Any]) -> Table:
+    """Return the table of a result."""
+    headings = ["model", "batch", "micro-batch", "plain", "rootnoise"]
+    headings += [f"Opacus, {way}" for way in WAYS[2:]]
+    rows = []
+    for row in result["rows"]:
+        taken, memory = row["time"], row["MB"]
+        cells = [f"{taken['plain'] * 1e3:.1f} ms, {memory['plain'] or 0:.0f} MB"]
+        for way in WAYS[1:]:
+            if isinstance(taken[way], str):
+                cells.append(taken[way])
+                continue
+            known = memory[way] and memory["plain"]
+            more = f"{memory[way] / memory['plain']:.1f}" if known else "-"
+            cells.append(f"{taken[way]:.2f} / {more}")
+        rows.append([row["model"], str(row["batch"]), str(row["micro"]), *cells])
+    return Table("A private step: time and peak memory over plain", headings, rows)
 
 
-def print_peak(way: str, name: str, n: int, micro: int) -> None:
-    """Print by how many MB this process grows while it makes three steps."""
-    import opacus  # noqa: F401 - so that all start from the same size
+def words(result: Mapping[str, Any]) -> str:
+    """Return what the table says, in sentences."""
 
-    import rootnoise.training.clip  # noqa: F401
+    def best(row: Mapping[str, Any], field: str) -> float:
+        ways = (row[field].get(way) for way in WAYS[2:])
+        return min((v for v in ways if isinstance(v, float)), default=float("inf"))
 
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports (Linux)
-    before = _status("VmRSS")
-    step = step_of(way, name, n, micro)
-    for _ in range(3):
-        step()
-    print((_status("VmHWM") - before) / 1024)
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    rows = result["rows"]
+    total = len(rows)
+    faster = sum(row["time"]["ours"] < best(row, "time") for row in rows)
+    known = [row for row in rows if row["MB"].get("ours")]
+    smaller = sum(row["MB"]["ours"] < best(row, "MB") for row in known)
+    aims = sum(row["time"]["ours"] <= 1.5 for row in rows)
+    before, after = result["load"]
+    return (
+        f"Measured by `{result['command']}` on {result['date']}: {result['machine']},"
+        f" {result['threads']} threads, torch {result['torch']}, Opacus {result['opacus']}; load"
+        f" {before} before, {after} after; medians of {min(r['rounds'] for r in rows)} to"
+        f" {max(r['rounds'] for r in rows)} rounds.\n\n"
+        f"A step of rootnoise takes less time than the quickest of Opacus's in {faster} of {total}"
+        f" rows, and less memory than its smallest in {smaller} of {len(known)}. It takes at most"
+        f" 1.5 times the plain step in {aims} of {total}.\n"
+    )
 
 
 def main() -> None:
-    """Print one table, or with --json one object a line."""
+    """Measure, and write the JSON row by row, then the page; --out writes another JSON alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds of rounds a row")
     parser.add_argument("--quick", action="store_true", help="two batches, three rounds, no ResNet")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=DOCS / "clipping.json")
+    parser.add_argument("--page", action="store_true", help="write the page again, measure nothing")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    if options.peak:
-        way, name, n, micro = options.peak
-        print_peak(way, name, int(n), int(micro))
-        return
     if options.quick:
         options.rounds, options.batches = 3, [16, 64]
         options.models = [m for m in options.models if m != "resnet18"]
-    if not options.json:
-        print(f"{torch.get_num_threads()} threads; time over plain / peak over plain\n")
-        print(f"| model | batch | micro | plain | {' | '.join(WAYS[1:])} |")
-        print("|---" * (4 + len(WAYS[1:])) + "|")
-    for name in options.models:
-        for n in options.batches:
+    result: dict[str, Any] = {}
+    if not options.page:
+        result = {
+            "command": " ".join(["python benchmarks/step.py", *sys.argv[1:]]),
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "machine": f"{processor()}, {os.cpu_count()} cores",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "opacus": version("opacus"),
+            "load": [load(), None],
+            "rows": [],
+        }
+    start = time.monotonic()
+    for name in [] if options.page else options.models:
+        for n in options.batches or [b for b in BATCHES if b <= LARGEST.get(name, b)]:
             for micro in sorted({n, min(n, MICRO)}, reverse=True):
-                taken = times(name, n, micro, options.rounds)
-                memory = {w: peak(w, name, n, micro) for w in WAYS if isinstance(taken[w], float)}
+                taken, rounds = times(name, n, micro, options.rounds, options.budget)
+                memory = peaks([w for w in WAYS if isinstance(taken[w], float)], name, n, micro)
                 row = {"model": name, "batch": n, "micro": micro, "time": taken, "MB": memory}
-                print(json.dumps(row) if options.json else _line(row), flush=True)
-
-
-def _line(row: dict[str, Any]) -> str:
-    taken, memory = row["time"], row["MB"]
-    cells = [f"{taken['plain'] * 1e3:.1f} ms, {memory['plain']:.0f} MB"]
-    for way in WAYS[1:]:
-        if isinstance(taken[way], str):
-            cells.append(taken[way])
-        else:
-            more = f"{memory[way] / memory['plain']:.1f}" if memory[way] else "-"
-            cells.append(f"{taken[way]:.2f} / {more}")
-    return f"| {row['model']} | {row['batch']} | {row['micro']} | {' | '.join(cells)} |"
+                result["rows"].append({**row, "rounds": rounds})
+                result["load"][1] = load()
+                write_whole(options.out, (json.dumps(result, indent=1) + "\n").encode())
+                last = " | ".join(table(result).rows[-1])
+                print(f"{time.monotonic() - start:4.0f} s  {last}", flush=True)
+    if options.out == DOCS / "clipping.json":
+        result = json.loads(options.out.read_text())
+        found = {"table": {"step": table(result).markdown()}, "words": {"step": words(result)}}
+        page = DOCS / "clipping.md"
+        page.write_text(written(page.read_text(), found))
 
 
 if __name__ == "__main__":

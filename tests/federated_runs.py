@@ -20,7 +20,7 @@ from rootnoise.workload import SGD
 ROUNDS, COHORT = 8, 3
 WEIGHTS = {"a": torch.zeros(4, 3), "b": torch.zeros(5), "steps": torch.tensor(7)}
 FILES = tuple(f"federated/{name}.py" for name in ("clients", "server", "store"))
-FILES += ("_files.py", "batches/ledger_file.py", "noise/stream.py", "keys.py")
+FILES += ("_files.py", "participation/ledger_file.py", "noise/stream.py", "keys.py")
 
 
 def mechanism(

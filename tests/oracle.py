@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import combinations, pairwise, product
+from typing import TYPE_CHECKING
 
 import mpmath
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular, toeplitz
+
+if TYPE_CHECKING:
+    from rootnoise.causal import CausalMatrix
 
 Array = NDArray[np.float64]
 
@@ -52,6 +56,17 @@ def banded(matrix: Array, bands: int) -> Array:
 def decoder(workload: Array, strategy: Array) -> Array:
     """Return B = A C^-1."""
     return solve_triangular(strategy.T, workload.T, lower=False).T
+
+
+def streamed(matrix: CausalMatrix, x: Array, m: int) -> Array:
+    """Return M x of shape (n, d) by blocks of m steps, through the state alone."""
+    state, out = np.zeros((matrix.state_size, x.shape[1])), []
+    for t in range(0, len(x), m):
+        rows = x[t : t + m]
+        result = matrix.block(t, len(rows)) @ np.vstack([state, rows])
+        out.append(result[: len(rows)])
+        state = result[len(rows) :]
+    return np.vstack(out)
 
 
 def patterns(n: int, min_sep: int, k: int, fixed: bool) -> Iterator[tuple[int, ...]]:

@@ -1,4 +1,4 @@
-"""What the ranks of test_parallel run; a child can import it, a test module it cannot."""
+"""What the ranks of test_training_parallel run; a child can import it, a test module it cannot."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import (
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    OwnBatches,
+    Sampler,
+)
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.ranks import Ranks
 from rootnoise.workload import SGD

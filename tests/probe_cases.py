@@ -4,10 +4,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import SGD
 

@@ -17,13 +17,13 @@ from rootnoise.accounting import monte_carlo as estimate
 from rootnoise.accounting.balls_in_bins import Bins, bin_gram
 from rootnoise.accounting.composition import Losses
 from rootnoise.accounting.subsampled import losses
-from rootnoise.batches.samplers import CyclicPoissonSampler, MinSepPoissonSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
+from rootnoise.participation.samplers import CyclicPoissonSampler, MinSepPoissonSampler
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import prefix_sum
 

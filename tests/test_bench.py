@@ -10,22 +10,25 @@ from pathlib import Path
 import pytest
 
 from rootnoise import SGD, FixedCycle, RootnoiseError, factorize
-from rootnoise.bench import ours, questions, tables, with_opacus
-from rootnoise.bench.clock import Side
 from rootnoise.cli import main
+from rootnoise.cli.bench import ours, page, questions, tables, with_opacus
+from rootnoise.cli.bench.clock import Side, quickest
+from rootnoise.cli.bench.words import words
 
 DOCS = Path(__file__).parents[1] / "docs"
 # A rival that imports nothing of rootnoise.
 RIVAL = """
-import os
+import os, time
 from clock import paired, seconds, serve
+def slow():
+    time.sleep(60)
 def value(x):
     print("what a library says of its own")
     return {"value": x / (x - 1)}
 def end():
     os._exit(1)
 versions = lambda: {"rival": "1"}
-serve({"versions": versions, "value": value, "end": end})
+serve({"versions": versions, "value": value, "end": end, "slow": slow})
 """
 
 
@@ -44,6 +47,15 @@ def test_a_side_answers_in_a_process_of_its_own(rival):
     assert rival.ask({"what": "other"}) == {"missing": True}
     assert rival.ask({"what": "end"}) == {"refused": "its process ended"}
     assert rival.ask({"what": "value", "x": 3}) == {"value": 1.5}
+    rival.limit = 0.2
+    assert rival.ask({"what": "slow"}) == {"stopped": 0.2}
+    rival.limit = 60
+    assert rival.ask({"what": "value", "x": 3}) == {"value": 1.5}  # a slow row costs itself alone
+
+
+def test_the_quickest_way_is_found():
+    ways = {"slow": lambda: lambda: sum(range(10**6)), "quick": lambda: lambda: None}
+    assert quickest(ways)[0] == "quick"
 
 
 def test_who_is_not_installed_is_said_so(rival, monkeypatch):
@@ -101,11 +113,46 @@ def test_the_command_prints_tables_or_json(rival, monkeypatch, capsys, tmp_path)
 
 
 def test_the_page_says_what_its_json_says():
-    page = (DOCS / "comparison.md").read_text()
+    text = (DOCS / "comparison.md").read_text()
     result = json.loads((DOCS / "comparison.json").read_text())
-    assert tables.fill(page, result) == page
-    assert {name for _, name, _ in tables.MARK.findall(page)} == set(tables.tables(result))
+    assert page.fill(text, result) == text
+    marked = {(kind, name) for _, kind, name, _ in page.MARK.findall(text)}
+    made = {("table", name) for name in tables.tables(result)}
+    assert marked == made | {("words", name) for name in words(result)}
     assert {row["section"] for row in result["rows"]} >= {"account", "noise", "accuracy"}
-    assert result["date"] in page
+    assert result["date"] in text
     with pytest.raises(RootnoiseError, match=r"^table must be one of versions, .*, got speed$"):
-        tables.fill("<!-- table speed -->\n<!-- end -->", result)
+        page.fill("<!-- table speed -->\n<!-- end -->", result)
+
+
+def result(**answers):
+    """Return a result whose one step is answered so."""
+    asked = {"what": "step", "model": "cnn", "n": 64}
+    row = {"section": "step", "question": asked, "answers": answers}
+    versions = {name: {"version": "1"} for name in answers}
+    about = {"date": "2026-01-01", "machine": "M", "quick": True, "load": [0.2, 1.0], "limit": 60}
+    return {"versions": versions, "rows": [row], **about}
+
+
+def step(seconds):
+    return {"seconds": seconds, "ratio": 2 * seconds, "plain": 0.5, "micro": "8"}
+
+
+def test_words_follow_from_the_numbers():
+    behind = words(result(rootnoise=step(1.2), rival=step(1.0)))
+    assert "- CNN, 4e5 parameters, batch 64, a step: 1.0 s, rootnoise 1.2 s" in behind["better"]
+    assert "ahead of every other in 0 of 1, behind one in 1, level in 0" in behind["step"]
+    assert "otherwise idle: load 0.2" in behind["measured"]
+    level = words(result(rootnoise=step(1.05), rival=step(1.0)))
+    assert "ahead in no measurement" in level["better"]
+    assert "level in 1" in level["step"]
+    ahead = words(result(rootnoise=step(0.5), rival=step(1.0), slow={"stopped": 60.0}))
+    assert "ahead of every other in 1 of 1" in ahead["step"]
+    assert "is stopped: in this run 1." in ahead["measured"]
+    assert "Nothing to compare" in ahead["memory"]
+
+
+def test_what_was_stopped_or_failed_is_said_so():
+    answers = {"rootnoise": step(1.0), "slow": {"stopped": 60.0}, "ends": {"refused": "it ended"}}
+    (row,) = tables.tables(result(**answers))["step"].rows
+    assert row[1:] == ["2.00 (1000 ms, by 8)", "stopped after 60 s", "fails"]

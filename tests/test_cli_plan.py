@@ -12,10 +12,9 @@ import pytest
 
 from rootnoise import accounting, participation
 from rootnoise._check import RootnoiseError
-from rootnoise.cli import main
-from rootnoise.factorization import factorize
+from rootnoise.factorization import Factorization, factorize
 from rootnoise.mechanism import Mechanism
-from rootnoise.planner import Job, Plan
+from rootnoise.planner import CONTRACTION, Job, Plan
 from rootnoise.planner import plan as planned
 from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.workload import SGD, ScheduledSGD, learning_rates
@@ -24,16 +23,8 @@ JOB = "plan --dataset-size 100 --batch-size 25 --epochs 3 --epsilon 6 --delta 1e
 
 
 @pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder; return its status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(line):
-        status = main(line.split())
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+def call(call_in_folder):
+    return lambda line: call_in_folder(*line.split())
 
 
 def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):
@@ -61,10 +52,14 @@ def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):
         assert row["sampling"] == other.sampling
         who = participation.from_dict(row["participation"])
         split = factorize(SGD(12, 0.9), who, row["mechanism"], **row["options"])
-        error = row["noise_multiplier"] * split.rmse(who) / 25
+        aim = SGD(12, 0.9).contracted(result["contraction"])
+        aimed = Factorization(row["mechanism"], aim, split.strategy)
+        error = row["noise_multiplier"] * aimed.rmse(who) / 25
         assert row["rmse_per_example"] == pytest.approx(error)
         assert accounting.privacy_cost(who, 12, row["noise_multiplier"], 1e-5).epsilon <= 6
         assert row["memory_rows"] <= 3
+    assert result["contraction"] == expected.contraction == CONTRACTION
+    assert result["take"] == expected.place_to_take + 1
     assert result["left_out"] == expected.left_out
     names = [finding["name"] for finding in result["diagnostics"]]
     assert names == [finding.name for finding in expected.findings]
@@ -80,12 +75,14 @@ def test_the_table_shows_the_best_and_says_what_they_count_on(call):
     assert max(len(line) for line in out.splitlines() if line[:1] in "│┃") <= 80
 
 
-@pytest.mark.parametrize("more", ["", " --momentum 0.9 --schedule linear --warmup 2 --final 0.1"])
+@pytest.mark.parametrize(
+    "more", ["", " --contraction 0 --momentum 0.9 --schedule linear --warmup 2 --final 0.1"]
+)
 def test_the_command_of_a_row_trains_with_that_row(call, monkeypatch, more):
     """Participation, bands, noise, epsilon and error, to the last digit."""
     line = "plan --dataset-size 1442 --batch-size 200 --epochs 2 --epsilon 4 --delta 1e-5" + more
-    rows = json.loads(call(line + " --json")[1])["rows"]
-    configs = []
+    result = json.loads(call(line + " --json")[1])
+    rows, configs = result["rows"], []
 
     def remember(config, *_, **__):
         configs.append(config)
@@ -111,16 +108,22 @@ def test_the_command_of_a_row_trains_with_that_row(call, monkeypatch, more):
         assert made.strategy.bands == row["bands"]
         assert made.noise_multiplier == row["noise_multiplier"]
         assert made.epsilon == row["epsilon"] <= 4
-        error = made.noise_multiplier * made.rmse / 200
+        aim = made.workload.contracted(result["contraction"])
+        rmse = Factorization(made.name, aim, made.strategy).rmse(made.participation)
+        if not result["contraction"]:
+            assert rmse == pytest.approx(made.rmse, rel=1e-12)
+        error = made.noise_multiplier * rmse / 200
         assert error == pytest.approx(row["rmse_per_example"], rel=1e-9)
 
 
 def test_two_commands_from_a_plan_to_a_trained_model(call):
-    """1442 digits to train on: the plan's first row, and what `--mechanism auto` chooses."""
+    """1442 digits to train on: the row to take, which is what `--mechanism auto` chooses."""
     job = "--batch-size 400 --epochs 2 --epsilon 3 --delta 1e-5 --memory-rows 64"
     line = f"plan --dataset-size 1442 {job} --momentum 0.9"
-    row = json.loads(call(line + " --json")[1])["rows"][0]
-    command = call(line + " --train-args 1")[1].split()[1:]
+    result = json.loads(call(line + " --json")[1])
+    row = result["rows"][result["take"] - 1]
+    assert f"Most should take row {result['take']}, as auto does." in call(line)[1]
+    command = call(f"{line} --train-args {result['take']}")[1].split()[1:]
     command[command.index("DATASET")], command[command.index("OUT")] = "digits", "planned"
     auto = f"train --dataset digits --out auto {job} --mechanism auto".split()
     for words, out in ((command, "planned"), (auto, "auto")):
@@ -167,8 +170,9 @@ def test_a_schedule_is_planned_for(call):
 
 def test_a_workload_from_a_file_is_planned_for(call):
     np.save("a.npy", SGD(12, 0.9).matrix.column(0))
-    ours = json.loads(call(JOB + " --workload a.npy --json")[1])["rows"][0]
-    best = planned(SGD(12, 0.9), Job(100, 25, 3, 6.0, 1e-5, 3)).rows[0]
+    line = JOB + " --contraction 0 --workload a.npy --json"
+    ours = json.loads(call(line)[1])["rows"][0]
+    best = planned(SGD(12, 0.9), Job(100, 25, 3, 6.0, 1e-5, 3), contraction=0).rows[0]
     assert ours["rmse_per_example"] == pytest.approx(best.rmse_per_example)
 
 
@@ -198,6 +202,7 @@ def test_the_page_and_the_json_say_what_was_planned_for(call):
 
 def test_the_row_to_take_is_marked_and_dpsgd_is_named(call):
     line = "plan --dataset-size 800 --batch-size 10 --epochs 2 --epsilon 6 --delta 1e-5"
+    line += " --contraction 0"
     rows = json.loads(call(line + " --html plan.html --json")[1])["rows"]
     text = Path("plan.html").read_text()
     assert (rows[0]["mechanism"], rows[0]["memory_rows"]) == ("dense", 159)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,6 +16,12 @@ import termios
 import pytest
 
 from rootnoise.cli import _progress, _report, main
+from rootnoise.factorization import mechanisms
+from rootnoise.runs.config import SAMPLINGS
+from rootnoise.runs.data import _FROM_FILES
+from rootnoise.runs.models import MODELS
+from rootnoise.runs.settings import Settings
+from rootnoise.workload.schedule import FINAL
 
 RUN = ["train", "--dataset", "digits", "--model", "logistic", "--epsilon", "4", "--batch-size"]
 RUN += ["400", "--epochs", "2", "--lr", "0.2"]
@@ -89,6 +96,8 @@ def test_a_bar_says_what_it_was_told_and_before_that_the_accuracy():
         ("rootnoise train --conf", {"--config"}),
         ("rootnoise train --mo", {"--model", "--momentum"}),
         ("rootnoise plan --ht", {"--html"}),
+        ("rootnoise train --mechanism bsr", {"bsr", "bsr-gamma"}),
+        ("rootnoise train --dataset mni", {"mnist", "mnist-5k"}),
     ],
 )
 def test_the_shell_completes_commands_and_options(words, offered):
@@ -103,6 +112,19 @@ def test_the_shell_completes_commands_and_options(words, offered):
         command, check=True, env=os.environ | asked, capture_output=True, text=True
     )
     assert set(made.stdout.split()) == offered
+
+
+def test_values_that_the_shell_completes_are_those_that_are_taken():
+    completing = "autocompletion"
+    own = [f for f in dataclasses.fields(Settings) if completing in f.metadata]
+    offered = {f.name: f.metadata[completing] for f in own}
+    known = {"model": list(MODELS), "dataset": ["digits", *_FROM_FILES], "schedule": list(FINAL)}
+    known |= {
+        "sampling": ["auto", *SAMPLINGS],
+        "mechanism": ["none", "dpsgd", *mechanisms(), "auto"],
+    }
+    for name, values in known.items():
+        assert sorted(offered[name]()) == sorted(values)
 
 
 def test_the_help_names_completion(capsys):
@@ -122,3 +144,21 @@ def test_a_table_never_outgrows_the_terminal(monkeypatch, capsys, width):
     assert "0.009921" in out
     assert "1261.2%" in out
     assert ("239" in out) == ("left out" not in out or "memory" not in out.split("left out")[1])
+
+
+def test_a_narrow_audit_lists_what_holds_and_shows_what_does_not(tmp_path):
+    out = tmp_path / "run"
+    assert main([*RUN, "--out", str(out)]) == 0
+    status, lines = at_a_terminal(50, "audit", str(out))
+    shown = " ".join(line.strip() for line in lines)
+    assert status == 0
+    assert "checks hold: seal, claim.txt, config.json," in shown
+    assert "stated" not in shown
+    (out / "run.toml").write_text("")
+    status, lines = at_a_terminal(50, "audit", str(out))
+    shown = " ".join(line.strip() for line in lines)
+    assert status == 1
+    assert " NO " in shown
+    assert "checks hold: seal, claim.txt" in shown
+    path = [line for line in lines if str(out) in line]  # a word of its own length
+    assert max(len(line) for line in lines if line not in path) <= 50

@@ -11,36 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rootnoise.cli import main
+from commands import refused
 from rootnoise.cli.train import train
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run, stored
+from rootnoise.runs.settings import resuming
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
-
-
-@pytest.fixture
-def call(capsys):
-    """Run a command line; return its status, standard output and standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
-
-
-def refused(call, *arguments):
-    """Return the one line of a refusal."""
-    status, out, err = call(*arguments)
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
 
 
 def test_train_prints_one_json_object(call, tmp_path):
@@ -272,3 +251,11 @@ def test_an_audit_lists_what_fails_first(call, tmp_path, monkeypatch):
     assert [row[:2] for row in rows if row[1] == "NO"] == [["model.pt", "NO"]] == [rows[0][:2]]
     assert all(cell.endswith("%") for row in rows if row[0] == "gap" for cell in row[2:4])
     assert any(row[0] == "gap" for row in rows)
+
+
+def test_the_command_that_resumes_names_the_program_as_it_was_called(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["my env/bin/rootnoise"])
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert resuming(Path("a")) == "'my env/bin/rootnoise' train --resume --out a"
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    assert resuming(Path("a")) == "rootnoise train --resume --out a"

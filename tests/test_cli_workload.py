@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR, LinearLR, StepLR
 
+import commands
 import oracle
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError
-from rootnoise.cli import main
 from rootnoise.cli._options import Split
 from rootnoise.cli._workload import Options
 from rootnoise.factorization.base import _BUILDERS
@@ -31,16 +31,8 @@ GRAM = 0.9 ** np.abs(np.subtract.outer(np.arange(32.0), np.arange(32.0)))
 
 
 @pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
-    """Run a command line in an empty folder; return its status, output and errors."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        status = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run
+def call(call_in_folder):
+    return call_in_folder
 
 
 def answer(call, line, *more):
@@ -50,11 +42,7 @@ def answer(call, line, *more):
 
 
 def refused(call, line):
-    status, out, err = call(*line.split())
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err.removeprefix("error: ")
+    return commands.refused(call, *line.split()).removeprefix("error: ")
 
 
 # ------------------------------------------------------------------------------------ schedules
@@ -290,7 +278,8 @@ def test_it_draws(call, more):
 
 def test_every_option_of_every_mechanism_can_be_given():
     taken = {name for build in _BUILDERS.values() for name in inspect.signature(build).parameters}
-    assert {f.name for f in fields(Split)} == taken - {"workload", "participation", "progress"}
+    own = taken - {"workload", "participation", "progress"}
+    assert {f.name for f in fields(Split)} == own | {"contraction"}
 
 
 @pytest.mark.parametrize(
@@ -456,7 +445,7 @@ def test_a_file_that_does_not_fit_is_refused_before_it_is_read(call, monkeypatch
     else:
         Path(name).write_text("[" + "0," * 9999 + "0]")
     monkeypatch.setattr(_limits, "_free", lambda: 80_000.0)
-    monkeypatch.setattr("rootnoise.cli._workload._READERS", {})  # nothing is read
+    monkeypatch.setattr("rootnoise.cli._number_files._READERS", {})  # nothing is read
     monkeypatch.setattr("json.loads", None)
     line = refused(call, f"factorize --workload {name}")
     assert line.startswith(f"memory must hold the numbers of {name}, ")

@@ -117,3 +117,21 @@ def test_default_bands(who, bands):
 def test_refusals(call, line):
     with pytest.raises(RootnoiseError, match=line):
         call()
+
+
+@pytest.mark.parametrize("mechanism", ["bsr", "banded", "lambda-cgd", "epoch-scaled", "workload"])
+def test_a_strategy_for_a_contracted_loss_serves_the_workload_itself(mechanism):
+    work, who = SGD(12, momentum=0.9), FixedCycle(4, 3)
+    made = factorize(work, who, mechanism, contraction=8.0)
+    aimed = factorize(work.contracted(8.0), who, mechanism)
+    assert made.workload is work
+    np.testing.assert_array_equal(made.strategy.dense(), aimed.strategy.dense())
+    b, c = made.decoder.dense(), made.strategy.dense()
+    np.testing.assert_allclose(b @ c, work.matrix.dense(), atol=1e-12)
+    assert not np.allclose(c, factorize(work, who, mechanism).strategy.dense())
+
+
+@pytest.mark.parametrize("mechanism", ["identity", "tree"])
+def test_strategies_that_are_the_same_for_every_workload_take_no_contraction(mechanism):
+    with pytest.raises(RootnoiseError, match="contraction must be left out for mechanism"):
+        factorize(SGD(12), None, mechanism, contraction=8.0)

@@ -15,14 +15,14 @@ from opacus.optimizers import (
 from torch import nn
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
 from rootnoise.participation import CyclicPoisson, FixedCycle
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import NonFiniteGradientWarning

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger_file import pack
 from rootnoise.federated import Clients, pick
 from rootnoise.participation import (
     BallsInBins,
@@ -18,6 +17,7 @@ from rootnoise.participation import (
     MinSeparation,
     SingleParticipation,
 )
+from rootnoise.participation.ledger_file import pack
 
 WHO = MinSeparation(min_sep=2, max_participations=2)
 

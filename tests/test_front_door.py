@@ -221,8 +221,8 @@ def test_auto_takes_independent_noise_for_adam_and_says_so():
     ratio = float(line.split("about ")[1].split()[0])
     model, _ = parts()
     adam = torch.optim.AdamW(model.parameters(), lr=0.1)
-    plan_of = plan(from_optimizer(adam, 24), Job(24, BATCH, 8, 64.0, 1e-5, 64)).rows
-    best, plain = plan_of[0], next(row for row in plan_of if row.bands == 1)
+    plan_of = plan(from_optimizer(adam, 24), Job(24, BATCH, 8, 64.0, 1e-5, 64))
+    best, plain = plan_of.recommended(), next(row for row in plan_of.rows if row.bands == 1)
     noises = []
     for row in (best, plain):  # by dense matrices
         split = factorize(from_optimizer(adam, 24), row.participation, row.mechanism, **row.options)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -404,3 +405,23 @@ def test_frozen_parameters_may_be_in_the_optimizer():
     train(run)
     assert torch.equal(model.state_dict()["0.weight"], frozen)
     assert run.optimizer.t == EPOCHS * STEPS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("momentum", 0.5), ("weight_decay", 0.1), ("nesterov", True)]
+)
+def test_settings_that_leave_the_plan_are_warned_of_once(name, value):
+    run, _ = private()
+    run.optimizer.param_groups[0][name] = value
+    before = {"momentum": 0.9, "weight_decay": 0, "nesterov": False}[name]
+    message = f"^{name} should be {before}, as planned, got {value} at step 0: epsilon holds"
+    with pytest.warns(UserWarning, match=message) as seen:
+        train(run)
+    assert len(seen) == 1
+
+
+def test_momentum_that_its_scheduler_moves_is_planned():
+    cycle = partial(schedulers.OneCycleLR, max_lr=0.1, total_steps=7)
+    run, scheduler = private(scheduler=cycle, mechanism="bandmf")
+    train(run, scheduler=scheduler)  # warnings are errors
+    assert run.optimizer.t == 6

@@ -48,8 +48,12 @@ def test_a_saved_run_goes_on_bit_by_bit(tmp_path):
     train(*run, epochs=1)
     assert torch.equal(weights(model), whole)
 
-    with pytest.raises(RootnoiseError, match=r"^resume must be of the mechanism that these arg"):
+    rule = "^resume must be of the mechanism that these arguments make, got "
+    spent = f"epsilon: saved {settings['epsilon']:g}, given"
+    with pytest.raises(RootnoiseError, match=rule + spent + " 5$"):
         again(resume=file, **(settings | {"epsilon": 5.0}))
+    with pytest.raises(RootnoiseError, match=rule + r"delta: saved 1e-05, given 1e-06$"):
+        again(resume=file, **(settings | {"delta": 1e-6}))
     with pytest.raises(RootnoiseError, match=r"^key must be left out on resume"):
         again(resume=file, key=Key.fresh(), **settings)
     with pytest.raises(RootnoiseError, match=r"^resume must be readable, got .*: No such file"):

@@ -10,10 +10,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
 from rootnoise.training.guards import ForwardGuard, _Seen, tensors_of
 from rootnoise.workload import SGD
@@ -86,7 +86,7 @@ def test_gradients_of_a_forward_that_zero_grad_dropped():
     o.zero_grad()
     with pytest.raises(RootnoiseError, match=r"^backward must be of the last forward, got one"):
         loss_a.backward()
-    refused(o, "gradients of _module.0.weight are missing", a)
+    refused(o, "gradients of 0.weight are missing", a)
 
 
 def test_zero_grad_leaves_nothing_of_the_pass():
@@ -106,7 +106,7 @@ def test_two_forwards_and_one_backward():
     o = make()
     a, b = o.sampler.batch(0), o.sampler.batch(1)
     (loss_of(o, a) + loss_of(o, b)).backward()
-    refused(o, "^backward must run once a step, got 2 for _module.0.weight|^forward must run once")
+    refused(o, "^backward must run once a step, got 2 for 0.weight|^forward must run once")
     o = make()
     loss_of(o, b)
     loss_of(o, a).backward()
@@ -496,3 +496,16 @@ def test_values_that_become_nan_have_changed_and_those_that_stay_have_not():
     assert not seen.same(t, identical=True)
     t.data[:] = torch.tensor([1.0, 2.0])
     assert not seen.same(t, identical=True)
+
+
+def test_a_model_that_is_compiled_afterwards_is_refused():
+    o = make()
+    compiled = torch.compile(o.module, backend="eager")
+    with pytest.raises(
+        RootnoiseError, match=r"^model must run as it is, .* got it compiled: leave"
+    ):
+        compiled(X[:BATCH])
+    with torch.no_grad():
+        compiled(X[:BATCH])
+    plain_step(o)
+    assert o.t == 1

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.ledger_file import pack, unpack
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.ledger_file import pack, unpack
 
 
 def through_disk(state):

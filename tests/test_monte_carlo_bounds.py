@@ -16,9 +16,9 @@ from rootnoise.accounting.confidence import upper
 from rootnoise.accounting.cost import MonteCarlo
 from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.min_sep_poisson import band_rows
-from rootnoise.batches.samplers import MinSepPoissonSampler
 from rootnoise.causal import Dense, Toeplitz
 from rootnoise.participation import BallsInBins
+from rootnoise.participation.samplers import MinSepPoissonSampler
 
 
 def test_every_noise_multiplier_has_its_own_streams():

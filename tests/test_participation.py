@@ -86,3 +86,8 @@ def test_rounds_of_a_group():
 def test_refusals(call, line):
     with pytest.raises(RootnoiseError, match=line):
         call()
+
+
+def test_one_epoch_is_told_in_the_singular():
+    assert f"{FixedCycle(period=9, epochs=1)}" == "one step of the one epoch"
+    assert f"{FixedCycle(period=9, epochs=2)}" == "one step in each of 2 epochs, exactly 9 apart"

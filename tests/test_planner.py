@@ -10,14 +10,16 @@ import pytest
 import oracle
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.bounds.certificate import lower_bound
-from rootnoise.factorization import factorize, mechanisms
+from rootnoise.factorization import Factorization, factorize, mechanisms
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, SingleParticipation
+from rootnoise.participation.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.planner import (
     AFFORDABLE,
     AMPLIFIED,
+    CONTRACTION,
+    WORTH,
     Job,
     candidates,
     groups,
@@ -33,11 +35,11 @@ TINY = replace(JOB, memory_rows=0)
 CALLS: list[tuple[int, str]] = []
 
 
-@pytest.fixture(scope="module")
-def made():
+@pytest.fixture(scope="module", params=[0.0, CONTRACTION])
+def made(request):
     """Return the plan of the job above, and what its progress said."""
     CALLS.clear()
-    return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)))
+    return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)), contraction=request.param)
 
 
 def sampler(row, job, seed=0):
@@ -53,10 +55,10 @@ def cheat(made):
     made.take(replace(row, noise_multiplier=row.noise_multiplier / 1.1))
 
 
-def dense_error(row, work, job):
+def dense_error(row, work, job, contraction=0.0):
     """Return sigma * sens * |B|_F / sqrt(n) / batch size by dense algebra and every pattern."""
     split = factorize(work, row.participation, row.mechanism, **row.options)
-    a, c = work.matrix.dense(), split.strategy.dense()
+    a, c = work.contracted(contraction).matrix.dense(), split.strategy.dense()
     b = oracle.decoder(a, c)
     if isinstance(row.participation, FixedCycle):
         cycle = row.participation
@@ -70,10 +72,11 @@ def dense_error(row, work, job):
 
 
 def test_each_row_by_dense_algebra(made):
-    once = lower_bound(WORK, SingleParticipation())
-    cycle = lower_bound(WORK, FixedCycle(7, 4))
+    aim = WORK.contracted(made.contraction)
+    once = lower_bound(aim, SingleParticipation())
+    cycle = lower_bound(aim, FixedCycle(7, 4))
     for row in made.rows:
-        error, sens = dense_error(row, WORK, JOB)
+        error, sens = dense_error(row, WORK, JOB, made.contraction)
         assert row.rmse_per_example == pytest.approx(error, rel=1e-6), row
         assert row.sensitivity == pytest.approx(sens, rel=1e-6), row
         bound = once if isinstance(row.participation, CyclicPoisson) else cycle
@@ -149,7 +152,12 @@ def test_rows_can_be_run(made):
         )
         assert ready.epsilon == row.epsilon <= JOB.epsilon
         assert (ready.strategy.bands, split.memory_rows) == (row.bands, row.memory_rows)
-        assert ready.rmse * sigma / JOB.batch_size == pytest.approx(row.rmse_per_example)
+        assert ready.workload == WORK
+        aimed = Factorization(row.mechanism, WORK.contracted(made.contraction), split.strategy)
+        rmse = aimed.rmse(row.participation)
+        assert rmse * sigma / JOB.batch_size == pytest.approx(row.rmse_per_example)
+        if not made.contraction:
+            assert ready.rmse == pytest.approx(rmse)
         again = Mechanism.calibrate(split, row.participation, epsilon=2.0, delta=JOB.delta)
         assert again.noise_multiplier == sigma
         taken, batches = made.take(row, clip_norm=0.5, seed=3)
@@ -160,10 +168,11 @@ def test_rows_can_be_run(made):
 
 def test_the_best_row_is_taken_in_one_call(made):
     mechanism, batches = made.best()
-    assert mechanism.fingerprint == made.take(made.rows[0]).mechanism.fingerprint
+    assert mechanism.fingerprint == made.take(made.recommended()).mechanism.fingerprint
     assert batches.n_steps == mechanism.n_steps
-    other = next(s for s in ("fixed-cycle", "poisson") if s != made.rows[0].sampling)
-    assert made.best(sampling=other).sampler.participation == made.first(other).participation
+    for other in ("fixed-cycle", "poisson"):
+        taken = made.best(sampling=other).sampler.participation
+        assert taken == made.recommended(other).participation
     assert made.first("cyclic-poisson", "poisson").sampling in ("cyclic-poisson", "poisson")
 
 
@@ -184,11 +193,46 @@ def test_amplified_rows_say_what_they_count_on(made):
 @pytest.mark.parametrize("memory", [0, 1, 3])
 def test_rows_obey_the_memory_limit(made, memory):
     job = Job(100, 15, 4, 2.0, 1e-5, memory)
-    rows = plan(WORK, job).rows
+    rows = plan(WORK, job, contraction=made.contraction).rows
     assert max(row.memory_rows for row in rows) <= memory
     # What fits is as good as without a limit.
     best = min(r.rmse_per_example for r in made.rows if r.memory_rows <= memory)
     assert rows[0].rmse_per_example <= best * (1 + 1e-9)
+
+
+def test_what_is_recommended_asks_for_least_among_the_good(made):
+    """By sorting: public batches first, then memory, then error; and each reason decides."""
+    error = made.rows[0].rmse_per_example
+    row = replace(made.first("fixed-cycle"), rmse_per_example=error, memory_rows=5)
+    secret = replace(made.first("poisson"), rmse_per_example=error, memory_rows=0)
+    light = replace(row, memory_rows=2, rmse_per_example=error * (1 + WORTH))
+    heavy = replace(light, memory_rows=1, rmse_per_example=error * (1.001 + WORTH))
+
+    def taken(*rows):
+        return replace(made, rows=rows).recommended()
+
+    assert taken(row) is row
+    assert taken(secret, row) is row
+    assert taken(secret, light, heavy) is light
+    assert taken(row, light, heavy) is light
+    assert taken(row, replace(row, mechanism="bsr")) is row
+    assert taken(secret, heavy) is secret
+    assert replace(made, rows=(secret, row)).recommended("poisson") is secret
+    places = made.place_to_take, replace(made, rows=(secret, heavy, row)).place_to_take
+    assert places == (made.rows.index(made.recommended()), 2)
+
+
+def test_curvature_that_forgets_old_noise_favours_sampling():
+    """The digits at epsilon 1 (docs/planning.md): independent noise there trains further."""
+    job = Job(1442, 128, 20, 1.0, 1e-5, memory_rows=1)
+    linear, pulled = (plan(SGD(240, 0.9), job, contraction=c) for c in (0, CONTRACTION))
+    gains = []
+    for made in (linear, pulled):
+        plain = made.first("poisson").rmse_per_example
+        gains.append(plain / made.first("fixed-cycle").rmse_per_example)
+    assert gains[0] > 0.99
+    assert gains[1] < 0.95
+    assert pulled.recommended().sampling == "poisson"
 
 
 def test_memory_that_nothing_fits_is_independent_noise():
@@ -201,7 +245,7 @@ def test_memory_that_nothing_fits_is_independent_noise():
 
 def test_sampling_wins_where_epsilon_is_small_and_correlation_where_it_is_large():
     jobs = [Job(1000, 20, 2, epsilon, 1e-5, memory_rows=1) for epsilon in (0.5, 2.0)]
-    tight, loose = (plan(SGD(100, momentum=0.9), job).rows[0] for job in jobs)
+    tight, loose = (plan(SGD(100, momentum=0.9), job, contraction=0).rows[0] for job in jobs)
     assert tight.sampling != "fixed-cycle"
     assert loose.sampling == "fixed-cycle"
 
@@ -255,9 +299,11 @@ def test_one_step_an_epoch_and_one_epoch():
 
 def test_schedules_and_matrices_are_planned_too():
     work = ScheduledSGD(learning_rates("cosine", 28, warmup=5), 0.9)
-    rows = plan(work, JOB).rows
-    assert rows[0].rmse_per_example == pytest.approx(dense_error(rows[0], work, JOB)[0], rel=1e-6)
-    matrix = plan(MatrixWorkload(work.matrix.dense()), JOB)
+    for pull in (CONTRACTION, 0.0):
+        rows = plan(work, JOB, contraction=pull).rows
+        error = dense_error(rows[0], work, JOB, pull)[0]
+        assert rows[0].rmse_per_example == pytest.approx(error, rel=1e-6)
+    matrix = plan(MatrixWorkload(work.matrix.dense()), JOB, contraction=0)
     assert "workload must be Toeplitz, or SGD with a schedule" in matrix.left_out["blt"]
     by_name = {(r.mechanism, r.sampling): r.rmse_per_example for r in rows}
     for row in matrix.rows:
@@ -309,6 +355,10 @@ def test_progress_names_what_is_tried(made):
         (lambda: JOB.sampler(FixedCycle(5, 4)), "participation must be one of this job's, got Fix"),
         (lambda: JOB.sampler(SingleParticipation()), "participation must be one of this job's"),
         (lambda: cheat(plan(WORK, TINY)), "row must spend at most epsilon=2, got 2"),
+        (
+            lambda: plan(WORK, JOB, contraction=-1),
+            "contraction must be a finite number >= 0, got -1",
+        ),
         (lambda: plan(SGD(29), JOB), r"workload's n_steps must be in \[28, 28\], got 29"),
     ],
 )

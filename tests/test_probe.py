@@ -1,5 +1,8 @@
 """How the probe of independence goes about it: when it looks, what it sees, what it refuses."""
 
+import gc
+from weakref import WeakSet
+
 import pytest
 import torch
 from torch import nn
@@ -22,7 +25,8 @@ from probe_cases import (
 )
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.training.probe import _differ, _sources, _Trace
+from rootnoise.training.probe import Probe, _differ, _sources, _Trace
+from rootnoise.training.tape import NOTE
 
 
 def test_equal_examples_show_nothing_and_are_made_up_for():
@@ -49,6 +53,23 @@ def test_later_steps_are_probed():
     train(o, full, steps=4)  # without padding all tokens count
     with pytest.raises(RootnoiseError, match=r"^loss \(cross_entropy\) must not mix"):
         train(o, token_mean, steps=1)
+
+
+def test_a_probed_step_is_let_go(monkeypatch):
+    """A hook in autograd's graph that holds the step would keep every probed batch for ever."""
+    steps = WeakSet()
+    enter = Probe.enter
+
+    def noted(probe, args, kwargs):
+        enter(probe, args, kwargs)
+        steps.add(probe._step)
+
+    monkeypatch.setattr(Probe, "enter", noted)
+    o = make(mlp())
+    train(o, ce, steps=1)
+    assert o._probe.probed == [0]
+    gc.collect()
+    assert not steps
 
 
 def test_options_are_checked():
@@ -212,3 +233,11 @@ def test_labels_are_labels_beside_tensors_as_wide_as_the_batch():
 
     with pytest.raises(RootnoiseError, match=r"^loss \(\w+\) must not mix the examples"):
         train(make(mlp()), loss)
+
+
+def test_an_error_of_the_loss_says_that_it_is_the_loops_own():
+    o = make(mlp())
+    out = o.module(X[:4])
+    with pytest.raises(RuntimeError, match="expected") as error:
+        F.cross_entropy(out, Y[:4].int())
+    assert error.value.__notes__ == [NOTE]

@@ -248,6 +248,7 @@ INDEPENDENT = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore::rootnoise.training.IgnoredPenaltyWarning")  # `regularised`
 @pytest.mark.parametrize(("model", "loss"), INDEPENDENT, ids=range(len(INDEPENDENT)))
 def test_what_does_not_mix_passes_and_a_probe_changes_no_bit(model, loss):
     """Probed and unprobed runs are bitwise equal in weights, gradients and generators."""

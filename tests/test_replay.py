@@ -8,10 +8,10 @@ import pytest
 from rootnoise._check import RootnoiseError
 from rootnoise.auditing import replay as module
 from rootnoise.auditing.replay import replay
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.ledger_file import first_line, pack, unpack
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.ledger_file import first_line, pack, unpack
+from rootnoise.participation.samplers import CyclicPoissonSampler, FixedCycleSampler
 
 
 def written(path, batches, n=6):

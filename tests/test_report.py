@@ -148,7 +148,8 @@ def test_a_mechanism_of_another_run_has_no_page(folder, tmp_path):
 
 def test_folders_without_a_run_are_refused(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
-    assert "run must be readable, got" in capsys.readouterr().err
+    line = f"run must be readable, got {tmp_path}: config.json: No such file or directory"
+    assert line in capsys.readouterr().err
 
 
 def test_runs_without_privacy_and_unfinished_ones_have_a_page(tmp_path):

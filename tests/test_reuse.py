@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize, reuse
 from rootnoise.training.reuse import Releases, _digest
 from rootnoise.workload import prefix_sum
@@ -96,18 +96,23 @@ def test_other_keys_other_mechanisms_and_dead_optimizers_do_not_matter():
         gc.enable()
 
 
-def test_every_bit_of_a_release_counts(monkeypatch):
+def of_a_gpu(release):
+    return reuse._fletcher(release, LANES).numpy().tobytes()
+
+
+@pytest.mark.parametrize("digest", [_digest, of_a_gpu])
+def test_every_bit_of_a_release_counts(digest, monkeypatch):
     monkeypatch.setitem(reuse.LANES, "cpu", LANES)
     base = torch.randn(3 * LANES + 5, dtype=torch.float64)
-    assert _digest(base) == _digest(base.clone())
-    seen = {_digest(base)}
+    assert digest(base) == digest(base.clone())
+    seen = {digest(base)}
     for i in range(len(base)):
         changed = base.clone()
         changed.view(torch.int64)[i] ^= 1 << (i % 63)
-        seen.add(_digest(changed))
+        seen.add(digest(changed))
     swapped = base.clone()
     swapped[[0, LANES]] = base[[LANES, 0]]
-    seen.add(_digest(swapped))
+    seen.add(digest(swapped))
     assert len(seen) == len(base) + 2
 
 
@@ -131,6 +136,7 @@ def test_a_step_in_the_middle_may_be_repeated():
         other.check(2, parts[1])
 
 
-def test_both_zeros_are_one():
+@pytest.mark.parametrize("digest", [_digest, of_a_gpu])
+def test_both_zeros_are_one(digest):
     zeros = torch.zeros(reuse.LANES["cpu"] + 1, dtype=torch.float64)
-    assert _digest(zeros) == _digest(-zeros)
+    assert digest(zeros) == digest(-zeros)

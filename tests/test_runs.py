@@ -1,5 +1,6 @@
 """Whole runs on the digits: folder, claim, resumption, refusals; and the demonstration."""
 
+import copy
 import dataclasses
 import json
 import stat
@@ -7,16 +8,19 @@ import stat
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError
+from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs import trainer as trainer_module
 from rootnoise.runs.config import RunConfig, claim, make_key, make_mechanism, make_sampler
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.micro_batches import example_bytes
 from rootnoise.runs.run import run
 from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
 
@@ -74,10 +78,65 @@ def test_micro_batches_need_less_memory(monkeypatch):
     assert mechanism is not None
     data = load("digits")
     with pytest.raises(RootnoiseError, match=r"fewer bands or a smaller batch or micro_batch_size"):
-        Trainer(dataclasses.replace(SMALL, batch_size=721), data, sampler, mechanism)
+        Trainer(
+            dataclasses.replace(SMALL, batch_size=721, micro_batch_size=721),
+            data,
+            sampler,
+            mechanism,
+        )
     Trainer(
         dataclasses.replace(SMALL, batch_size=721, micro_batch_size=8), data, sampler, mechanism
     )
+
+
+def steps_of(trainer, n):
+    for _ in range(n):
+        trainer._step()
+    return trainer.model.state_dict()
+
+
+def test_micro_batches_are_chosen_from_free_memory(monkeypatch):
+    """The choice reads no data; a resumed run keeps it; noise is the same whatever it is."""
+    sampler = make_sampler(SMALL, 1442)
+    mechanism, data, key = make_mechanism(SMALL, sampler), load("digits"), Key.from_seed(5)
+    free = 1e12
+    monkeypatch.setattr(_limits, "_free", lambda: free)
+
+    def fresh(data=data):
+        return Trainer(SMALL, data, sampler, mechanism, key)
+
+    whole = fresh()
+    assert whole._micro == 1442
+    held = 12.0 * mechanism.noising.state_size * sum(p.numel() for p in whole.model.parameters())
+    one = example_bytes(whole.model, data.train_inputs[0])
+    free = held + 2 * 40 * one
+    said = f"^batches of {SMALL.batch_size} are made in micro-batches of 32, which fit"
+    with pytest.warns(UserWarning, match=said):
+        split = fresh()
+    with pytest.warns(UserWarning, match=said):
+        zeros = torch.zeros_like(data.train_inputs)
+        assert fresh(dataclasses.replace(data, train_inputs=zeros))._micro == 32
+    before, after = steps_of(whole, 2), steps_of(split, 2)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-5)
+    free = 1e12  # resumed where there is more memory: the same bits as without the stop
+    again = fresh()
+    again.load_state_dict(copy.deepcopy(split.state_dict()))
+    assert again._micro == 32
+    after, found = steps_of(split, 1), steps_of(again, 1)
+    assert all(torch.equal(found[name], after[name]) for name in after)
+    free = held + 2 * 20 * one  # where there is less, a warning says that bits change
+    with pytest.warns(UserWarning, match="micro-batches of 16"):
+        less = fresh()
+    with pytest.warns(EnvironmentChangedWarning, match="micro-batches of 16, its checkpoint .* 32"):
+        less.load_state_dict(split.state_dict())
+
+
+def test_an_example_takes_about_what_is_kept_of_it():
+    """Autograd keeps the inputs of both layers, and the outputs of the first for ReLU's sign."""
+    model = nn.Sequential(nn.Linear(100, 30), nn.ReLU(), nn.Linear(30, 10))
+    weights = 4 * sum(p.numel() for p in model.parameters())
+    assert example_bytes(model, torch.zeros(100)) == weights + 4 * 4 * (100 + 30 + 10)
 
 
 @pytest.mark.parametrize("mechanism", ["bsr", "identity", "square-root", "workload", "dpsgd"])

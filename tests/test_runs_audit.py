@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger_file import Journal, pack, unpack
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.ledger_file import Journal, pack, unpack
 from rootnoise.runs import audit as audit_module
 from rootnoise.runs import inference, report, statement
 from rootnoise.runs.audit import audit

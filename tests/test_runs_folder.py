@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger_file import Journal
 from rootnoise.keys import Key
+from rootnoise.participation.ledger_file import Journal
 from rootnoise.runs import folder, statement
 from rootnoise.runs import run as run_module
 from rootnoise.runs.config import make_mechanism, make_sampler
@@ -332,7 +332,7 @@ def test_the_seed_of_secret_batches_is_128_bits_of_entropy(monkeypatch, kind):
         asked.append(bits)
         return 2**bits - 1 - len(asked)
 
-    monkeypatch.setattr("rootnoise.batches.samplers.secrets.randbits", randbits)
+    monkeypatch.setattr("rootnoise.participation.samplers.secrets.randbits", randbits)
     seeds = [make_sampler(config, 1442).seed for _ in range(2)]
     assert asked == [128, 128]
     assert seeds == [2**128 - 2, 2**128 - 3]

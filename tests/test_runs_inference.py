@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from commands import refused
 from rootnoise._check import RootnoiseError
-from rootnoise.cli import main
 from rootnoise.runs import data
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.data import load as load_data
@@ -36,22 +37,8 @@ def pixels():
 
 
 @pytest.fixture
-def call(capsys):
-    def run_it(*arguments):
-        capsys.readouterr()
-        status = main(["predict", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return run_it
-
-
-def refused(call, *arguments):
-    status, out, err = call(*arguments)
-    assert (status, out) == (2, "")
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
+def call(call):
+    return partial(call, "predict")
 
 
 def test_the_accuracy_is_that_of_the_run(folder, call):

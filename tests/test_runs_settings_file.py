@@ -28,15 +28,12 @@ epsilon = 4
 
 
 @pytest.fixture
-def call(capsys, tmp_path, monkeypatch):
+def call(call_in_folder, tmp_path):
     """Write a file run.toml in an empty folder and train with it; return status and both texts."""
-    monkeypatch.chdir(tmp_path)
 
     def train(text, *more):
         (tmp_path / "run.toml").write_text(text)
-        status = main(["train", "--config", "run.toml", *more])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        return call_in_folder("train", "--config", "run.toml", *more)
 
     return train
 
@@ -80,6 +77,7 @@ def test_both_spellings_of_a_name_are_read(tmp_path):
         "seed = 1.5": "Invalid value for '--seed'",
         "lr = 'much'": "Invalid value for '--lr'",
         "lr = nan": "lr must be a finite number > 0, got nan",
+        "[run]\nlr = 1": "run.toml must hold settings of `train`, such as lr, without sections",
         "lr = ": "config must hold TOML, got run.toml: ",
         "checkpoint-every = 0": "checkpoint_every must be >= 1, got 0",
         "mechanism = 'magic'": "mechanism must be one of none, dpsgd",
@@ -91,6 +89,12 @@ def test_a_bad_file_is_one_line_and_nothing_is_written(call, tmp_path, more, lin
     assert err.startswith("error: " + line)
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_text_without_quotes_is_told_of_them(call):
+    status, _, err = call(SMALL + "device = cpu", "--out", "run")
+    assert status == 2
+    assert err.endswith('(a text needs quotes: mechanism = "bsr")\n')
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path):

@@ -55,16 +55,16 @@ def test_a_gradient_that_is_not_finite_counts_as_zero(tmp_path):
 def test_refusals(tmp_path):
     launch(1, sharded_runs.refuse, tmp_path)
     expected = [
-        "gradients of _module.0.weight are missing: run forward and backward once, in",
+        "gradients of 0.weight are missing: run forward and backward once, in",
         "indices must be one a gradient row (6), got 5",
-        "backward must run once a step, got 2 for _module.0.weight",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
-        "saved noise's state must have a DTensor of at least 3 rows for _module.0.weight, got",
+        "backward must run once a step, got 2 for 0.weight",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
+        "saved noise's state must have a DTensor of at least 3 rows for 0.weight, got",
         "parameters of a sharded model must be in one layer each, got a second Linear with them",
         "layers of a sharded model must have a per-sample gradient in Opacus, got PReLU",
-        "_module.weight must be sharded by rows over one mesh dimension, got (Shard(dim=1),)",
-        "_module.0.weight must be sharded by rows over one mesh dimension, got Tensor",
+        "weight must be sharded by rows over one mesh dimension, got (Shard(dim=1),)",
+        "0.weight must be sharded by rows over one mesh dimension, got Tensor",
         "shard must hold rows range(0, 5), got 3 rows",
     ]
     lines = (tmp_path / "lines.txt").read_text().splitlines()

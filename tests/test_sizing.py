@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from noise_cases import with_strategy
 from rootnoise._check import RootnoiseError
 from rootnoise.causal import Toeplitz
-from rootnoise.cli import _plan_view, main
+from rootnoise.cli import main
 from rootnoise.noise import NoiseStream, blockplan, speed
 from rootnoise.planner import Fleet, Job, Speed, plan
 from rootnoise.planner.sizing import held_rows
@@ -126,8 +126,8 @@ def test_a_row_that_does_not_fit_is_not_chosen(made):
     assert not sized.fits(best)
     chosen = sized.first()
     assert chosen is next(r for r, s in zip(made.rows, sizes, strict=True) if s.total <= limit)
-    assert sized.best().mechanism.name == chosen.mechanism
-    assert sized.fits(made.rows[_plan_view.choice(sized)])
+    assert sized.best().mechanism.name == sized.recommended().mechanism
+    assert sized.fits(made.rows[sized.place_to_take])
     assert made.first() is best
     least = min(size.total for size in sizes)
     assert replace(made, job=replace(job, fleet=Fleet(10**9, device_memory=least))).first()

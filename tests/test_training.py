@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.samplers import CyclicPoissonSampler, FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import (
     NonFiniteGradientWarning,

@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.participation import FixedCycle
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from training_cases import (
     BATCH,
@@ -100,7 +100,7 @@ def test_step_refuses_a_bad_batch_and_can_go_on():
         with pytest.raises(RootnoiseError, match=message):
             optimizer.step(batch)
 
-    refused("per-sample gradients of _module.weight are missing", first)
+    refused("per-sample gradients of weight are missing", first)
     backward(optimizer, x, y, first)
     refused(r"indices must be one a gradient row \(4\), got 3", first[:3])
     refused(r"indices must be one a gradient row \(4\), got 0", first[:0])

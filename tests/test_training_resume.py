@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import CyclicPoissonSampler
+from rootnoise.participation.samplers import CyclicPoissonSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from training_cases import (
     BATCH,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import oracle
 from rootnoise import RootnoiseError, workload
-from rootnoise.workload import SGD, ToeplitzWorkload, prefix_sum
+from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
 
 UNIT = st.floats(0, 1, allow_nan=False)
 
@@ -76,3 +76,45 @@ def test_a_long_toeplitz_workload_is_written_as_it_was_given():
     fields = ToeplitzWorkload(a).to_dict()
     assert fields["coefficients"] == a.tolist()
     assert workload.from_dict(fields).to_dict() == fields
+
+
+PULL = 5.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_contracted_sgd_by_running_it(momentum):
+    """The parameters keep exp(-c / n) of what they moved, or a part by the rate of the step."""
+    n, rng = 9, np.random.default_rng(0)
+    gradients, rates = rng.standard_normal(n), np.linspace(1.0, 0.2, n)
+    for work, chi, keep in (
+        (SGD(n, momentum, 0.9), np.ones(n), 0.9 * np.exp(-PULL / n * np.ones(n))),
+        (ScheduledSGD(rates, momentum), rates, np.exp(-PULL * rates / rates.sum())),
+    ):
+        theta = velocity = 0.0
+        moved = []
+        for t in range(n):
+            velocity = momentum * velocity + gradients[t]
+            theta = keep[t] * theta + chi[t] * velocity
+            moved.append(theta)
+        found = work.contracted(PULL)
+        np.testing.assert_allclose(found.matrix.apply(gradients), moved, rtol=1e-12)
+        assert type(found) is type(work)
+
+
+def test_contracted_entries():
+    """Of coefficients and matrices each entry falls with its lag."""
+    a = np.array([1.0, 1.5, 1.75])
+    fall = np.exp(-PULL / 3 * np.arange(3))
+    found = ToeplitzWorkload(a).contracted(PULL).matrix.dense()
+    np.testing.assert_allclose(found[:, 0], a * fall)
+    dense = np.array([[2.0, 0, 0], [3, 4, 0], [5, 6, 7]])
+    found = MatrixWorkload(dense).contracted(PULL).matrix.dense()
+    expected = dense * [[1, 0, 0], [fall[1], 1, 0], [fall[2], fall[1], 1]]
+    np.testing.assert_allclose(found, expected)
+
+
+def test_no_contraction_is_the_workload_itself():
+    for work in (SGD(3), ToeplitzWorkload([1.0, 1]), MatrixWorkload(np.eye(2))):
+        assert work.contracted(0) is work
+    with pytest.raises(RootnoiseError, match="contraction must be a finite number >= 0, got -1"):
+        SGD(3).contracted(-1)

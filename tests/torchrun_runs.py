@@ -1,4 +1,4 @@
-"""What the processes of test_torchrun run; a child can import it, a test module it cannot."""
+"""What the processes of test_runs_torchrun run; a child can import it, a test module it cannot."""
 
 from __future__ import annotations
 

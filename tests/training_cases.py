@@ -5,10 +5,10 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import SGD
 

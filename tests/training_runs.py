@@ -1,4 +1,4 @@
-"""What the processes of test_kill run; a child can import it, a test module it cannot."""
+"""What the processes of test_runs_kill run; a child can import it, a test module it cannot."""
 
 from __future__ import annotations
 
@@ -31,10 +31,11 @@ RUN = (
     "training/reuse.py",
     "training/tape.py",
     "noise/engine.py",
-    "batches/ledger_file.py",
-    "batches/ledger.py",
+    "participation/ledger_file.py",
+    "participation/ledger.py",
     "noise/stream.py",
     "training/optimizer.py",
+    "training/resume.py",
     "runs/folder.py",
     "runs/trainer.py",
     "runs/run.py",

@@ -9,7 +9,7 @@ from typing import Any
 import fastDP
 import models
 import torch
-from clock import growth, measured, paired, serve  # of rootnoise.bench, through PYTHONPATH
+from clock import growth, measured, paired, serve  # of rootnoise.cli.bench, through PYTHONPATH
 from fastDP.accounting.accounting_manager import DEFAULT_ALPHAS, RDPManager
 from torch.nn import functional
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -14,10 +14,11 @@ from clock import (
     growth,
     measured,
     paired,
+    quickest,
     seconds,
     serve,
     timed,
-)  # of rootnoise.bench, through PYTHONPATH
+)  # of rootnoise.cli.bench, through PYTHONPATH
 from torch.nn import functional
 
 # opake-accounting 0.16.1 does not import on CPython 3.11.7, whose dataclasses overlook an inherited
@@ -123,10 +124,10 @@ def _stream(d: int, bands: int) -> Callable[[], None]:
 
 def noise(d: int, bands: int) -> dict[str, Any]:
     """Return the time of one step's noise."""
-    return {"seconds": seconds(_stream(d, bands))}
+    return paired(lambda: torch.randn(d), _stream(d, bands), steps=4, budget=1.0)
 
 
-def _private_step(model: str, n: int) -> Callable[[], None]:
+def _private_step(model: str, n: int, micro: int | None) -> Callable[[], None]:
     net, x, y = models.batch(model, n)
     params = {name: p.detach().clone() for name, p in net.named_parameters()}
 
@@ -135,7 +136,7 @@ def _private_step(model: str, n: int) -> Callable[[], None]:
         return functional.cross_entropy(scores, y[None])
 
     clip, clipping = dpftrl.clipped_grad(
-        loss, clipping_norm=1.0, normalize_by=float(n), batch_argnums=(1, 2)
+        loss, clipping_norm=1.0, normalize_by=float(n), batch_argnums=(1, 2), microbatch_size=micro
     )
     add, state = _noise(params, 8)
 
@@ -150,21 +151,21 @@ def _private_step(model: str, n: int) -> Callable[[], None]:
 
 
 @cache
-def _pair(model: str, n: int) -> tuple[Callable[[], None], Callable[[], None]]:
-    step = _private_step(model, n)
-    step()
-    step()
-    return models.plain_step(model, n), step
+def _pair(model: str, n: int) -> tuple[Callable[[], None], Callable[[], object], str]:
+    ways = {str(m or "all"): partial(_private_step, model, n, m) for m in (None, 8, 1)}
+    micro, step = quickest(ways)
+    return models.plain_step(model, n), step, micro
 
 
 def step(model: str, n: int) -> dict[str, Any]:
     """Return the time of a private step and of a plain one."""
-    return paired(*_pair(model, n), steps=2)
+    plain, private, micro = _pair(model, n)
+    return {**paired(plain, private, steps=2), "micro": micro}
 
 
 def memory(model: str, n: int) -> dict[str, Any]:
-    """Return the peak memory of private steps."""
-    return {"MB": growth(lambda: _private_step(model, n))}
+    """Return the peak memory of private steps in micro-batches of 8."""
+    return {"MB": growth(lambda: _private_step(model, n, 8))}
 
 
 def _run(sigma: float, q: float, n: int, groups: int) -> Any:

@@ -13,22 +13,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rootnoise.bench.clock import Side
-from rootnoise.bench.questions import SECTIONS, Result, ask, own_sides
-from rootnoise.bench.tables import fill
+from pictures import draw
+
+from rootnoise._files import write_whole
+from rootnoise.cli.bench.clock import Side
+from rootnoise.cli.bench.page import fill
+from rootnoise.cli.bench.questions import SECTIONS, Result, ask, own_sides
 
 ROOT = Path(__file__).parents[2]
 JSON, PAGE = ROOT / "docs/comparison.json", ROOT / "docs/comparison.md"
 RIVALS = (("JAX-Privacy", "jax"), ("opake", "opake"), ("fastDP", "fastdp"))
 
 
-def sides() -> list[Side]:
+def sides(limit: float) -> list[Side]:
     """Return all sides; rivals run in environments of their own."""
-    found = own_sides()
+    found = own_sides(limit)
     for name, short in RIVALS:
         python = ROOT / f".venv-rivals-{short}/bin/python"
         script = Path(__file__).parent / f"{short}_side.py"
-        found.append(Side(name, [str(python), str(script)] if python.exists() else None))
+        command = [str(python), str(script)] if python.exists() else None
+        found.append(Side(name, command, limit))
     return found
 
 
@@ -39,9 +43,13 @@ def wrong() -> dict[str, list[dict[str, Any]]]:
         pythons[name] = short, ROOT / f".venv-rivals-{short}/bin/python"
     found = {}
     for name, (short, python) in pythons.items():
-        if name != "JAX-Privacy" and python.exists():
+        if python.exists():
             command = [python, Path(__file__).parent / "wrong.py", short]
-            done = subprocess.run(command, capture_output=True, check=True)
+            try:
+                done = subprocess.run(command, capture_output=True, check=True, timeout=120)
+            except subprocess.SubprocessError as reason:
+                print(f"wrong.py {short}: {reason}")
+                continue
             found[name] = json.loads(done.stdout)
     return found
 
@@ -53,11 +61,25 @@ def merged(old: Result, new: Result, sections: list[str]) -> Result:
     return {**old, **new, "rows": rows}
 
 
+def write(path: Path, result: Result) -> None:
+    """Write a result, whole or not at all."""
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
+
+
+def progress(result: Result) -> str:
+    """Return a line on the last question: seconds since the start, and those of each side."""
+    row = result["rows"][-1]
+    asked = " ".join(str(value) for value in row["question"].values())
+    spent = ", ".join(f"{name} {taken:.1f}" for name, taken in row["spent"].items() if taken)
+    return f"{result['seconds']:4} s  {row['section']}: {asked}; seconds: {spent}"
+
+
 def main() -> None:
     """Measure, and write both files."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer sizes, rates and seeds")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--limit", type=float, default=60.0, help="seconds for one answer")
     parser.add_argument("--json", type=Path, default=JSON)
     parser.add_argument("--page", action="store_true", help="write the tables again, ask nobody")
     options = parser.parse_args()
@@ -65,15 +87,17 @@ def main() -> None:
     if not options.page:
 
         def keep(result: Result) -> None:
-            whole = merged(old, result, options.only)
-            options.json.write_text(json.dumps(whole, indent=1) + "\n")
-            print(len(result["rows"]), result["rows"][-1]["question"], flush=True)
+            write(options.json, merged(old, result | {"command": command}, options.only))
+            print(progress(result), flush=True)
 
-        ask(sides(), options.quick, options.only, keep)
-        whole = json.loads(options.json.read_text()) | {"wrong": wrong()}
-        options.json.write_text(json.dumps(whole, indent=1) + "\n")
+        command = " ".join(["python benchmarks/comparison/run.py", *sys.argv[1:]])
+        found = ask(sides(options.limit), options.quick, options.only, keep)
+        whole = merged(old, found | {"command": command}, options.only)
+        write(options.json, whole | {"wrong": wrong()})
     if options.json == JSON:
-        PAGE.write_text(fill(PAGE.read_text(), json.loads(JSON.read_text())))
+        result = json.loads(JSON.read_text())
+        PAGE.write_text(fill(PAGE.read_text(), result))
+        draw(result, PAGE.parent / "assets")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Inputs on which a rival is wrong: `python wrong.py opacus|opake|fastdp`, in its environment.
+"""Inputs on which a rival is wrong: `python wrong.py opacus|jax|opake|fastdp`, in its environment.
 
-Prints a JSON list of {input, right, found}: what should come out, and what does. A case that is
-right again on a later version says so by its numbers.
+Prints a JSON list of {input, right, found, wrong}: what should come out, what does, and whether it
+is wrong. A case that is right again on a later version says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from itertools import combinations, pairwise
 from typing import Any
 
-Case = dict[str, str]
+Case = dict[str, Any]
 
 
 def opacus() -> list[Case]:
@@ -85,21 +85,26 @@ def opacus() -> list[Case]:
             " opposite gradients up to 1 %; 20 draws",
             "right": f"the norm, at least {min(true for _, true in low):.2g} in each",
             "found": f"0 in {none} of 20: those examples are not clipped; NaN in {nan}",
+            "wrong": none + nan > 0,
         },
         {
             "input": "ghost norm in float32: the same, up to 0.1 %; 20 draws",
             "right": "the norm",
             "found": f"{min(ratios):.3f} to {max(ratios):.3f} of it",
+            "wrong": min(ratios) < 0.999,
         },
         {
             "input": "ghost norm: a layer used in one step (norm 500) and not in the next (norm 5)",
             "right": "5 in the second step",
-            "found": f"{stale:.1f}: too large, so clipped too much, which is private",
+            "found": f"{stale:.1f}"
+            + (": too large, so clipped too much, which is private" if stale > 5.1 else ""),
+            "wrong": abs(stale - 5) > 0.1,
         },
         {
             "input": "hooks: Embedding(4, 3, padding_idx=0) on the ids 0 and 1",
             "right": "gradient 0 in the padding row, as torch has it",
-            "found": f"{padding:.0f}, summed: the padding row is trained",
+            "found": f"{padding:.0f}, summed" + (": the padding row is trained" * (padding > 0)),
+            "wrong": padding > 0,
         },
         {
             "input": "`make_private(..., poisson_sampling=False)`, noise multiplier 1, 10 of 100"
@@ -107,43 +112,69 @@ def opacus() -> list[Case]:
             "right": f"without amplification, ten participations: epsilon {exact:.2f}",
             "found": f"epsilon {spent[1]:.2f}, that of Poisson sampling ({spent[0]:.2f}); its"
             " docstring says that this is an approximation",
+            "wrong": bool(spent[1] < 0.999 * exact),
         },
     ]
 
 
+STEPS, APART, TIMES = 12, 3, 4  # of the runs whose every pattern is tried
+
+
+def overlooked(strategies: list[tuple[Any, float]]) -> Case:
+    """Return the case of sensitivities, each of a strategy's coefficients, against all patterns."""
+    import numpy as np
+
+    patterns = [
+        list(p)
+        for k in range(1, TIMES + 1)
+        for p in combinations(range(STEPS), k)
+        if all(y - x >= APART for x, y in pairwise(p))
+    ]
+    worst = 0.0
+    for coefficients, sensitivity in strategies:
+        c = np.zeros(STEPS)
+        c[: len(coefficients)] = coefficients
+        i, j = np.indices((STEPS, STEPS))
+        matrix = np.where(i >= j, c[i - j], 0)
+        worst = max(worst, *(np.linalg.norm(matrix[:, p].sum(1)) / sensitivity for p in patterns))
+    return {
+        "right": "the largest over all patterns",
+        "found": f"right: the true one is at most {worst:.6f} of it"
+        if worst < 1.00001
+        else f"the true one is {worst:.6f} of it",
+        "wrong": bool(worst >= 1.00001),
+    }
+
+
+def jax() -> list[Case]:
+    """Return what was tried on JAX-Privacy: its sensitivities against every pattern."""
+    from jax_privacy.matrix_factorization import toeplitz
+
+    strategies = []
+    for p in (1, 3, 8):
+        for c in (
+            toeplitz.optimal_max_error_strategy_coefs(STEPS)[:p],
+            toeplitz.optimize_banded_toeplitz(STEPS, p),
+        ):
+            squared = toeplitz.minsep_sensitivity_squared(c, APART, TIMES, STEPS)
+            strategies.append((c, float(squared) ** 0.5))
+    about = "sensitivity of BSR and banded Toeplitz, 12 steps, 4 participations 3 apart"
+    return [{"input": about, **overlooked(strategies)}]
+
+
 def opake() -> list[Case]:
     """Return what was tried on opake: its sensitivities against every pattern."""
-    import numpy as np
     from opake import dpftrl
 
-    worst, n, b = 0.0, 12, 3
-    patterns = [
-        p
-        for k in range(1, 5)
-        for p in combinations(range(n), k)
-        if all(y - x >= b for x, y in pairwise(p))
-    ]
     recipes: list[Any] = [
         *(dpftrl.bsr_strategy(bandwidth=p, alpha=1.0, beta=0.5) for p in (1, 3, 8)),
         *(dpftrl.band_mf_strategy(bands=p) for p in (1, 3, 8)),
         dpftrl.blt_strategy(),
     ]
-    for recipe in recipes:
-        how = {"n_steps": n, "min_sep": b, "max_participations": 4}
-        c = np.zeros(n)
-        made = recipe.coefficients(**how).numpy()
-        c[: made.size] = made
-        i, j = np.indices((n, n))
-        matrix = np.where(i >= j, c[i - j], 0)
-        true = max(np.linalg.norm(matrix[:, list(p)].sum(1)) for p in patterns)
-        worst = max(worst, true / recipe.sensitivity(**how))
-    return [
-        {
-            "input": "sensitivity of BSR, BandMF and BLT, 12 steps, 4 participations 3 apart",
-            "right": "the largest over all patterns",
-            "found": f"right: the true one is at most {worst:.6f} of it",
-        }
-    ]
+    how = {"n_steps": STEPS, "min_sep": APART, "max_participations": TIMES}
+    strategies = [(r.coefficients(**how).numpy(), r.sensitivity(**how)) for r in recipes]
+    about = "sensitivity of BSR, BandMF and BLT, 12 steps, 4 participations 3 apart"
+    return [{"input": about, **overlooked(strategies)}]
 
 
 def fastdp() -> list[Case]:
@@ -177,7 +208,9 @@ def fastdp() -> list[Case]:
             "input": "two Linear(2, 2) that share the weight [[1, 0], [-1, 0]], a ReLU between; one"
             " record (1000, 0), loss the sum of outputs, clip norm 1, rate 1, no noise",
             "right": "the weight moves by at most 1",
-            "found": f"it moves by {moved:.0f}: the norm of one use overwrites that of the other",
+            "found": f"it moves by {moved:.0f}"
+            + (": the norm of one use overwrites that of the other" if moved > 1.001 else ""),
+            "wrong": moved > 1.001,
         }
     ]
 
@@ -185,4 +218,7 @@ def fastdp() -> list[Case]:
 if __name__ == "__main__":
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what they print of their own goes astray
-    print(json.dumps({"opacus": opacus, "opake": opake, "fastdp": fastdp}[sys.argv[1]]()), file=out)
+    print(
+        json.dumps({"opacus": opacus, "jax": jax, "opake": opake, "fastdp": fastdp}[sys.argv[1]]()),
+        file=out,
+    )

@@ -21,16 +21,6 @@ if TYPE_CHECKING:
         tuned_noise_multiplier,
         tuned_privacy_cost,
     )
-    from rootnoise.batches.ledger import Ledger
-    from rootnoise.batches.loader import data_loader
-    from rootnoise.batches.samplers import (
-        BallsInBinsSampler,
-        CyclicPoissonSampler,
-        FixedCycleSampler,
-        MinSeparationSampler,
-        MinSepPoissonSampler,
-        OwnBatches,
-    )
     from rootnoise.bounds.certificate import Certificate, check, lower_bound
     from rootnoise.causal import CausalMatrix, Dense, Diagonal, Inverse, Product, Toeplitz
     from rootnoise.causal.banded import Banded
@@ -49,6 +39,16 @@ if TYPE_CHECKING:
         MinSepPoisson,
         Participation,
         SingleParticipation,
+    )
+    from rootnoise.participation.ledger import Ledger
+    from rootnoise.participation.loader import data_loader
+    from rootnoise.participation.samplers import (
+        BallsInBinsSampler,
+        CyclicPoissonSampler,
+        FixedCycleSampler,
+        MinSeparationSampler,
+        MinSepPoissonSampler,
+        OwnBatches,
     )
     from rootnoise.participation.sensitivity import Sensitivity
     from rootnoise.planner import Job, plan
@@ -108,8 +108,8 @@ _MODULES = {
     "front_door": ("evaluate", "make_private"),
     "keys": ("Key",),
     "noise": ("NoiseStream",),
-    "batches.ledger": ("Ledger",),
-    "batches.samplers": (
+    "participation.ledger": ("Ledger",),
+    "participation.samplers": (
         "BallsInBinsSampler",
         "CyclicPoissonSampler",
         "FixedCycleSampler",
@@ -117,7 +117,7 @@ _MODULES = {
         "MinSeparationSampler",
         "OwnBatches",
     ),
-    "batches.loader": ("data_loader",),
+    "participation.loader": ("data_loader",),
     "training": ("PrivateOptimizer", "privatize"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from typing import Any, SupportsFloat, SupportsIndex
 
@@ -126,6 +127,21 @@ def real(
         rule = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds if bound is not None)
         raise RootnoiseError(f"{name} must be a finite number {rule}".rstrip() + f", got {result}")
     return result
+
+
+def one_of(name: str, value: object, known: Iterable[str], among: str = "") -> None:
+    """Refuse a value that is none of the known names, and say which of them is near.
+
+    >>> one_of("mechanism", "brs", ["bsr", "blt"])
+    Traceback (most recent call last):
+    rootnoise._check.RootnoiseError: mechanism must be one of bsr, blt, got 'brs': perhaps bsr
+    """
+    known = list(known)
+    if value in known:
+        return
+    near = difflib.get_close_matches(f"{value}", known, 1)
+    perhaps = f": perhaps {near[0]}" if near else ""
+    raise RootnoiseError(f"{name} must be one of {', '.join(known)}{among}, got {value!r}{perhaps}")
 
 
 def clip_range(clip_norm: float) -> float:

@@ -1,4 +1,4 @@
-"""What is refused before work begins: more than any use needs, more than this machine has."""
+"""Limits: what is refused before work begins, as no use or this machine's memory allows it."""
 
 from __future__ import annotations
 

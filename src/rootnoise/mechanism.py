@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -274,6 +275,44 @@ class Mechanism:
         text = json.dumps(self._definition(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def settings(self) -> dict[str, Any]:
+        """Return plain values by name that tell mechanisms apart, as people set them.
+
+        >>> from rootnoise.factorization import factorize
+        >>> from rootnoise.workload import SGD
+        >>> who = SingleParticipation()
+        >>> made = Mechanism.calibrate(factorize(SGD(8), who, "bsr"), who, epsilon=1, delta=1e-5)
+        >>> made.settings()["mechanism"], made.settings()["epsilon"]
+        ('bsr', '1')
+        """
+        split = {"mechanism": self.name, "bands": self.strategy.bands}
+        goal = {"delta": self.delta, "clip_norm": self.clip_norm}
+        work = self.workload.to_dict()
+        who = participation.to_dict(self.participation)
+        parts = {"workload": work.pop("type")} | work | {"participation": who.pop("type")} | who
+        spent = {"epsilon": accounting.round_up(self.epsilon, 4)}
+        return split | spent | goal | parts | {"noise_multiplier": self.noise_multiplier}
+
+    def unlike(self, saved: Mapping[str, Any] | None) -> str:
+        """Say how this mechanism differs from one with those `settings`, in one line.
+
+        >>> from rootnoise.factorization import factorize
+        >>> from rootnoise.workload import SGD
+        >>> who = SingleParticipation()
+        >>> made = Mechanism.calibrate(factorize(SGD(8), who, "bsr"), who, epsilon=1, delta=1e-5)
+        >>> made.unlike(made.settings() | {"delta": 1e-6})
+        'delta: saved 1e-06, given 1e-05'
+        """
+        ours, other = self.settings(), [] if saved is None else list(saved)
+        names = [n for n in dict.fromkeys([*ours, *other]) if (saved or {}).get(n) != ours.get(n)]
+        if len(names) > 1 and "noise_multiplier" in names:  # it follows from the others
+            names.remove("noise_multiplier")
+        if saved is None or not names:
+            return f"another one than {self.fingerprint[:16]}"
+        return "; ".join(
+            f"{n}: saved {_short(saved.get(n))}, given {_short(ours.get(n))}" for n in names
+        )
+
     def claim(self) -> str:
         """Return the privacy guarantee as sentences that an auditor can check."""
         sens, cost, number = self.sensitivity, self.privacy, accounting.exactly
@@ -422,6 +461,13 @@ class Mechanism:
             "delta": self.delta,
             "clip_norm": self.clip_norm,
         }
+
+
+def _short(value: Any) -> str:
+    """Return a setting as text, a long one by its length alone."""
+    if value is None:
+        return "none"
+    return f"{len(value)} numbers" if isinstance(value, list | tuple) else f"{value}"
 
 
 def _so_far(who: Participation, t: int) -> Participation | None:

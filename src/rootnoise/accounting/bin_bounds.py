@@ -2,7 +2,8 @@
 
 For convex f, E_Q f(L) grows with every entry of the Gram matrix (Kahane 1985; `dominating` has the
 formula), and by Jensen's inequality it falls when L is replaced by a mean of variables like it.
-Both directions of the hockey-stick divergence are such f. So, with v on the diagonal, c elsewhere,
+Both directions of the hockey-stick divergence are such f. So bins are compared with means that can
+be computed, and the better comparison counts. With equal products, v on the diagonal, c elsewhere:
 
 * from above: the b means, in a circle, are the average over its b rotations of b // m of them, m
   apart. They hide at least as well as b // m means with v the largest entry of the diagonal, and c
@@ -10,6 +11,12 @@ Both directions of the hockey-stick divergence are such f. So, with v on the dia
 * from below: the means cut into ceil(b / m) runs of at most m neighbours hide at most as well as as
   many equally likely means with v the least entry of any two that are less than m apart, and c the
   least entry off the diagonal. (Unequal weights would only hide less.) m is free.
+
+With a Markov chain (`bin_chain`), where neighbours are correlated and distant means are not:
+
+* from above: the average over rotations of b - g neighbours, g the largest distance in the circle
+  of means that are not orthogonal; those left are a row, no more a circle.
+* from below: runs of m neighbours, orthogonal to each other; some bins may count as of length 0.
 
 Bins whose means are orthogonal and equally long, as those of independent noise, are compared with
 themselves: the bounds are tight. docs/accounting.md has the proofs.
@@ -22,6 +29,8 @@ import math
 import numpy as np
 
 from rootnoise._check import Array
+from rootnoise.accounting.bin_chain import COARSE as COARSER
+from rootnoise.accounting.bin_chain import Chain
 from rootnoise.accounting.gaussian import gaussian_epsilon
 from rootnoise.accounting.random_allocation import SIZES, Allocation, Interval
 
@@ -30,6 +39,9 @@ DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 COARSE = SIZES[:2]
 # Grids for a first look at a noise multiplier.
 QUICK = SIZES[:3]
+# Decays of chains that are tried, and lengths of runs in lower bounds.
+DECAYS = tuple(np.linspace(0.02, 0.98, 97).tolist())
+RUNS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def bounds(
@@ -44,12 +56,23 @@ def bounds(
             the lower bound is theirs. `gram` itself where left out.
         sizes: points of the grids; fewer are faster, and their bounds wider.
     """
-    above, below = _spaced(gram), _merged(gram if attained is None else attained)
-    found = _best(above, delta, sizes, above=True)
-    lower = _alone(gram if attained is None else attained, delta)
+    least = gram if attained is None else attained
+    above, below, lower = _spaced(gram), _merged(least), _alone(least, delta)
     if above == below:  # nothing is lost on either side
+        found = _best(above, delta, sizes, above=True)
         return Interval(max(lower, found.lower), found.upper)
-    return Interval(max(lower, _best(below, delta, sizes, above=False).lower), found.upper)
+    coarse = COARSER if len(sizes) < len(SIZES) else 1.0
+    upper = min(_best(above, delta, COARSE, above=True).upper, _any(gram, delta))
+    chain = linked_above(gram, upper)
+    linked = math.inf if chain is None else chain.upper(delta, upper, coarse)
+    if linked > upper:  # then finer grids of the others may be worth it
+        linked = _best(above, delta, sizes, above=True).upper
+    upper = min(upper, linked)
+    lower = max(lower, _best(below, delta, COARSE, above=False).lower)
+    chain = linked_below(least, upper)
+    if chain is not None:
+        lower = max(lower, chain.lower(delta, upper, coarse))
+    return Interval(lower, upper)
 
 
 def _best(
@@ -92,6 +115,77 @@ def _merged(gram: Array) -> list[Allocation]:
             break
         found.append(Allocation(-(-b // m), own, shared))
     return found
+
+
+def linked_above(gram: Array, epsilon: float) -> Chain | None:
+    """Return a chain that hides at most as well, chosen for an epsilon like this one."""
+    b, largest = len(gram), _diagonals(gram).max(axis=1)
+    ring = np.maximum(0.0, np.maximum(largest, largest[-np.arange(b)]))[: b // 2 + 1]
+    far = int(np.flatnonzero(ring)[-1])
+    left = b - far
+    if far == 0 or left < 2:
+        return None
+    own, products = float(ring[0]), ring[1 : far + 1]
+    # A mean that stands out alone has log l = level; the others are seen through it.
+    level = math.log(b) + epsilon + own / 2
+    best = None
+    for decay in DECAYS:
+        linked = float((products / decay ** np.arange(1, far + 1)).max())
+        if linked > own * (1 + 1e-9):
+            continue
+        cost = _seen(min(linked, own) * decay ** np.arange(1, left), own, level)
+        if best is None or cost < best[0]:
+            best = cost, linked, float(decay)
+    if best is None:
+        return None
+    _, linked, decay = best
+    return Chain(left, linked, decay, _rest(own, linked), left)
+
+
+def linked_below(gram: Array, epsilon: float) -> Chain | None:
+    """Return a chain that hides at least as well, chosen for an epsilon like this one."""
+    b, best = len(gram), None
+    longest = float(np.diag(gram).max())
+    if b < 2 or gram.min() < 0:
+        return None
+    level = math.log(b) + epsilon + longest / 2
+    # The last steps of a run cut means short: those bins may count as none.
+    short = np.flatnonzero(np.diag(gram) < (1 - 1e-3) * longest)
+    for moving in {b, int(short[0]) if len(short) else b}:
+        if moving < 2:
+            continue
+        part = gram[:moving, :moving]
+        own = float(np.diag(part).min())
+        least = np.array([np.diag(part, d).min() for d in range(min(moving, RUNS[-1]))])
+        for run in RUNS:
+            if run > moving or least[1:run].min() <= 0:
+                break
+            d = np.arange(1, run)
+            for decay in DECAYS:
+                linked = min(float((least[1:run] / decay**d).min()), own)
+                gain = _seen(linked * decay**d, own, level, 1 - d / run)
+                gain = moving / b * (math.exp(level * math.sqrt(own / longest) - own / 2) + gain)
+                if best is None or gain > best[0]:
+                    best = gain, linked, float(decay), own, run, moving
+    if best is None:
+        return None
+    _, linked, decay, own, run, moving = best
+    return Chain(b, linked, decay, _rest(own, linked), run, b - moving)
+
+
+def _seen(products: Array, own: float, level: float, weights: Array | float = 1.0) -> float:
+    """Return what neighbours of a mean of this log l have on average, less 1, on both sides."""
+    grown = np.expm1(products / own * level - np.square(products) / (2 * own))
+    return float(2 * np.sum(weights * grown))
+
+
+def _rest(own: float, linked: float) -> float:
+    return own - linked if own - linked > 1e-9 * own else 0.0
+
+
+def _any(gram: Array, delta: float) -> float:
+    """Return the epsilon of the longest mean, were it known."""
+    return gaussian_epsilon(1 / math.sqrt(float(np.diag(gram).max())), delta)
 
 
 def _alone(gram: Array, delta: float) -> float:

@@ -215,14 +215,25 @@ class _Grid:
         return float(law @ g), error
 
     def _geometric(self, epsilon: float) -> float:
-        """Bound the add direction: L is at least e^Y, Y the mean of the logarithms."""
+        """Bound the add direction by the mean of the logarithms."""
         bins = self.bins
-        half = (bins.own + bins.shared) / 2
-        root = math.sqrt(bins.own / bins.bins + bins.shared)
-        d = (half - epsilon) / root
-        # E (1 - e^(eps + Y))_+, Y of mean -half; what is subtracted is known to a part of 1e-12.
-        below = math.exp(epsilon - half + root**2 / 2 + float(log_ndtr(d - root)))
-        return float(ndtr(d)) * (1 + 1e-12) - below * (1 - 1e-12)
+        square, spread = bins.own + bins.shared, bins.own / bins.bins + bins.shared
+        return inequality_of_means(epsilon, square, spread)
+
+
+def inequality_of_means(epsilon: float, square: float, spread: float) -> float:
+    """Bound the add direction: L is at least e^Y, Y the mean of the logarithms.
+
+    Args:
+        epsilon: its delta is bounded.
+        square: mean squared length of a mean, so that E Y = -square / 2.
+        spread: mean product of two means, the variance of Y.
+    """
+    half, root = square / 2, math.sqrt(spread)
+    d = (half - epsilon) / root
+    # E (1 - e^(eps + Y))_+; what is subtracted is known to a part of 1e-12.
+    below = math.exp(epsilon - half + root**2 / 2 + float(log_ndtr(d - root)))
+    return float(ndtr(d)) * (1 + 1e-12) - below * (1 - 1e-12)
 
 
 def _normal(ratio: Array, shared: float) -> tuple[Array, float]:

@@ -43,6 +43,10 @@ from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 
 # A calibration confirms at most this often; the evaluations share the probability of failure.
 ATTEMPTS = 8
+# A certain bound up to this much above a forecast is claimed in place of a confidence bound.
+NEAR = 1.03
+# A calibration by certain bounds ends when it spends this part of epsilon.
+CLOSE = 0.985
 
 
 def privacy_cost(
@@ -188,7 +192,7 @@ class _Run:
         name: the participation's type.
         digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
-        bounds: certain ones on epsilon, at a noise multiplier, a delta and grids of so many points.
+        bounds: deterministic ones on epsilon, for a noise multiplier, a delta and sizes of grids.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """
@@ -243,7 +247,8 @@ class _Run:
         alone = gaussian.gaussian_epsilon(sigma / self.worst, delta)
         certain = _bounded(self, sigma, delta)
         # A confidence bound below the certain one is one of the few that fail.
-        found = math.inf if certain.tight else max(_sampled(self, sigma, delta), certain.lower)
+        sampled = math.inf if self.settled(sigma, delta) else _sampled(self, sigma, delta)
+        found = max(sampled, certain.lower)
         least = None if certain.lower == 0 else min(certain.lower, alone)
         if min(found, certain.upper) >= alone:  # random or not, the run is one Gaussian mechanism
             method = "analytic Gaussian, not amplified"
@@ -260,37 +265,83 @@ class _Run:
             found, delta, False, method, monte_carlo=self.settings, lower_bound=least
         )
 
+    def settled(self, sigma: float, delta: float) -> bool:
+        """Whether the certain bound is so close to the truth, or to a forecast, that it is claimed.
+
+        All bounds hold: this decides which one is stated, and whether samples are drawn for it.
+        """
+        certain = _bounded(self, sigma, delta)
+        return certain.tight or certain.upper <= NEAR * _guessed(self, sigma, delta)
+
     def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
-        """Bracket with forecasts, then confirm."""
+        """Search by the certain bound, and by forecasts and samples where that is too far."""
         report: Progress = progress or (lambda sigma, epsilon: None)
-
-        def forecast(log_sigma: float) -> float:
-            sigma = math.exp(log_sigma)
-            certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
-            epsilon = certain.upper
-            # Samples only where they could change which side of the target this is.
-            if not certain.tight and certain.lower < target < 2 * certain.upper:
-                guess = estimate.forecast(self.at(sigma), delta, self.settings)
-                epsilon = min(epsilon, guess)
-            report(sigma, epsilon)
-            return min(epsilon, 10 * target)  # it is infinite where sigma is far too small
-
         enough = gaussian.gaussian_multiplier(target, delta) * self.worst
-        high = math.log(enough)
-        if forecast(high) > target:
-            return enough  # amplification does not pay for the confidence
-        aim, low = target, high
-        for _ in range(ATTEMPTS):
-            while forecast(low) <= aim:
-                low -= 0.5
-            log_sigma = float(brentq(lambda s: forecast(s) - aim, low, high, xtol=1e-3))  # noqa: B023
-            sigma = math.exp(log_sigma)
-            found = self.cost(sigma, delta).epsilon
-            report(sigma, found)
-            if found <= target:
-                return sigma
-            aim *= 0.998 * target / found
-        return enough
+
+        def rough(sigma: float) -> float:
+            return _bounded(self, sigma, delta, bin_bounds.QUICK).upper
+
+        def forecast(sigma: float) -> float:
+            certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
+            # Samples only where they could change which side of the target this is.
+            if certain.tight or not certain.lower < target < 2 * certain.upper:
+                return certain.upper
+            return min(certain.upper, _guessed(self, sigma, delta))
+
+        sure = _search(
+            rough, lambda s: _bounded(self, s, delta).upper, target, enough, report, CLOSE
+        )
+        if self.settled(sure, delta):
+            return sure
+        sampled = _search(
+            forecast, lambda s: self.cost(s, delta).epsilon, target, enough, report, 0.0
+        )
+        return min(sure, sampled)
+
+
+def _search(
+    rough: Callable[[float], float],
+    exact: Callable[[float], float],
+    target: float,
+    enough: float,
+    report: Progress,
+    close: float,
+) -> float:
+    """Return the least sigma found at which `exact` is at most the target, or `enough`.
+
+    Args:
+        rough: about what `exact` is, in less time.
+        exact: an epsilon; evaluated at most ATTEMPTS times.
+        target: an epsilon.
+        enough: a noise multiplier that is known to be.
+        report: called with every noise multiplier tried and its epsilon.
+        close: part of the target that is close enough.
+    """
+    known: dict[float, float] = {}
+
+    def epsilon(log_sigma: float) -> float:
+        if log_sigma not in known:
+            found = rough(math.exp(log_sigma))
+            report(math.exp(log_sigma), found)
+            known[log_sigma] = min(found, 10 * target)  # infinite where sigma is far too small
+        return known[log_sigma]
+
+    high = low = math.log(enough)
+    aim, best = target, enough
+    for _ in range(ATTEMPTS):
+        if epsilon(high) > aim:
+            break  # amplification does not pay
+        while epsilon(low) <= aim:
+            low -= 0.5
+        sigma = math.exp(brentq(lambda s: epsilon(s) - aim, low, high, xtol=1e-3))  # noqa: B023
+        found = exact(sigma)
+        report(sigma, found)
+        if found <= target:
+            best = min(best, sigma)
+            if found >= close * target:
+                break
+        aim *= 0.998 * target / found
+    return best
 
 
 def _check(participation: Participation, n_steps: int, strategy: CausalMatrix | None) -> None:
@@ -316,6 +367,11 @@ def _sampled(run: _Run, sigma: float, delta: float) -> float:
     # this one, its bound fails with an ATTEMPTS-th of `failure`: the union bound holds.
     (bits,) = struct.unpack("<Q", struct.pack("<d", sigma))
     return estimate.epsilon(run.at(sigma), delta, attempt, bits)
+
+
+@lru_cache(maxsize=64)
+def _guessed(run: _Run, sigma: float, delta: float) -> float:
+    return estimate.forecast(run.at(sigma), delta, run.settings)
 
 
 @lru_cache(maxsize=64)

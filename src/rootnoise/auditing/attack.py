@@ -20,7 +20,6 @@ from torch import nn
 from rootnoise import _limits
 from rootnoise._check import Array, RootnoiseError, integer
 from rootnoise.auditing.recompute import DENSE, strategy_of
-from rootnoise.batches.samplers import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
@@ -31,6 +30,7 @@ from rootnoise.participation import (
     MinSeparation,
     MinSepPoisson,
 )
+from rootnoise.participation.samplers import BallsInBinsSampler, CyclicPoissonSampler, Sampler
 from rootnoise.training import PrivateOptimizer, privatize
 
 # A covariance of n steps is learned from at least so many times n canaries that are out.

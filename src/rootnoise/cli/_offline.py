@@ -7,8 +7,9 @@ from typing import Any
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer
+from rootnoise.cli._number_files import read
 from rootnoise.cli._options import Split, Who
-from rootnoise.cli._workload import Options, read
+from rootnoise.cli._workload import Options
 
 # A symmetric root takes n^3: 42 s at 2048 steps, and breaking its bands over ten times as long.
 MOST_OFFLINE, MOST_ABLATION = 2048, 512

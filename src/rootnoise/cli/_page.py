@@ -73,7 +73,7 @@ SMALL = "A wider page also has bands and noise."
 
 def write(path: Path, title: str, made: Plan, speed: Speed | None = None) -> None:
     """Write the page, or refuse a path that cannot be written."""
-    rows, take = made.rows, _plan_view.choice(made)
+    rows, take = made.rows, made.place_to_take
     draw = partial(_plots.numbered, rows=rows)
     rest = "".join(f"<li>{escape(note.strip())}</li>" for note in _plan_view.notes(made, speed))
     caption = "Each point is a row of the table, by its number; further left is less memory, "

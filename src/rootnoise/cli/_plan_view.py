@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 HEADINGS = ("mechanism", "batches", "bands", "memory", "noise", "error", "gap")
 # Columns to leave out in a narrow terminal, in this order.
 SPARE = ("bands", "noise", "memory", "batches")
-# So much more error is worth less memory, or batches that need not be secret.
-WORTH = 0.05
 
 
 def title(job: Job, work: Mapping[str, Any]) -> str:
@@ -125,24 +123,10 @@ def is_amplified(row: Row) -> bool:
     return row.sampling != "fixed-cycle"
 
 
-def choice(made: Plan) -> int:
-    """Return the place of the row that most should take: of the good ones the least demanding.
-
-    Of those that fit the devices, all if none does.
-    Of the rows with nearly the least error, those without secret batches come first, then those
-    with less memory, then those with less error.
-    """
-    rows = made.rows
-    fitting = [i for i, row in enumerate(rows) if made.fits(row)] or [*range(len(rows))]
-    most = (1 + WORTH) * rows[fitting[0]].rmse_per_example
-    good = [i for i in fitting if rows[i].rmse_per_example <= most]
-    return min(good, key=lambda i: (is_amplified(rows[i]), rows[i].memory_rows, i))
-
-
 def frontier(rows: Sequence[Row]) -> set[int]:
-    """Return the places of the rows than which none with as little memory is better."""
+    """Return the indices of the Pareto frontier: no row has less error with as little memory."""
     least: dict[int, int] = {}
-    for i, row in enumerate(rows):  # ranked: the first of a memory is its best
+    for i, row in enumerate(rows):  # sorted by error: the first with a memory has the least
         least.setdefault(row.memory_rows, i)
     best, found = len(rows), set()
     for _, i in sorted(least.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ def show(title: str, values: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(values, allow_nan=False))
         return
-    table = Table(title=title, title_justify="left", show_header=False)
+    head(title)
+    table = Table(show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in values.items():
@@ -38,7 +40,8 @@ def table(
 
     In a narrow terminal columns are left out, in the order of `spare`.
     """
-    console, grid = Console(), Table(title=title, title_justify="left")
+    head(title)
+    console, grid = Console(), Table()
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     least = [min(widths[0], NARROW), *widths[1:]]
     shown, hidden = list(range(len(headings))), []
@@ -56,6 +59,18 @@ def table(
     console.print(grid)
     if hidden:
         print(f"left out, as the terminal is narrow: {', '.join(hidden)}")
+
+
+def head(title: str) -> None:
+    """Print the title of a table, which may be wider than the table."""
+    Console().print(title, style="italic", markup=False, highlight=False)
+
+
+def lines(*texts: str) -> None:
+    """Print lines of prose, broken at words where the terminal is narrower."""
+    width = Console().width
+    for one in texts:
+        print(textwrap.fill(one, width, subsequent_indent="  ", break_on_hyphens=False))
 
 
 def percent(value: float) -> str:

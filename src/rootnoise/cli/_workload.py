@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import typer
 from numpy.typing import NDArray
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import RootnoiseError, integer, one_of, real
+from rootnoise.cli import _number_files
 
 if TYPE_CHECKING:  # imported where they are used: `rootnoise --help` needs no SciPy
     from torch.optim import Optimizer
@@ -26,7 +24,6 @@ if TYPE_CHECKING:  # imported where they are used: `rootnoise --help` needs no S
 
 Array = NDArray[np.float64]
 
-FORMATS = ".npy, .npz, .csv or .json"
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
@@ -130,7 +127,7 @@ class Options:
             self._leave_out("without --schedule", "warmup", "final")
             if self.optimizer is None:
                 self._leave_out("without --optimizer or --schedule", "lr")
-        elif is_file(self.schedule):
+        elif _number_files.named(self.schedule):
             self._leave_out("with a schedule from a file", "warmup", "final")
         if self.lr is not None:
             real("lr", self.lr, above=0)
@@ -149,8 +146,8 @@ class Options:
 
         if self.schedule is None:
             return None
-        if is_file(self.schedule):
-            rates = read(Path(self.schedule))
+        if _number_files.named(self.schedule):
+            rates = _number_files.read(Path(self.schedule))
             if rates.ndim != 1:
                 raise RootnoiseError(
                     f"schedule must be a list of learning rates, got shape {rates.shape}"
@@ -163,9 +160,7 @@ class Options:
 
     def _torch(self, n: int, rates: Array | None) -> Workload:
         """Return the workload of the torch optimizer with these learning rates."""
-        if self.optimizer not in OPTIMIZERS:
-            rule = f"one of {', '.join(OPTIMIZERS)}"
-            raise RootnoiseError(f"optimizer must be {rule}, got {self.optimizer!r}")
+        one_of("optimizer", self.optimizer, OPTIMIZERS)
         from torch import optim
 
         from rootnoise.workload import from_optimizer
@@ -190,78 +185,6 @@ class Options:
         return from_optimizer(partial(kind, **given), n, scheduler)
 
 
-def is_file(schedule: str) -> bool:
-    """Whether a schedule is given as the name of a file."""
-    return Path(schedule).suffix in (".npy", ".npz", ".csv", ".json")
-
-
-def read(path: Path) -> Array:
-    """Return the numbers in a file, or refuse it."""
-    _refuse_size(path)
-    try:
-        found: Any = _READERS[path.suffix](path)
-    except KeyError:
-        raise RootnoiseError(f"file must be {FORMATS}, got {path}") from None
-    except OSError as reason:
-        raise RootnoiseError(
-            f"file must be readable, got {path}: {reason.strerror or reason}"
-        ) from None
-    except (ValueError, EOFError, zipfile.BadZipFile) as reason:
-        raise RootnoiseError(f"file must hold numbers, got {path}: {reason}") from None
-    try:
-        array = np.asarray(found)
-    except ValueError:  # rows of different lengths
-        array = np.asarray(None)
-    if array.dtype.kind not in "iuf":
-        raise RootnoiseError(f"file must hold real numbers, got {array.dtype} in {path}")
-    return array.astype(np.float64)
-
-
-def _refuse_size(path: Path) -> None:
-    """Refuse a file whose numbers do not fit into memory, before reading them."""
-    try:
-        size = _size(path)
-    except (OSError, ValueError, IndexError, zipfile.BadZipFile):
-        return  # `read` says what is wrong
-    _limits.memory(f"the numbers of {path}", size, "a smaller file")
-
-
-def _size(path: Path) -> float:
-    """Return the most memory, in bytes, that reading a file takes."""
-    if path.suffix == ".npy":
-        with path.open("rb") as file:
-            return _array_size(file)
-    if path.suffix == ".npz":
-        with zipfile.ZipFile(path) as archive, archive.open(archive.namelist()[0]) as file:
-            return _array_size(file)
-    # A number has at least two characters and takes 8 bytes, or up to 40 as an item of a list.
-    return path.stat().st_size * (24.0 if path.suffix == ".json" else 8.0)
-
-
-def _array_size(file: IO[bytes]) -> float:
-    """Return the bytes of an array, both as stored and as float64."""
-    form = np.lib.format
-    first = form.read_magic(file) == (1, 0)
-    read_header = form.read_array_header_1_0 if first else form.read_array_header_2_0
-    shape, _, kind = read_header(file)
-    return math.prod(map(float, shape)) * (kind.itemsize + 8)
-
-
-def _npz(path: Path) -> Any:
-    with np.load(path, allow_pickle=False) as arrays:
-        if len(arrays.files) != 1:
-            raise ValueError(f"{len(arrays.files)} arrays instead of one")
-        return arrays[arrays.files[0]]
-
-
-_READERS: dict[str, Callable[[Path], Any]] = {
-    ".npy": lambda path: np.load(path, allow_pickle=False),
-    ".npz": _npz,
-    ".csv": lambda path: np.loadtxt(path, delimiter=",", ndmin=1),
-    ".json": lambda path: json.loads(path.read_text()),
-}
-
-
 def _from_file(path: Path) -> Workload:
     """Return a file's workload: from `Workload.to_dict`, a matrix, or coefficients."""
     from rootnoise.workload import MatrixWorkload, ToeplitzWorkload
@@ -271,7 +194,7 @@ def _from_file(path: Path) -> Workload:
         if found is not None:
             _limits.steps(found.n_steps)
             return found
-    array = read(path)
+    array = _number_files.read(path)
     if array.ndim == 1:
         _limits.steps(array.size)
         return ToeplitzWorkload(array)
@@ -290,11 +213,11 @@ def _described(path: Path) -> Workload | None:
     """Return the workload of a JSON object, or None if the file holds something else."""
     from rootnoise.workload import from_dict
 
-    _refuse_size(path)
+    _number_files.refuse_size(path)
     try:
         fields = json.loads(path.read_text())
     except (OSError, ValueError):
-        return None  # `read` says what is wrong
+        return None  # reading the numbers says what is wrong
     return from_dict(fields) if isinstance(fields, dict) else None
 
 

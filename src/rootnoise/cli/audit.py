@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from rootnoise.cli import _options, _progress
+from rootnoise.cli import _options, _progress, _report
+
+if TYPE_CHECKING:
+    from rootnoise.runs.audit import Check
+
+# In a terminal of fewer columns the checks that hold are listed by name alone.
+TABLE = 70
 
 
 def audit(
@@ -47,19 +54,31 @@ def audit(
         rows = [dataclasses.asdict(check) for check in checks]
         print(dumps({"held": held, "checks": rows}, allow_nan=False))
     else:
-        table = Table(title=f"audit of {run_dir}", title_justify="left")
-        for name in ("check", "held", "stated", "found"):
-            table.add_column(name, overflow="fold")
-        for check in sorted(checks, key=lambda check: check.held):  # failures first
-            mark = "yes" if check.held else "[bold red]NO[/]"
-            both = (check.stated, check.found)
-            if check.name == "gap":  # shown as a percentage
-                both = (f"{100 * float(check.stated):.9g}%", f"{100 * float(check.found):.9g}%")
-            table.add_row(check.name, mark, *both)
-        Console().print(table)
-        failed = sum(not check.held for check in checks)
-        print("all hold" if held else f"{failed} of {len(checks)} checks do not hold")
-        for check in checks:
-            if check.name == "finished":
-                print(check.found)
+        _show(run_dir, checks)
     raise typer.Exit(0 if held else 1)
+
+
+def _show(run_dir: Path, checks: Sequence[Check]) -> None:
+    """Print the checks, failures first."""
+    console, table = Console(), Table()
+    wide = console.width >= TABLE
+    _report.head(f"audit of {run_dir}")
+    for name in ("check", "held", "stated", "found"):
+        table.add_column(name, overflow="fold")
+    holds = [check for check in checks if check.held]
+    failed = [check for check in checks if not check.held]
+    for check in [*failed, *(holds if wide else [])]:
+        mark = "yes" if check.held else "[bold red]NO[/]"
+        both = (check.stated, check.found)
+        if check.name == "gap":  # shown as a percentage
+            both = (f"{100 * float(check.stated):.9g}%", f"{100 * float(check.found):.9g}%")
+        table.add_row(check.name, mark, *both)
+    if table.rows:
+        console.print(table)
+    if not wide:
+        names = ", ".join(check.name for check in holds)
+        _report.lines(f"{len(holds)} checks hold: {names}")
+    print(f"{len(failed)} of {len(checks)} checks do not hold" if failed else "all hold")
+    for check in checks:
+        if check.name == "finished":
+            print(check.found)

@@ -1,4 +1,4 @@
-"""`rootnoise predict`: what the finished model of a run says of test data, or of a file."""
+"""`rootnoise predict`: predictions of a finished model for test data, or for a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
-from rootnoise.cli import _options, _report, _workload
+from rootnoise.cli import _number_files, _options, _report
 
 if TYPE_CHECKING:
     from rootnoise.runs.inference import Predictions
@@ -43,9 +43,9 @@ def predict(
     ] = None,
     json: _options.Json = False,
 ) -> None:
-    """Say what a finished model makes of inputs: its labels, and its accuracy on the test part.
+    """Predict labels with a finished model, and measure its accuracy on the test part.
 
-    On data that were not trained on this costs no privacy. What it says of the training set is
+    On data that were not trained on this costs no privacy. Predictions for the training set are
     computed from the data that epsilon protects, and not for release.
     """
     from rootnoise.runs import data as dataset
@@ -64,7 +64,7 @@ def predict(
         loaded = dataset.load(config.dataset, where)
         inputs, labels = loaded.test_inputs, loaded.test_labels
     else:
-        inputs = finished.shaped(_workload.read(data))
+        inputs = finished.shaped(_number_files.read(data))
         if raw:
             inputs = dataset.standardised(config.dataset, inputs.numpy())
         dataset.refuse_unscaled(config.dataset, inputs)

@@ -12,7 +12,7 @@ import typer
 from rootnoise import __version__
 from rootnoise.cli import _options, _progress, _report
 from rootnoise.runs import settings_file
-from rootnoise.runs.settings import Settings
+from rootnoise.runs.settings import Settings, resuming
 
 if TYPE_CHECKING:
     from rootnoise.runs.trainer import Trainer
@@ -67,49 +67,51 @@ def train(
 
     On several processes: `torchrun --nproc-per-node 2 -m rootnoise train ...`.
     """
-    from rootnoise.runs.config import RunConfig
-    from rootnoise.runs.folder import RunFolder
-    from rootnoise.runs.processes import StoppedError, joined
-    from rootnoise.runs.run import run, stored, without_choice
-
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
     given = {name: value for name, value in values.items() if _given(context, name)}
-    folder = RunFolder(out)
 
     def goes_on() -> str:
-        begun = (out / "config.json").exists()
-        return f"{folder.resume} goes on" if begun else "before the first step, nothing is kept"
+        begun = (out / "config.json").exists() and not (out / "result.json").exists()
+        return f"{resuming(out)} goes on" if begun else "before the first step, nothing is kept"
+
+    def go() -> None:  # imports take a second, in which one may be interrupted too
+        from rootnoise.runs.config import RunConfig
+        from rootnoise.runs.processes import StoppedError, joined
+        from rootnoise.runs.run import run, stored, without_choice
+
+        try:
+            with joined(lambda: f"; {goes_on()}") as ranks:
+                ranks.all_same({"version": __version__, "out": str(out), "resume": resume} | values)
+                if resume:
+                    moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
+                    found = ranks.by_first(lambda: stored(out, without_choice(given)))
+                    made = dataclasses.replace(found, **moved)
+                else:
+                    made = RunConfig(**values)
+                title, first = f"{made.mechanism} on {made.dataset}", ranks.rank == 0
+                private = made.mechanism != "none" and made.insecure_noise_seed is None
+                with _progress.steps(title, quiet=json or not first) as bar:
+                    result = run(
+                        made,
+                        out,
+                        resume=resume,
+                        checkpoint_every=checkpoint_every,
+                        on_step=bar.step,
+                        on_checkpoint=partial(_tell, bar, private) if bar.shown else None,
+                        report=True,
+                        ranks=ranks,
+                        fsdp=fsdp,
+                    )
+        except StoppedError:
+            raise typer.Exit(2) from None
+        if first:
+            _report.show(title, dataclasses.asdict(result), json)
 
     try:
-        with joined(lambda: f"; {goes_on()}") as ranks:
-            ranks.all_same({"version": __version__, "out": str(out), "resume": resume} | values)
-            if resume:
-                moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
-                found = ranks.by_first(lambda: stored(out, without_choice(given)))
-                made = dataclasses.replace(found, **moved)
-            else:
-                made = RunConfig(**values)
-            title, first = f"{made.mechanism} on {made.dataset}", ranks.rank == 0
-            private = made.mechanism != "none" and made.insecure_noise_seed is None
-            with _progress.steps(title, quiet=json or not first) as bar:
-                result = run(
-                    made,
-                    out,
-                    resume=resume,
-                    checkpoint_every=checkpoint_every,
-                    on_step=bar.step,
-                    on_checkpoint=partial(_tell, bar, private) if bar.shown else None,
-                    report=True,
-                    ranks=ranks,
-                    fsdp=fsdp,
-                )
+        go()
     except KeyboardInterrupt:
         typer.echo(f"stopped: {goes_on()}", err=True)
         raise typer.Exit(130) from None
-    except StoppedError:
-        raise typer.Exit(2) from None
-    if first:
-        _report.show(title, dataclasses.asdict(result), json)
 
 
 def _tell(bar: _progress.Steps, private: bool, trainer: Trainer) -> None:

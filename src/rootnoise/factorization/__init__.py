@@ -11,9 +11,16 @@ from rootnoise.factorization import (
     square_root,
     tree,
 )
-from rootnoise.factorization.base import Factorization, default_bands, factorize, mechanisms
+from rootnoise.factorization.base import (
+    AIMLESS,
+    Factorization,
+    default_bands,
+    factorize,
+    mechanisms,
+)
 
 __all__ = [
+    "AIMLESS",
     "Factorization",
     "banded",
     "banded_inverse",

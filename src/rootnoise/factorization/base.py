@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, one_of
 from rootnoise.causal import CausalMatrix, Product, chain
 from rootnoise.factorization import error
 from rootnoise.participation import Participation, SingleParticipation
@@ -87,6 +87,8 @@ Builder = Callable[..., Factorization]
 _BUILDERS: dict[str, Builder] = {}
 # What every builder may take; all else is an option of its own.
 _SHARED = {"workload", "participation", "progress"}
+# Those whose strategy is the same for all workloads.
+AIMLESS = frozenset({"identity", "tree"})
 
 
 def register(name: str) -> Callable[[Builder], Builder]:
@@ -112,9 +114,10 @@ def options(mechanism: str) -> frozenset[str]:
     """Return the names of the options that a mechanism takes.
 
     >>> sorted(options("bsr-gamma"))
-    ['bands', 'gamma']
+    ['bands', 'contraction', 'gamma']
     """
-    return frozenset(signature(_BUILDERS[mechanism]).parameters) - _SHARED
+    own = frozenset(signature(_BUILDERS[mechanism]).parameters) - _SHARED
+    return own if mechanism in AIMLESS else own | {"contraction"}
 
 
 def refuse_foreign(mechanism: str, given: Mapping[str, Any]) -> None:
@@ -143,6 +146,7 @@ def factorize(
         participation: who may take part when (default: at most one step each).
         mechanism: one of `mechanisms()`.
         options: those of the mechanism's own function, such as `bands`; None leaves its default.
+            Of all of them `contraction`: the strategy is the one for `workload.contracted(it)`.
 
     Raises:
         RootnoiseError: an unknown mechanism, an option that it does not have or cannot take, or a
@@ -154,16 +158,16 @@ def factorize(
     """
     participation = participation if participation is not None else SingleParticipation()
     participation.validate(workload.n_steps)
-    if mechanism not in _BUILDERS:
-        known = ", ".join(mechanisms())
-        raise RootnoiseError(f"mechanism must be one of {known}, got {mechanism!r}")
+    one_of("mechanism", mechanism, mechanisms())
     builder = _BUILDERS[mechanism]
     given = {name: value for name, value in options.items() if value is not None}
     progress = given.pop("progress", None)
     refuse_foreign(mechanism, given)
+    aim = workload.contracted(given.pop("contraction", 0.0))
     if progress is not None and "progress" in signature(builder).parameters:
         given["progress"] = progress  # a closed form has none to report
-    return builder(workload, participation, **given)
+    made = builder(aim, participation, **given)
+    return made if aim is workload else Factorization(made.mechanism, workload, made.strategy)
 
 
 # What an optimiser reports: the options tried so far, and the least rmse.

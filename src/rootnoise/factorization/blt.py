@@ -242,7 +242,7 @@ def _grown(objective: _Objective, u: Array) -> Array:
 
 def _logits(gaps: Array, weights: Array) -> Array:
     """Return the u of these buffers, whose zeros are the eigenvalues of diag(theta) - omega 1^T."""
-    root = np.sqrt(weights)
+    root = np.sqrt(weights.clip(0))  # one that counts for nothing may round below
     ordered = np.empty(2 * gaps.size)
     ordered[0::2] = np.sort(gaps)
     ordered[1::2] = eigvalsh(np.diag(gaps) + np.outer(root, root))

@@ -32,7 +32,7 @@ def lbfgs(
 
     Args:
         objective: value and gradient at a point.
-        start: the first point; one without coordinates is the last one too.
+        start: the first point; returned as it is if it has no coordinates.
         ftol: relative gain of an iteration at which to stop.
         gtol: largest entry of the gradient at which to stop.
         most: iterations. Smooth problems take 10 to 200; kinks would take thousands.

@@ -17,7 +17,7 @@ from scipy.linalg import eigh, lstsq
 
 from rootnoise._check import Array, RootnoiseError, integer, matrix
 
-# A decoder whose B C differs from A by more, relative to A, is none; those found are below 1e-13.
+# Largest relative difference of B C from A for which B is accepted; typical ones are below 1e-13.
 RESIDUAL = 1e-9
 
 

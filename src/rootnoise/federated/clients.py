@@ -1,7 +1,7 @@
 """Who took part when, by stable ids: a ledger that grows, and its two files.
 
     clients.jsonl   one id per line, in the order of joining: a client's index is its line number
-    cohorts.bin     one packed cohort of indices per round (see `batches.ledger_file`)
+    cohorts.bin     one packed cohort of indices per round (see `participation.ledger_file`)
 
 Both files are only appended to. A round counts once a saved state refers to it; anything beyond
 belongs to a round that was killed before it released anything, and is cut off.
@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.batches.ledger_file import Indices, Journal, first_line, pack, unpack
 from rootnoise.participation import MinSeparation, Participation, SingleParticipation, to_dict
+from rootnoise.participation.ledger_file import Indices, Journal, first_line, pack, unpack
 
 ClientId = str | int
 

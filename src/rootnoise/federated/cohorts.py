@@ -8,8 +8,8 @@ import numpy as np
 from numpy.random import Generator
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.ledger_file import Indices
 from rootnoise.federated.clients import Clients
+from rootnoise.participation.ledger_file import Indices
 
 Policy = Literal["fewest", "longest", "random"]
 

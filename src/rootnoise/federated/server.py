@@ -144,9 +144,9 @@ class PrivateAggregator:
         if begun and key is not None and key != store.key():
             raise RootnoiseError(f"key must be the run's, {store.key().id}, got {key.id}")
         if begun and store.mechanism().fingerprint != self.mechanism.fingerprint:
-            raise RootnoiseError(
-                "mechanism must be that of the folder's mechanism.json, got another one"
-            )
+            rule = "mechanism must be that of the folder's mechanism.json"
+            other = self.mechanism.unlike(store.mechanism().settings())
+            raise RootnoiseError(f"{rule}, got {other}")
         self._key = store.key() if begun else (key or Key.fresh())
         self._stream = NoiseStream(self.mechanism, self._layout.size, self._key, memory=memory)
         if begun:

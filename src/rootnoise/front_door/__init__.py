@@ -5,7 +5,7 @@ so that the ledger checks every batch as usual. The loader tells the optimizer w
 drew; the loop itself never sees an index.
 """
 
-from rootnoise.front_door.finished import accuracy, evaluate
+from rootnoise.front_door.evaluation import accuracy, evaluate
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
 from rootnoise.front_door.making import Private, make_private
 

@@ -44,7 +44,7 @@ def choose(rows: Sequence[Row], workload: Workload, optimizer: optim.Optimizer) 
     Warns if the first has clearly less error, and says which learning rate the first would need.
 
     Args:
-        rows: of a plan, the best first; not empty.
+        rows: of a plan, the one that it recommends and then all by error.
         workload: what was planned for.
         optimizer: the one to train with.
     """

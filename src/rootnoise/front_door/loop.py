@@ -14,15 +14,19 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_map
 
 from rootnoise._check import RootnoiseError, warn
-from rootnoise.batches.loader import WHOLE, Split, count, data_loader
-from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import saved
 from rootnoise.keys import Key
+from rootnoise.participation.loader import WHOLE, Split, count, data_loader
+from rootnoise.participation.samplers import Indices
 from rootnoise.training import PrivateOptimizer
 from rootnoise.training.ranks import SAVING
 from rootnoise.training.reuse import Releases
 
 RATE_TOLERANCE = 1e-6  # schedulers round
+# Settings of torch's optimizers that the noise is planned for, besides the learning rate; a
+# scheduler may move the first two.
+SETTINGS = ("momentum", "betas", "dampening", "nesterov", "weight_decay", "maximize")
+MOVED = SETTINGS[:2]
 
 
 class Drawn(NamedTuple):
@@ -60,6 +64,8 @@ class LoopOptimizer(torch.optim.Optimizer):
         groups, state = private.optimizer.param_groups, private.optimizer.state
         super().__init__(list(groups), private.optimizer.defaults)
         self.state, self._ready = state, True
+        names = SETTINGS if len(rates) < 2 else [n for n in SETTINGS if n not in MOVED]
+        self._settings = [{n: group[n] for n in names if n in group} for group in groups]
 
     # torch's constructor and hosts assign these two; they are the inner optimizer's.
     @property
@@ -135,7 +141,7 @@ class LoopOptimizer(torch.optim.Optimizer):
             self.accumulate()
             return loss
         self._hold_rates()
-        self._compare_rates()
+        self._compare_plan()
         self.private.step(drawn.indices)
         self._drawn.popleft()
         self._skipped = False
@@ -166,7 +172,7 @@ class LoopOptimizer(torch.optim.Optimizer):
         return self._drawn[0]
 
     def draw(self, indices: Indices, last: bool = True, *, together: bool = False) -> None:
-        """Be told by the loader of the micro-batch that it gives out.
+        """Note the micro-batch that the loader gives out.
 
         Args:
             indices: its examples.
@@ -219,10 +225,20 @@ class LoopOptimizer(torch.optim.Optimizer):
             )
         self._held = [r.clone() if isinstance(r, torch.Tensor) else r for r in rates]
 
-    def _compare_rates(self) -> None:
-        """Warn once if the learning rates are not those that the noise was planned for."""
+    def _compare_plan(self) -> None:
+        """Warn once if rates or other settings are not those that the noise was planned for."""
         if not len(self.rates):
             return
+        for group, settings in zip(self.param_groups, self._settings, strict=False):
+            for name, value in settings.items():
+                if group.get(name) != value:
+                    self.rates = ()
+                    warn(
+                        f"{name} should be {value}, as planned, got {group.get(name)} at step "
+                        f"{self.t}: epsilon holds, but the noise suits another optimizer and the "
+                        "error is larger; set it before make_private"
+                    )
+                    return
         planned = self.rates[min(self.t, len(self.rates) - 1)]
         for group in self.param_groups:
             rate = float(group["lr"])

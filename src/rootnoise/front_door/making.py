@@ -24,7 +24,6 @@ from torch.utils.data import (
 )
 
 from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
-from rootnoise.batches.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.front_door import adaptive, saved
 from rootnoise.front_door.loop import LoopOptimizer, PrivateLoader
@@ -38,6 +37,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.participation.loader import Split, refuse_mixing, refuse_repeats
 from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.planner import MEMORY_ROWS, Job, plan
 from rootnoise.training import PrivateOptimizer, privatize, whole
@@ -389,10 +389,10 @@ def _split(
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        rows = [r for r in plan(workload, job).rows if sampling in ("auto", r.sampling)]
-        if not rows:
-            raise RootnoiseError(f"sampling must be one that the plan has, got {sampling!r}")
-        row = adaptive.choose(rows, workload, optimizer)
+        made = plan(workload, job)
+        first = made.recommended(sampling)
+        rows = [row for row in made.rows if sampling in ("auto", row.sampling)]
+        row = adaptive.choose([first, *rows], workload, optimizer)
         who, name, options = row.participation, row.mechanism, row.options
     else:
         who = _participation(job, "fixed-cycle" if sampling == "auto" else sampling)

@@ -51,8 +51,8 @@ def read(path: Path, made: Mechanism, dataset: Any) -> Saved:
         raise RootnoiseError(f"resume must be a file of save, version {VERSION}, got {path}")
     if saved.get("fingerprint") != made.fingerprint:
         raise RootnoiseError(
-            f"resume must be of the mechanism that these arguments make, {made.fingerprint[:16]}, "
-            f"got {saved.get('fingerprint')!s:.16}"
+            "resume must be of the mechanism that these arguments make, got "
+            + made.unlike(saved.get("settings"))
         )
     try:
         key, data = Key(bytes.fromhex(saved["key"])), saved["data"]
@@ -113,6 +113,7 @@ def write(path: Path, private: PrivateOptimizer, data: list[Any]) -> None:
     content = {
         "version": VERSION,
         "fingerprint": private.mechanism.fingerprint,
+        "settings": private.mechanism.settings(),
         "key": private.stream.key.secret.hex(),
         "data": data,
         "weights": whole.whole(private.module.state_dict()),

@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.loader import Split
 from rootnoise.front_door import LoopOptimizer, make_private
 from rootnoise.keys import Key
+from rootnoise.participation.loader import Split
 
 EPSILON = "privacy_epsilon"
 # What the trainer decides: options of make_private that the callback does not take.
@@ -39,8 +39,8 @@ class Undivided(ClosureResult):
 class Calls:
     """Whether a model was called in training mode, since it was last asked.
 
-    It is a hook that does not hold the callback: the autograd graph keeps hooks alive, out of the
-    garbage collector's sight, and so would keep the optimizer.
+    The hook holds no reference to the callback: autograd's graph keeps hooks alive where the
+    garbage collector does not see them, and the optimizer would live as long.
     """
 
     def __init__(self) -> None:

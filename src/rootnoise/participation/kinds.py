@@ -93,6 +93,8 @@ class FixedCycle:
             )
 
     def __str__(self) -> str:
+        if self.epochs == 1:
+            return "one step of the one epoch"
         return f"one step in each of {self.epochs} epochs, exactly {self.period} apart"
 
 

@@ -1,14 +1,26 @@
 """Which mechanism to train with: all that fit a job and its memory, by expected error."""
 
-from rootnoise.planner.job import AMPLIFIED, MEMORY_ROWS, PLAIN, Job, Plan, Planned, Row
+from rootnoise.planner.job import (
+    AMPLIFIED,
+    CONTRACTION,
+    MEMORY_ROWS,
+    PLAIN,
+    WORTH,
+    Job,
+    Plan,
+    Planned,
+    Row,
+)
 from rootnoise.planner.search import AFFORDABLE, candidates, plan, samplings
 from rootnoise.planner.sizing import Fleet, Size, Speed
 
 __all__ = [
     "AFFORDABLE",
     "AMPLIFIED",
+    "CONTRACTION",
     "MEMORY_ROWS",
     "PLAIN",
+    "WORTH",
     "Fleet",
     "Job",
     "Plan",

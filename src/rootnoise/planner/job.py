@@ -8,23 +8,29 @@ from typing import Any, NamedTuple
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, real
-from rootnoise.batches.samplers import (
+from rootnoise.diagnostics import Finding
+from rootnoise.factorization import Factorization, factorize
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     Sampler,
 )
-from rootnoise.diagnostics import Finding
-from rootnoise.factorization import Factorization, factorize
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, Participation
 from rootnoise.planner.sizing import Fleet, Size, Speed
 from rootnoise.workload import Workload
 
 # Most steps of a job, for which all candidates together take about half a minute.
 MOST_STEPS = 100_000
-# How many noise vectors of the model's size a mechanism that is planned unseen may keep.
+# Default limit of noise vectors of the model's size where a plan is used without being shown.
 MEMORY_ROWS = 64
+# So much more error is worth less memory, or batches that need not be secret: accuracy does not
+# tell such errors apart (docs/planning.md).
+WORTH = 0.05
+# How far the loss is taken to pull the parameters back in a run, exp(-16): errors of this workload
+# foretell accuracy better than those of linear iterates, 0 (docs/planning.md).
+CONTRACTION = 16.0
 
 # What the privacy claim of a row depends on.
 AMPLIFIED = (
@@ -126,7 +132,7 @@ class Row:
         epsilon: what it spends, at most the job's.
         sensitivity: sensitivity of the strategy, an upper bound if the note says so.
         rmse_per_example: sigma * rmse / batch_size, the expected error of the iterates per unit of
-            clip norm; rows are ranked by it.
+            clip norm, for the workload that the plan contracts; rows are ranked by it.
         gap: upper bound on how far rmse is above the best factorization for the same sampling.
         memory_rows: noise vectors of the model's size that must be kept between steps.
         note: what the privacy claim depends on.
@@ -169,6 +175,7 @@ class Plan:
     Attributes:
         workload: what was planned for.
         job: and for which data, batches, privacy and memory.
+        contraction: of the loss, see `plan`.
         rows: those within the memory limit, sorted by rmse_per_example.
         left_out: mechanisms that were not tried or do not fit, and why.
         findings: those of `diagnose` for the best row that does not need secret batches.
@@ -177,25 +184,48 @@ class Plan:
     workload: Workload
     job: Job
     rows: tuple[Row, ...]
+    contraction: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
 
+    def recommended(self, *samplings: str) -> Row:
+        """Return the row to take, of all or of some samplings: what auto and the page take.
+
+        Of the rows with at most `WORTH` more error than the first, those whose batches need not be
+        secret come first, then those with less memory, then those with less error.
+
+        Raises:
+            RootnoiseError: see `first`.
+        """
+        rows = self._fitting(*samplings)
+        good = [r for r in rows if r.rmse_per_example <= (1 + WORTH) * rows[0].rmse_per_example]
+        return min(good, key=lambda row: (row.participation.amplified, row.memory_rows))
+
+    @property
+    def place_to_take(self) -> int:
+        """Where in `rows` the recommended one is; the first where none fits the devices."""
+        fit = any(map(self.fits, self.rows))
+        return self.rows.index(self.recommended()) if fit else 0
+
     def first(self, *samplings: str) -> Row:
-        """Return the best row, of all or of some samplings.
+        """Return the row of least error, of all or of some samplings.
 
         Rows that do not fit the job's devices are passed over.
 
         Raises:
             RootnoiseError: no row has one of these samplings, or none of them fits.
         """
+        return self._fitting(*samplings)[0]
+
+    def _fitting(self, *samplings: str) -> list[Row]:
+        """Return the rows of some samplings that fit the devices, at least one."""
         any_ = not samplings or "auto" in samplings
         rows = [row for row in self.rows if any_ or row.sampling in samplings]
         if not rows:
             names = " or ".join(samplings)
             raise RootnoiseError(f"sampling must be one that the plan has, got {names!r}")
-        for row in rows:
-            if self.fits(row):
-                return row
+        if found := [row for row in rows if self.fits(row)]:
+            return found
         least = min(size.total for row in rows if (size := self.size(row)) is not None)
         limit = self.job.fleet.device_memory if self.job.fleet else None
         raise RootnoiseError(
@@ -246,7 +276,7 @@ class Plan:
     def best(
         self, *, sampling: str = "auto", clip_norm: float = 1.0, seed: int | None = None
     ) -> Planned:
-        """Return the mechanism and the batches of the best row, or of the best of one sampling.
+        """Return the mechanism and the batches of the row to take, or of that of one sampling.
 
         >>> from rootnoise.planner import plan
         >>> from rootnoise.workload import SGD
@@ -255,4 +285,4 @@ class Plan:
         >>> mechanism.participation == sampler.participation, round(mechanism.epsilon, 6)
         (True, 8.0)
         """
-        return self.take(self.first(sampling), clip_norm=clip_norm, seed=seed)
+        return self.take(self.recommended(sampling), clip_norm=clip_norm, seed=seed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from rootnoise import accounting
@@ -18,7 +18,7 @@ from rootnoise._check import RootnoiseError, integer
 from rootnoise.bounds.certificate import Certificate, lower_bound
 from rootnoise.causal import CausalMatrix, Inverse, Toeplitz
 from rootnoise.diagnostics import Finding, diagnose
-from rootnoise.factorization import Factorization, default_bands, factorize
+from rootnoise.factorization import AIMLESS, Factorization, default_bands, factorize
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import (
     BallsInBins,
@@ -28,7 +28,7 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 from rootnoise.planner import groups
-from rootnoise.planner.job import AMPLIFIED, PLAIN, Job, Plan, Row
+from rootnoise.planner.job import AMPLIFIED, CONTRACTION, PLAIN, Job, Plan, Row
 from rootnoise.workload import MatrixWorkload, Workload
 
 # Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
@@ -55,7 +55,12 @@ Progress = Callable[[int, str], None]
 
 
 def plan(
-    workload: Workload, job: Job, progress: Progress | None = None, *, bins: bool = False
+    workload: Workload,
+    job: Job,
+    progress: Progress | None = None,
+    *,
+    bins: bool = False,
+    contraction: float = CONTRACTION,
 ) -> Plan:
     """Return every mechanism that fits the job and its memory, ranked by expected error.
 
@@ -70,9 +75,11 @@ def plan(
         progress: called before each candidate; not at all where the process has made this plan.
         bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
             one with one row of memory: Monte Carlo accounting takes up to half a minute.
+        contraction: strategies are optimised and ranked for `workload.contracted(it)`, as a loss
+            of curvature forgets old noise; 0 counts all of it, as the papers on factorizations do.
 
     Raises:
-        RootnoiseError: a workload of another number of steps.
+        RootnoiseError: a workload of another number of steps, or a contraction below 0.
 
     >>> from rootnoise.workload import SGD
     >>> job = Job(n_examples=400, batch_size=100, epochs=4, epsilon=8, delta=1e-5, memory_rows=1)
@@ -83,9 +90,9 @@ def plan(
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
     tell = progress or (lambda done, name: None)
     if isinstance(workload, MatrixWorkload):  # to compare n^2 numbers takes as long as some plans
-        return _made(workload, job, tell, bins)
-    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins
-    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins)
+        return _made(workload, job, tell, bins, contraction)
+    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins, contraction
+    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins, contraction)
     _KEPT[key] = made
     if len(_KEPT) > MOST_KEPT:
         del _KEPT[next(iter(_KEPT))]
@@ -95,12 +102,13 @@ def plan(
 
 
 # Plans of this process by all that they depend on, the latest last: a process has one version.
-_KEPT: dict[tuple[str, Job, bool], Plan] = {}
+_KEPT: dict[tuple[str, Job, bool, float], Plan] = {}
 MOST_KEPT = 8
 
 
-def _made(workload: Workload, job: Job, progress: Progress, bins: bool) -> Plan:
-    search = _Search(workload, job, progress)
+def _made(workload: Workload, job: Job, progress: Progress, bins: bool, contraction: float) -> Plan:
+    aim = workload.contracted(contraction)
+    search = _Search(aim, job, progress)
     search.all(FixedCycle(job.period, job.epochs))
     search.amplified()
     if bins:
@@ -108,7 +116,15 @@ def _made(workload: Workload, job: Job, progress: Progress, bins: bool) -> Plan:
     ranked = _ranked(search.rows.values())
     names = {row.mechanism for row in ranked}
     left_out = {name: reason for name, reason in search.refused.items() if name not in names}
-    return Plan(workload, job, ranked, left_out, _findings(workload, job, ranked))
+    findings = _findings(aim, job, ranked)
+    if contraction:  # so that `factorize` makes them for the workload itself
+        ranked = tuple(map(partial(_aimed, contraction), ranked))
+    return Plan(workload, job, ranked, contraction, left_out, findings)
+
+
+def _aimed(contraction: float, row: Row) -> Row:
+    own = {} if row.mechanism in AIMLESS else {"contraction": contraction}
+    return replace(row, options={**row.options, **own})
 
 
 class _Search:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rootnoise._check import RootnoiseError, integer, real
+from rootnoise._check import integer, one_of, real
 
 DTYPES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 # Noise is float32, the clipped sum float64, whatever the parameters are.
@@ -49,8 +49,7 @@ class Fleet:
     def __post_init__(self) -> None:
         integer("n_params", self.n_params, 1)
         integer("ranks", self.ranks, 1)
-        if self.dtype not in DTYPES:
-            raise RootnoiseError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        one_of("dtype", self.dtype, DTYPES)
         if self.device_memory is not None:
             real("device_memory", self.device_memory, above=0)
 

@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer, real, warn_of_delta
-from rootnoise.batches.samplers import (
+from rootnoise._check import RootnoiseError, integer, one_of, real, warn_of_delta
+from rootnoise.factorization import factorize, mechanisms
+from rootnoise.factorization.base import refuse_foreign
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import CyclicPoisson
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     MinSepPoissonSampler,
     Sampler,
 )
-from rootnoise.factorization import factorize, mechanisms
-from rootnoise.factorization.base import refuse_foreign
-from rootnoise.keys import Key
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson
 from rootnoise.planner import MEMORY_ROWS, Job, Row, plan
 from rootnoise.runs.settings import Options, Settings
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
@@ -54,13 +54,8 @@ class RunConfig(Settings):
     """
 
     def __post_init__(self) -> None:
-        known = ("none", "dpsgd", *mechanisms(), "auto")
-        if self.mechanism not in known:
-            rule = f"one of {', '.join(known)}"
-            raise RootnoiseError(f"mechanism must be {rule}, got {self.mechanism!r}")
-        if self.sampling not in ("auto", *SAMPLINGS):
-            rule = f"one of auto, {', '.join(SAMPLINGS)}"
-            raise RootnoiseError(f"sampling must be {rule}, got {self.sampling!r}")
+        one_of("mechanism", self.mechanism, ("none", "dpsgd", *mechanisms(), "auto"))
+        one_of("sampling", self.sampling, ("auto", *SAMPLINGS))
         if self.sampling == "auto" and self.mechanism != "auto":
             kind = "poisson" if self.mechanism == "dpsgd" else "fixed-cycle"
             object.__setattr__(self, "sampling", kind)
@@ -104,9 +99,7 @@ class RunConfig(Settings):
                 raise RootnoiseError(
                     f"{name} must be left out for mechanism auto, got {getattr(self, name)}"
                 )
-        if self.sampling not in ("auto", *PLANNED):
-            rule = f"one of auto, {', '.join(PLANNED)} for mechanism auto"
-            raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
+        one_of("sampling", self.sampling, ("auto", *PLANNED), " for mechanism auto")
         if self.memory_rows is not None:
             integer("memory_rows", self.memory_rows, 0)
 
@@ -187,7 +180,7 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
 
 
 def planned(config: RunConfig, n_examples: int) -> RunConfig:
-    """Return the settings, with those of the best row of a plan for mechanism auto.
+    """Return the settings, with those of the row to take of a plan for mechanism auto.
 
     Raises:
         RootnoiseError: settings for which there is no plan.
@@ -204,7 +197,7 @@ def planned(config: RunConfig, n_examples: int) -> RunConfig:
     job = Job(n_examples, config.batch_size, config.epochs, epsilon, config.delta, rows)
     bins = config.sampling == "balls-in-bins"
     made = plan(make_workload(config, job.n_steps), job, bins=bins)
-    chosen = made.first(*PLANNED.get(config.sampling, ("auto",)))
+    chosen = made.recommended(*PLANNED.get(config.sampling, ("auto",)))
     return replace(config, memory_rows=None, **row_settings(chosen))
 
 

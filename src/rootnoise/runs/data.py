@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, one_of
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -131,9 +131,12 @@ def load(name: str, data_dir: Path | None = None) -> Dataset:
     if name in _FROM_FILES:
         return _FROM_FILES[name](None if data_dir is None else Path(data_dir))
     if name != "digits" and ":" not in name:
-        choices = ", ".join(["digits", *_FROM_FILES, "module:function"])
-        cure = ": a function of yours reads a file, docs/your-data.md" if Path(name).suffix else ""
-        raise RootnoiseError(f"dataset must be one of {choices}, got {name!r}{cure}")
+        choices = ["digits", *_FROM_FILES, "module:function"]
+        if Path(name).suffix:
+            cure = "a function of yours reads a file, docs/your-data.md"
+            rule = f"dataset must be one of {', '.join(choices)}"
+            raise RootnoiseError(f"{rule}, got {name!r}: {cure}")
+        one_of("dataset", name, choices)
     if data_dir is not None:
         raise RootnoiseError(f"data_dir must be left out for dataset {name}, got {data_dir}")
     return _digits() if name == "digits" else _own(name)

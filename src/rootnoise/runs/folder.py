@@ -9,7 +9,7 @@
     checkpoint.pt    SECRET, until the run ends: weights, optimizer, recent noise, sampler seed
     noise.key        SECRET, until the run ends: determines all noise, and keys the digest of the
                      checkpoint (which is its only use in a run without privacy)
-    ledger.bin       for the auditor: who took part in which step (`batches.ledger_file`); stays
+    ledger.bin       for the auditor: who took part when (`participation.ledger_file`); stays
     .lock            held while a process runs in the folder, until the run ends
     model.pt, model.safetensors   the final weights, for torch alone and for everything else; the
                      second says which model they are of (`runs.inference`)
@@ -38,7 +38,6 @@ import hmac
 import io
 import json
 import os
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,11 +47,11 @@ from safetensors.torch import save
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import lock, partial, write_whole
-from rootnoise.batches.ledger import Ledger
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.ledger import Ledger
 from rootnoise.runs import settings_file, statement
-from rootnoise.runs.settings import as_of_today
+from rootnoise.runs.settings import as_of_today, resuming
 from rootnoise.runs.statement import Statement
 
 SECRETS = ("checkpoint.pt", "noise.key")
@@ -158,11 +157,13 @@ class RunFolder:
         self._acquire()
         for problem in self.changed():
             raise RootnoiseError(problem)
-        for name, value in config.items():
-            if saved.get(name) != value:
-                raise RootnoiseError(
-                    f"{name} must be {saved.get(name)!r}, as when the run began, got {value!r}"
-                )
+        others = [
+            f"{name} must be {saved.get(name)!r}, as when the run began, got {value!r}"
+            for name, value in config.items()
+            if saved.get(name) != value
+        ]
+        if others:
+            raise RootnoiseError("; ".join(others))
 
     def changed(self) -> Iterator[str]:
         """Yield a line for each file of an unfinished run that is not as the run wrote it.
@@ -329,7 +330,7 @@ class RunFolder:
     @property
     def resume(self) -> str:
         """The command that continues the run."""
-        return f"rootnoise train --resume --out {shlex.quote(str(self.path))}"
+        return resuming(self.path)
 
     def statement(self) -> Statement:
         """Read the run's privacy statement.

@@ -1,7 +1,7 @@
 """The finished model of a run, for predictions: `rootnoise predict`, or `load` in Python.
 
-What a model says of data that were not trained on costs no privacy: it is computed from the
-released weights alone.
+Predictions for data that were not trained on cost no privacy: they are computed from the released
+weights alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 1000
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of N inputs.
+    """A model's predictions for N inputs.
 
     Attributes:
         labels: the likeliest class of each, shape (N,).

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from rootnoise._check import RootnoiseError, integer
+from rootnoise._check import RootnoiseError, integer, one_of
 
 Shape = tuple[int, ...]
 
@@ -39,8 +39,7 @@ def build(name: str, input_shape: Sequence[int], n_classes: int, seed: int) -> n
     >>> sum(parameter.numel() for parameter in model.parameters())
     26010
     """
-    if name not in MODELS:
-        raise RootnoiseError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    one_of("model", name, MODELS)
     shape = tuple(integer("input_shape entries", size, 1) for size in input_shape)
     if not shape:
         raise RootnoiseError("input_shape must have at least one axis, got ()")

@@ -1,4 +1,4 @@
-"""The parts of a page: one file of HTML, for phones, paper and dark rooms, which loads nothing."""
+"""The parts of a page: one file of HTML, for phones, print and dark mode, which loads nothing."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ th, td { padding: .3rem .6rem; text-align: left; border-bottom: 1px solid var(--
   overflow-wrap: anywhere; vertical-align: top; }
 td:first-child, th:first-child { white-space: nowrap; }
 .scroll { overflow-x: auto; }
+.pictures > :only-child { max-width: 46rem; }
+@media (max-width: 34rem) {
+  .many thead { display: none; }
+  .many tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
+  .many td { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem; }
+  .many td::before { content: attr(data-name); }
+  .many td:first-child { font-weight: 600; }
+}
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft);
   padding: .6rem 1rem; }
 dt { font-weight: 600; } dd { margin: 0 0 .6rem 0; }
@@ -64,10 +72,18 @@ def definitions(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, ...]]) -> str:
-    """Return a table of text."""
+    """Return a table of text; on a phone, one of many columns has a line for each of its cells."""
+    many = len(heads) > 2
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in heads)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>\n" for row in rows
-    )
-    made = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    body = ""
+    for row in rows:
+        cells = zip(heads, row, strict=True)
+        body += f"<tr>{''.join(_cell(name if many else '', text) for name, text in cells)}</tr>\n"
+    kind = ' class="many"' if many else ""
+    made = f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="scroll">{made}</div>'
+
+
+def _cell(name: str, text: str) -> str:
+    label = f' data-name="{escape(name)}"' if name else ""
+    return f"<td{label}>{escape(text)}</td>"

@@ -79,6 +79,8 @@ def read(folder: Path) -> Run:
         result = json.loads(last.read_bytes()) if last.exists() else None
     except (OSError, TypeError, ValueError) as reason:
         line = " ".join(str(reason).split())
+        if isinstance(reason, OSError):
+            line = f"{Path(reason.filename or '').name}: {reason.strerror}"
         raise RootnoiseError(f"run must be readable, got {folder}: {line:.100}") from None
     stated = statement.read(folder / "privacy.json")
     private = config.mechanism != "none"
@@ -127,15 +129,16 @@ def comparison(runs: Sequence[Run]) -> str:
     curves = {label: run.history for label, run in zip(labels, runs, strict=True)}
     heads = ("run", "mechanism", "epsilon", "delta", "test accuracy", "rmse at noise 1")
     claims = [(label, run.stated["claim"]) for label, run in zip(labels, runs, strict=True)]
+    title = "1 run" if len(runs) == 1 else f"{len(runs)} runs compared"
     parts = [
-        f"<h1>{len(runs)} runs compared</h1>",
+        f"<h1>{title}</h1>",
         f'<div class="pictures">{pages.figure(pictures.accuracy(curves), "Test accuracy.")}</div>',
         "<h2>In numbers</h2>",
         pages.table(heads, rows),
         "<h2>What each claims</h2>",
         pages.definitions(claims),
     ]
-    return pages.document(f"{len(runs)} runs compared", parts)
+    return pages.document(title, parts)
 
 
 def command(config: RunConfig) -> str:

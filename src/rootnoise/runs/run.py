@@ -15,9 +15,9 @@ from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
 from rootnoise._files import write_whole
-from rootnoise.batches.ledger_file import Journal, pack
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.ledger_file import Journal, pack
 from rootnoise.runs import curves, inference
 from rootnoise.runs.config import (
     OPTIONS,

@@ -5,7 +5,11 @@ Imports nothing heavy, so that help is quick. `runs.config.RunConfig` checks the
 
 from __future__ import annotations
 
+import shlex
+import shutil
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 # Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
@@ -17,6 +21,18 @@ DEFAULT_LR = 0.5
 def setting(default: Any, text: str, **how: Any) -> Any:
     """Return a field; `how` goes to `typer.Option`, except `flags` and `kind`, its input type."""
     return field(default=default, metadata={"help": text, **how})
+
+
+def completing(*names: str) -> dict[str, Any]:
+    """Return how a shell completes a setting's value: by these names."""
+    return {"autocompletion": lambda: list(names)}
+
+
+def known_mechanisms() -> list[str]:
+    """Return the names of mechanisms, for a shell to complete."""
+    from rootnoise.factorization import mechanisms
+
+    return ["auto", "dpsgd", "none", *mechanisms()]
 
 
 def _own(text: str, **how: Any) -> Any:
@@ -41,6 +57,10 @@ class Options:
     )
     estimator: str | None = _own("Estimator of tree: full, online or naive [default: full].")
     tolerance: float | None = _own("Gap at which dense stops [default: 1e-6].")
+    contraction: float | None = _own(
+        "Optimise for a loss that pulls the parameters back by exp(-c) over the run [default: 0; "
+        "what `plan` and auto optimise for has its own]."
+    )
 
 
 @dataclass(frozen=True)
@@ -50,12 +70,18 @@ class Settings(Options):
     dataset: str = setting(
         "fashion-mnist",
         "digits, fashion-mnist, mnist, mnist-5k, cifar10, or your own module:function.",
+        **completing("digits", "fashion-mnist", "mnist", "mnist-5k", "cifar10"),
     )
-    model: str = setting("cnn", "logistic, mlp, cnn, resnet18 or transformer.")
+    model: str = setting(
+        "cnn",
+        "logistic, mlp, cnn, resnet18 or transformer.",
+        **completing("logistic", "mlp", "cnn", "resnet18", "transformer"),
+    )
     mechanism: str = setting(
         "bsr",
         "Any of `factorize`, such as bsr or identity (independent noise); dpsgd "
         "(independent noise, Poisson sampling); none (no privacy); auto (the best of `plan`).",
+        autocompletion=known_mechanisms,
     )
     epsilon: float | None = setting(
         None, "Privacy loss to spend; needed unless the mechanism is none."
@@ -64,7 +90,7 @@ class Settings(Options):
     epochs: int = setting(4, "Passes over the training set.")
     batch_size: int = setting(500, "Examples per step (on average under Poisson sampling).")
     micro_batch_size: int | None = setting(
-        None, "Examples processed at a time, to save memory [default: the whole batch]."
+        None, "Examples processed at a time [default: as many as fit into the free memory]."
     )
     lr: float = setting(DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.")
     momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).")
@@ -73,7 +99,11 @@ class Settings(Options):
         1.0, "Largest l2 norm of one gradient.", flags=("--clip-norm", "--clip")
     )
     weight_decay: float = setting(0.0, "Multiple of the parameters added to the gradient (L2).")
-    schedule: str | None = setting(None, "cosine, linear, exponential or step [default: constant].")
+    schedule: str | None = setting(
+        None,
+        "cosine, linear, exponential or step [default: constant].",
+        **completing("cosine", "linear", "exponential", "step"),
+    )
     warmup: int = setting(0, "Steps of linear warm-up before the schedule.")
     final: float | None = setting(
         None,
@@ -83,6 +113,7 @@ class Settings(Options):
         "auto",
         "fixed-cycle, balls-in-bins, poisson (with --groups, where more than one band), "
         "min-sep-poisson (with --separation) or auto: poisson for dpsgd, else fixed-cycle.",
+        **completing("auto", "fixed-cycle", "balls-in-bins", "poisson", "min-sep-poisson"),
     )
     groups: int = setting(1, "Groups of cyclic Poisson sampling; the mechanism has as many bands.")
     separation: int = setting(
@@ -106,8 +137,20 @@ class Settings(Options):
     )
 
 
+def resuming(out: Path) -> str:
+    """Return the command that continues the run in a folder, by the program that is running now.
+
+    >>> resuming(Path("runs/my digits"))
+    "rootnoise train --resume --out 'runs/my digits'"
+    """
+    called = Path(sys.argv[0])  # such as .venv/bin/rootnoise, where that is not on the PATH
+    hidden = called.name == "rootnoise" and shutil.which("rootnoise") is None
+    program = shlex.quote(str(called)) if hidden else "rootnoise"
+    return f"{program} train --resume --out {shlex.quote(str(out))}"
+
+
 def as_of_today(saved: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings in a config.json; where it has no separation, `groups` stood for it."""
+    """Return the settings in a config.json; older ones have the separation under `groups`."""
     if "separation" in saved or "groups" not in saved:
         return saved
     own = "separation" if saved.get("sampling") == "min-sep-poisson" else "groups"

@@ -34,10 +34,14 @@ def read(path: Path) -> dict[str, int | float | str]:
         raise RootnoiseError(f"config must be readable, got {path}: {reason.strerror}") from None
     except ValueError as reason:  # UnicodeDecodeError and TOMLDecodeError are of this kind
         line = " ".join(str(reason).split())
-        raise RootnoiseError(f"config must hold TOML, got {path}: {line:.100}") from None
+        cure = ' (a text needs quotes: mechanism = "bsr")' if "Invalid value" in line else ""
+        raise RootnoiseError(f"config must hold TOML, got {path}: {line:.100}{cure}") from None
     values: dict[str, int | float | str] = {}
     for key, value in found.items():
         name = key.replace("-", "_")
+        if isinstance(value, dict):
+            rule = f"{path.name} must hold settings of `train`, such as lr, without sections"
+            raise RootnoiseError(f"{rule}, got [{key}]")
         if name not in NAMES:
             nearest = max(NAMES, key=lambda known: similarity(name, known))
             rule = f"{path.name} must hold settings of `train`, such as {_flag(nearest)}"

@@ -23,11 +23,11 @@ from typing import Any
 import rootnoise
 from rootnoise._check import RootnoiseError
 from rootnoise.accounting import PrivacyCost
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import Sampler
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import to_dict
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import Sampler
 from rootnoise.runs.config import RunConfig, claim
 
 SCHEMA = 2

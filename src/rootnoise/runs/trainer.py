@@ -15,12 +15,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from rootnoise import _limits
-from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.samplers import Indices, Sampler
+from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import Indices, Sampler
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
+from rootnoise.runs.micro_batches import micro_batch_size
 from rootnoise.runs.models import build
 from rootnoise.runs.processes import local_device, on_device, shard
 from rootnoise.training import PrivateOptimizer, privatize, whole
@@ -85,7 +86,8 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
-        self._micro = config.micro_batch_size or sampler.n_examples
+        self._chosen = config.micro_batch_size is None and not fsdp
+        self._micro = config.micro_batch_size or self._fitting(config, mechanism)
         self.module: nn.Module
         self.optimizer: PrivateOptimizer | _PlainOptimizer
         if mechanism is None:
@@ -108,6 +110,22 @@ class Trainer:
             )
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
+
+    def _fitting(self, config: RunConfig, mechanism: Mechanism | None) -> int:
+        """Return the most examples that fit into memory at a time, and say if a batch does not."""
+        most = self.sampler.n_examples  # under Poisson sampling, a batch may be all of them
+        if not self._chosen:
+            return most
+        rows = 0 if mechanism is None else 3 * mechanism.noising.state_size
+        held = 4.0 * rows * sum(p.numel() for p in self.model.parameters())
+        example = self.data.train_inputs[0]
+        fit = micro_batch_size(self.model, example, held, most, self._ranks.size)
+        if fit < config.batch_size and self._ranks.rank == 0:
+            warn(
+                f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit into "
+                "the free memory (micro_batch_size says another number)"
+            )
+        return fit
 
     def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
         """Refuse a run whose noise and clipping may not fit into memory; a GPU raises by itself.
@@ -160,9 +178,11 @@ class Trainer:
         self.history.append(entry | {"seconds": self._seconds})
 
     @property
-    def _surroundings(self) -> str:
+    def _rounding(self) -> str:
         """What the last bits of the run depend on."""
         line = environment(self._device)
+        if self._chosen and self._micro < self.sampler.n_examples:
+            line += f", micro-batches of {self._micro}"
         parts = " with shards" if self._fsdp else ""
         return line if self._ranks.size == 1 else f"{line}, {self._ranks.size} processes{parts}"
 
@@ -226,11 +246,12 @@ class Trainer:
         return {
             "version": 1,
             "data": self._data,
-            "surroundings": self._surroundings,
+            "surroundings": self._rounding,
             "model": whole.whole(self.model.state_dict()),
             "optimizer": inner,
             "history": self.history,
             "seconds": self._seconds,
+            "micro_batch_size": self._micro,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -245,7 +266,9 @@ class Trainer:
         """
         if state.get("data") != self._data:
             raise RootnoiseError("training set must be the one the run began with, got another")
-        then, now = state.get("surroundings"), self._surroundings
+        if self._chosen:  # as before the stop, if it still fits
+            self._micro = min(self._micro, state.get("micro_batch_size", self._micro))
+        then, now = state.get("surroundings"), self._rounding
         if then != now and self._ranks.rank == 0:
             warnings.warn(
                 f"the run goes on in {now}, its checkpoint was written in {then}: the last bits "

@@ -7,10 +7,12 @@ or buffer in any other way. This module does not depend on how per-sample gradie
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -171,6 +173,12 @@ class ForwardGuard:
         if self._depth > 1:
             return
         counted = torch.is_grad_enabled() and self._in_training()
+        if counted and _compiled():
+            self._depth = 0
+            raise RootnoiseError(
+                "model must run as it is, for torch.compile skips what guards it, got it compiled: "
+                "leave torch.compile out, or compile for inference under no_grad"
+            )
         if counted:
             if self._passes and self._passes[-1].replaceable:
                 self.reset()
@@ -345,6 +353,24 @@ def tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
     else:
         parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
     return [t for part in parts for t in tensors_of(part, depth - 1)]
+
+
+def _compiled() -> bool:
+    """Whether `torch.compile` runs what called this: then its `compile_wrapper` is on the stack.
+
+    The compiler does not trace this function, and torch has no public one that says the same.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return False
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper":
+            return True
+        frame = frame.f_back
+    return False
+
+
+vars(_compiled)["_torchdynamo_disable"] = True  # as torch.compiler.disable, whose import is slow
 
 
 def _version(t: Any) -> int:

@@ -8,7 +8,6 @@ by the expected batch size. What the inner optimizer does with that gradient is 
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,17 +18,17 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
 from opacus.optimizers import DPOptimizer
-from torch import nn
 
 from rootnoise._check import RootnoiseError, integer, real, warn
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.diagnostics import mismatch
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
+from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clipping import Clip
+from rootnoise.training.clipping import Clip, divide_
 from rootnoise.training.guards import ForwardGuard
 from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
@@ -37,11 +36,15 @@ from rootnoise.training.ranks import Indices, Ranks
 from rootnoise.training.replicated import Copies
 from rootnoise.training.reuse import Releases
 from rootnoise.training.sharded import ShardedGradSampleModule, Shards
-from rootnoise.training.wrapping import check_layers
+from rootnoise.training.wrapping import check_layers, held_parameters
 
 
 class UnplannedOptimizerWarning(UserWarning):
     """The noise was planned for another optimizer: privacy holds, but the error is larger."""
+
+
+class IgnoredPenaltyWarning(UserWarning):
+    """A term of the loss depends on parameters alone: no gradient of it reaches the optimizer."""
 
 
 class PrivateOptimizer:
@@ -83,20 +86,20 @@ class PrivateOptimizer:
         RootnoiseError: parts that do not fit together, or a model that `privatize` refuses.
 
     >>> from rootnoise.factorization import factorize
-    >>> from rootnoise.batches.samplers import FixedCycleSampler
+    >>> from rootnoise.participation.samplers import FixedCycleSampler
     >>> from rootnoise.training import privatize
     >>> from rootnoise.workload import SGD
     >>> sampler = FixedCycleSampler(n_examples=12, batch_size=4, epochs=2, seed=0)
     >>> workload, cycle = SGD(sampler.n_steps, momentum=0.9), sampler.participation
     >>> bsr = factorize(workload, cycle, "bsr")
     >>> mechanism = Mechanism.calibrate(bsr, cycle, epsilon=2.0, delta=1e-5)
-    >>> module = privatize(nn.Linear(3, 2))
+    >>> module = privatize(torch.nn.Linear(3, 2))
     >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9)
     >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
     >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
     >>> for batch in sampler:
     ...     optimizer.zero_grad()
-    ...     nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
+    ...     torch.nn.functional.cross_entropy(module(x[batch]), y[batch]).backward()
     ...     optimizer.step(batch)
     >>> optimizer.t
     6
@@ -131,7 +134,7 @@ class PrivateOptimizer:
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self._mechanism = mechanism
-        self._parameters = _parameters(optimizer, module)
+        self._parameters = held_parameters(optimizer, module)
         self._layout = self._current_layout()
         clip = Clip.of(mechanism, sampler.n_examples)
         self._place: Place
@@ -149,6 +152,7 @@ class PrivateOptimizer:
         self.t = 0
         self.non_finite = 0
         self._process = os.getpid()
+        self._told = False  # of a penalty
         self._batch: Indices | None = None  # admitted batch of a step that uses micro-batches
         self._taken = np.empty(0, dtype=np.int64)  # this process's examples already in the sum
 
@@ -200,7 +204,7 @@ class PrivateOptimizer:
             module.discard,
             observer=self._probe,
             left=lambda: module.left,
-            fixed=dict(module.named_parameters()) if sharded else None,
+            fixed=dict(model.named_parameters()) if sharded else None,
             again=lambda: module.running_again,
         )
 
@@ -254,21 +258,21 @@ class PrivateOptimizer:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
                 already; a sharded model. With a process group only this rank raises.
 
-        >>> from rootnoise.batches.samplers import FixedCycleSampler
+        >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.training import privatize
         >>> from rootnoise.workload import SGD
         >>> sampler = FixedCycleSampler(n_examples=12, batch_size=6, epochs=1, seed=0)
         >>> split = factorize(SGD(sampler.n_steps), sampler.participation, "identity")
         >>> mechanism = Mechanism.calibrate(split, sampler.participation, epsilon=2.0, delta=1e-5)
-        >>> module = privatize(nn.Linear(3, 2))
+        >>> module = privatize(torch.nn.Linear(3, 2))
         >>> sgd = torch.optim.SGD(module.parameters(), lr=0.1)
         >>> optimizer = PrivateOptimizer(sgd, module, mechanism, sampler)
         >>> x, y = torch.ones(12, 3), torch.zeros(12, dtype=torch.int64)
         >>> for batch in sampler:
         ...     optimizer.zero_grad()
         ...     for part in (batch[:4], batch[4:]):
-        ...         nn.functional.cross_entropy(module(x[part]), y[part]).backward()
+        ...         torch.nn.functional.cross_entropy(module(x[part]), y[part]).backward()
         ...         if part[-1] != batch[-1]:
         ...             optimizer.accumulate(part)
         ...     optimizer.step(part)
@@ -344,7 +348,7 @@ class PrivateOptimizer:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(total.div_(self.sampler.batch_size))
+            self._place.write(divide_(total, self.sampler.batch_size))
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)
@@ -398,7 +402,7 @@ class PrivateOptimizer:
         self._check_whole()
         check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
-        parameters = _parameters(self.optimizer, self.module)
+        parameters = held_parameters(self.optimizer, self.module)
         same = len(parameters) == len(self._parameters) and all(
             p is q for p, q in zip(parameters, self._parameters, strict=True)
         )
@@ -409,6 +413,7 @@ class PrivateOptimizer:
         rows = np.size(indices)
         self._place.check(rows)
         self._guard.check(rows)
+        self._tell_of_penalty()
         part = self.ledger.checked(indices)
         again = part[np.isin(part, self._taken)]
         if again.size:
@@ -418,6 +423,17 @@ class PrivateOptimizer:
         if self._probe is not None and self._place.whole:
             self._probe.run(rows)
         return part
+
+    def _tell_of_penalty(self) -> None:
+        """Warn once of a term of the loss that depends on parameters alone and counts nothing."""
+        name = self.module.past if isinstance(self.module, PrivateModule) else ""
+        if name and not self._told:
+            self._told = True
+            warn(
+                "loss must be made of examples alone, got a term of parameters, such as "
+                f"{name}, which counts nothing: give weight_decay to the optimizer instead",
+                IgnoredPenaltyWarning,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs except the key, for `torch.load(weights_only=True)`.
@@ -430,25 +446,7 @@ class PrivateOptimizer:
         Raises:
             RootnoiseError: a step failed midway.
         """
-        self._check_whole()
-        if self._batch is not None:
-            raise RootnoiseError(
-                f"state must be that between two steps, got step {self.t} in micro-batches: finish "
-                "it, or resume from the state before"
-            )
-        noise = self.stream.state_dict()
-        noise |= {name: self._place.save(noise[name], most) for name, most in self._rows().items()}
-        return {
-            "version": 1,
-            "t": self.t,
-            "non_finite": self.non_finite,
-            "decay": self.decay,
-            "layout": self._layout,
-            "optimizer": self._place.optimizer_state(self.optimizer),
-            "noise": noise,
-            "ledger": self.ledger.state_dict(),
-            "sampler": self.sampler.state_dict(),
-        }
+        return resume.saved(self)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue a saved run bit for bit, given its key; load the model's weights separately.
@@ -458,53 +456,12 @@ class PrivateOptimizer:
                 `keep` afterwards), or the saved one had another mechanism (any field of it), key,
                 sampler, decay or layout. Nothing has changed then.
         """
-        if not isinstance(state, Mapping):
-            raise RootnoiseError(f"saved state must be a mapping, got {type(state).__name__}")
-        if self.t or self.ledger.t or self.stream.t:
-            raise RootnoiseError(f"optimizer must be fresh to load a state, got step {self.t}")
-        self.ledger.check_unkept()
-        for name, ours in {"version": 1, "decay": self.decay, "layout": self._layout}.items():
-            if state.get(name) != ours:
-                raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")
-        t = integer("saved t", state.get("t", -1), 0, self.mechanism.n_steps)
-        bad = integer("saved non_finite", state.get("non_finite", -1), 0)
-        # Load into fresh copies first, so that a refusal changes nothing.
-        stream = self._new_stream(self.stream.key)
-        ledger = Ledger(self.ledger.participation, self.ledger.n_examples)
-        sampler = copy.copy(self.sampler)
-        parts: dict[str, Any] = {"noise": stream, "ledger": ledger, "sampler": sampler}
-        for name, part in parts.items():
-            if not isinstance(state.get(name), Mapping):
-                raise RootnoiseError(f"saved {name} must be a mapping, got {state.get(name)!r:.80}")
-            part.load_state_dict(self._own(state[name]) if part is stream else state[name])
-        if not stream.t == ledger.t == t:
-            raise RootnoiseError(
-                f"saved noise and ledger must be at step {t}, got {stream.t} and {ledger.t}"
-            )
-        try:
-            self._place.load_optimizer_state(self.optimizer, state["optimizer"])
-        except (KeyError, TypeError, ValueError) as reason:
-            raise RootnoiseError(f"saved optimizer must fit this one, got {reason}") from None
-        self.sampler.load_state_dict(state["sampler"])
-        self._stream, self.ledger, self.t, self.non_finite = stream, ledger, t, bad
+        resume.load(self, state)
 
     def _new_stream(self, key: Key) -> NoiseStream:
         size = sum(p.numel() for p in self._parameters)
         where = self._parameters[0].device
         return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
-
-    def _rows(self) -> dict[str, int]:
-        """Return the largest number of rows of each tensor in a saved stream."""
-        return {"state": self.mechanism.noising.state_size, "ready": self.stream.block_steps}
-
-    def _own(self, noise: Mapping[str, Any]) -> dict[str, Any]:
-        """Return this process's part of a saved state of the whole noise."""
-        unread = integer("saved noise's made", noise.get("made", -1)) - integer(
-            "saved noise's t", noise.get("t", -1)
-        )
-        rows = {"state": self.mechanism.noising.state_size, "ready": unread}
-        own = {name: self._place.load(name, noise.get(name), n) for name, n in rows.items()}
-        return dict(noise) | own
 
     def _follow_first(self, key: Key) -> Key:
         """Adopt rank 0's weights, sampler seed and ledger salt, and return its key."""
@@ -532,18 +489,3 @@ class PrivateOptimizer:
                 f"step {self.t} was broken off (ledger at {self.ledger.t}, noise at "
                 f"{self.stream.t}): resume from a saved state"
             )
-
-
-def _parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if not held or sorted(held) != sorted(map(id, trainable)):
-        known = len(set(held) & set(map(id, trainable)))
-        raise RootnoiseError(
-            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
-            f"and no other, got {len(held)}, among them {known} of these"
-        )
-    if not all(p.is_floating_point() for p in trainable):
-        raise RootnoiseError("parameters must be real floating-point numbers")
-    return trainable

@@ -10,6 +10,15 @@ import torch
 from rootnoise.training.ranks import Ranks
 
 
+def own_name(name: str) -> str:
+    """Return the name by which users know a parameter: its wrapper's prefix is not theirs.
+
+    >>> own_name("_module.0.weight")
+    '0.weight'
+    """
+    return name.removeprefix("_module.")
+
+
 class Place(Protocol):
     """The parameters of a run as this process holds them, with clipped sums made where they are.
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 import torch
@@ -175,6 +176,13 @@ class Probe:
                 attributes.restore()
 
 
+def _told(keep: WeakMethod[Any], i: int, place: int, gradients: tuple[Any, ...]) -> None:
+    """Hand the gradients to the step that asked for them, if it is still there."""
+    to = keep()
+    if to is not None:
+        to(i, place, gradients)
+
+
 class _Step:
     """A recorded step: inputs, generators, outputs, their gradients, and the tape of the loss."""
 
@@ -190,9 +198,11 @@ class _Step:
         """Keep what forward returned, and record."""
         outputs = tensors_of(output)
         self.outputs = [t.detach().clone() for t in outputs]
+        # Weakly: what the tape keeps leads to this node, and no collector sees a cycle through it.
+        keep = WeakMethod(self._keep)
         for i, t in enumerate(outputs):
             if t.grad_fn is not None:
-                t.grad_fn.register_prehook(partial(self._keep, i, t.output_nr))
+                t.grad_fn.register_prehook(partial(_told, keep, i, t.output_nr))
         self.tape.start(outputs)
 
     def _keep(self, i: int, place: int, gradients: tuple[torch.Tensor | None, ...]) -> None:

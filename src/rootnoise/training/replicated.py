@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clipping import Clip, warn_non_finite
+from rootnoise.training.clipping import PART, Clip, divide_, warn_non_finite
+from rootnoise.training.place import own_name
 from rootnoise.training.ranks import Ranks
 
 # Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
@@ -71,9 +73,10 @@ class Copies:
         """Refuse gradients that do not come from one backward of `rows` examples."""
         found = self._module.rows
         if rows and not found:
+            name = own_name(next(iter(self._parameters)))
             raise RootnoiseError(
-                f"per-sample gradients of {next(iter(self._parameters))} are missing: run forward "
-                "and backward once, in training mode (evaluate under no_grad)"
+                f"per-sample gradients of {name} are missing: run forward and backward once, in "
+                "training mode (evaluate under no_grad)"
             )
         if found != rows:
             raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
@@ -101,15 +104,41 @@ class Copies:
         rows, self._taken = self._taken, 0
         if bad:
             warn_non_finite(bad, rows, t)
-        clip = self._clip
-        total.div_(clip.grid).round_()
-        own = slice(*self._span)
-        clip.noised(total[own], noise, out=total[own])
+        alone = self.ranks.size == 1
+        for part, noise_part in self._parts(total, noise):
+            self._noised(part, noise_part)
+            if alone:
+                part.mul_(self._clip.grid)
         self.ranks.add_(total)
+        if not alone:
+            total.mul_(self._clip.grid)
         self._module.reuse(total)
         if noise.shape == total.shape and noise.device.type == "cpu":
             self._written = noise
-        return total.mul_(clip.grid), bad
+        return total, bad
+
+    def _parts(
+        self, total: torch.Tensor, noise: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield parts of the sum that fit into a cache, each with its noise, which may be empty.
+
+        A step of few examples is bounded by passes over vectors: of a million numbers, each took
+        0.5 ms out of memory and 0.1 ms out of the cache.
+        """
+        start, _ = self._span
+        cuts = sorted({0, *self._span, len(total)})
+        size = PART if total.device.type == "cpu" else max(1, len(total))
+        for low, high in pairwise(cuts):
+            own = (low, high) == self._span
+            for i in range(low, high, size):
+                j = min(i + size, high)
+                yield total[i:j], noise[i - start : j - start] if own else noise[:0]
+
+    def _noised(self, part: torch.Tensor, noise: torch.Tensor) -> None:
+        """Turn a part of the sum into whole units plus its noise, in place."""
+        divide_(part, self._clip.grid).round_()
+        if len(noise):
+            self._clip.noised(part, noise, out=part)
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.

@@ -12,14 +12,18 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import secrets
 from weakref import WeakSet
 
 import torch
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from rootnoise._check import RootnoiseError
 
 WIDTH = 8  # bytes per step: a different release goes unnoticed with probability 2^-64
-LANES = {"cpu": 2**14, "gpu": 2**20}  # numbers processed at a time, in the cache of a CPU
+LANES = {"cpu": 2**15, "gpu": 2**20}  # numbers processed at a time, in the cache of a CPU
+
+_HASH = AESGCM(secrets.token_bytes(16))  # checksums are compared within a process only
 
 _LIVE: dict[tuple[str, str], WeakSet[Releases]] = {}
 
@@ -65,20 +69,39 @@ class Releases:
 
 
 def _digest(release: torch.Tensor) -> bytes:
-    """Return a checksum of every bit, in one pass on the tensor's device.
+    """Return a checksum of every bit, in one pass on the tensor's device."""
+    if release.device.type == "cpu":
+        found = _tags(release)
+    else:
+        found = _fletcher(release, LANES["gpu"]).cpu().numpy().tobytes()
+    return hashlib.blake2b(found, digest_size=WIDTH).digest()
 
-    It is Fletcher's (1982), of 64 bits in each lane: sums of the rows, and sums of those sums, in
-    which every row has a weight of its own. A checksum with products takes twice as long.
+
+def _tags(release: torch.Tensor) -> bytes:
+    """Return the tags of GMAC of its parts: universal hashing, at 20 GB/s and more by AES units.
+
+    Two parts of n bytes collide with probability (n / 16 + 1) 2^-128 over the key (McGrew & Viega,
+    2004). The nonce may stay the same, for tags and key are never shown.
     """
-    lanes = LANES["cpu" if release.device.type == "cpu" else "gpu"]
+    row, found = torch.empty(min(LANES["cpu"], len(release)), dtype=torch.float64), []
+    for part in release.split(LANES["cpu"]):
+        values = torch.add(part, 0.0, out=row[: len(part)])  # -0 is 0
+        found.append(_HASH.encrypt(bytes(12), b"", values.numpy().data.cast("B")))
+    return b"".join(found)
+
+
+def _fletcher(release: torch.Tensor, lanes: int) -> torch.Tensor:
+    """Return Fletcher's (1982) checksum, of 64 bits in each lane.
+
+    Sums of the rows, and sums of those sums, in which every row has a weight of its own.
+    """
     rows = len(release) // lanes
     row = release.new_empty(lanes if rows else 0)
     bits = row.view(torch.int64)
     sums, weighted = torch.zeros_like(bits), torch.zeros_like(bits)
     for values in release[: rows * lanes].view(rows, lanes):
-        torch.add(values, 0.0, out=row)  # -0 is 0
+        torch.add(values, 0.0, out=row)
         sums += bits
         weighted += sums
     rest = (release[rows * lanes :] + 0.0).view(torch.int64)
-    found = torch.cat([sums, weighted, rest])
-    return hashlib.blake2b(found.cpu().numpy().tobytes(), digest_size=WIDTH).digest()
+    return torch.cat([sums, weighted, rest])

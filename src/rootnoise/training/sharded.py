@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clipping import Clip, clip_scale, row_norms, scaled_sum
+from rootnoise.training.place import own_name
 from rootnoise.training.ranks import Ranks, reached
 
 
@@ -167,8 +168,9 @@ class Shards:
 
     def check(self, rows: int) -> None:
         """Refuse gradients that do not come from one backward of `rows` examples."""
-        for name in self._parameters:
-            layer = self._module.get_submodule(name.rpartition(".")[0])
+        for parameter in self._parameters:
+            name = own_name(parameter)
+            layer = self._module.get_submodule(parameter.rpartition(".")[0])
             kept = self._module.kept.get(layer, [])
             if len(kept) > 1:
                 raise RootnoiseError(f"backward must run once a step, got {len(kept)} for {name}")
@@ -243,7 +245,7 @@ class Shards:
             rows = saved.get(parameter) if isinstance(saved, Mapping) else None
             if not isinstance(rows, DTensor) or rows.shape[1:] != p.shape or len(rows) < n_rows:
                 got = f"{type(rows).__name__} of shape {tuple(getattr(rows, 'shape', ()))}"
-                rule = f"a DTensor of at least {n_rows} rows for {parameter}"
+                rule = f"a DTensor of at least {n_rows} rows for {own_name(parameter)}"
                 raise RootnoiseError(f"saved noise's {name} must have {rule}, got {got}")
             local = rows.redistribute(self._mesh, [Shard(1)]).to_local()
             columns.append(local[:n_rows].flatten(1))
@@ -276,7 +278,8 @@ def _by_rows(name: str, p: nn.Parameter) -> DTensor:
     """Return the parameter if its rows are spread over a mesh of one dimension, or refuse it."""
     if not isinstance(p.data, DTensor) or tuple(p.data.placements) != (Shard(0),):
         got = p.data.placements if isinstance(p.data, DTensor) else type(p.data).__name__
-        raise RootnoiseError(f"{name} must be sharded by rows over one mesh dimension, got {got}")
+        rule = "must be sharded by rows over one mesh dimension"
+        raise RootnoiseError(f"{own_name(name)} {rule}, got {got}")
     return p.data
 
 

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from rootnoise._check import RootnoiseError, integer
 from rootnoise.training.optimizer import PrivateOptimizer
 from rootnoise.training.ranks import reached
+from rootnoise.training.resume import rows
 from rootnoise.training.sharded import ShardedGradSampleModule
 
 
@@ -47,7 +48,7 @@ def state_dict(private: PrivateOptimizer) -> dict[str, Any]:
     if not isinstance(private.module, ShardedGradSampleModule):
         return state
     noise = state["noise"]
-    n_rows = {"state": private._rows()["state"], "ready": noise["made"] - noise["t"]}
+    n_rows = {"state": rows(private)["state"], "ready": noise["made"] - noise["t"]}
     for name, n in n_rows.items():
         columns = [t[:n].flatten(1) for t in whole(list(noise[name].values()))]
         noise[name] = torch.cat(columns, 1)
@@ -78,7 +79,7 @@ def _cut(private: PrivateOptimizer, state: Mapping[str, Any]) -> dict[str, Any]:
         name: p for name, p in private.module.named_parameters() if p.requires_grad
     }
     noise = dict(state["noise"])
-    for name in private._rows():
+    for name in rows(private):
         columns = torch.split(noise[name], [p.numel() for p in trainable.values()], 1)
         noise[name] = {
             n: distribute_tensor(

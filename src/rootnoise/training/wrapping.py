@@ -1,9 +1,10 @@
-"""A model made ready for private training, or refused: its layers, its mode, its wrapper."""
+"""A model made ready for private training, or refused: layers, mode, wrapper, and optimizer."""
 
 from __future__ import annotations
 
 import warnings
 
+import torch
 from opacus import GradSampleModule
 from opacus.grad_sample import AbstractGradSampleModule
 from opacus.validators import ModuleValidator
@@ -76,3 +77,18 @@ def check_layers(model: nn.Module) -> None:
     if errors:
         reason = " ".join(str(errors[0]).split())
         raise RootnoiseError(f"model must pass Opacus's checks, got {reason}")
+
+
+def held_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if not held or sorted(held) != sorted(map(id, trainable)):
+        known = len(set(held) & set(map(id, trainable)))
+        raise RootnoiseError(
+            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
+            f"and no other, got {len(held)}, among them {known} of these"
+        )
+    if not all(p.is_floating_point() for p in trainable):
+        raise RootnoiseError("parameters must be real floating-point numbers")
+    return trainable

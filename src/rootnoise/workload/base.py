@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from rootnoise._check import Array
+from rootnoise._check import Array, real
 from rootnoise._files import Kinds
 from rootnoise.causal import CausalMatrix, Toeplitz
 
@@ -36,6 +36,23 @@ class Workload(ABC):
     def root_is_exact(self) -> bool:
         """Whether C C = A exactly: the root of a `neighbour` is only close to it."""
         return True
+
+    def contracted(self, contraction: float) -> Workload:
+        """Return the workload on a loss of curvature, which pulls the parameters back.
+
+        At each step they keep exp(-c / n) of what they have moved (with a schedule in proportion to
+        its rate), c = contraction: at the end the first step is forgotten but for exp(-c).
+
+        Raises:
+            RootnoiseError: a contraction below 0.
+        """
+        if real("contraction", contraction, at_least=0) == 0:
+            return self
+        return self._contracted(contraction)
+
+    @abstractmethod
+    def _contracted(self, contraction: float) -> Workload:
+        """Return the workload of a contraction above 0."""
 
     @property
     def neighbour(self) -> Workload:

@@ -47,6 +47,11 @@ class MatrixWorkload(Workload):
         matrix: Dense = self.__dict__["_matrix"]
         return matrix
 
+    def _contracted(self, contraction: float) -> Workload:
+        n = self.n_steps
+        lags = np.subtract.outer(np.arange(n), np.arange(n)).clip(0)
+        return MatrixWorkload(self.matrix.dense() * np.exp(-contraction / n * lags))
+
     def square_root(self, size: int) -> Array:
         """Refuse: the root is no Toeplitz matrix; see `root`."""
         return self.neighbour.square_root(size)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from rootnoise._check import Array, RootnoiseError, integer, real, set_fields, vector
+from rootnoise._check import Array, RootnoiseError, integer, one_of, real, set_fields, vector
 from rootnoise.causal import CausalMatrix, Diagonal, Product
 from rootnoise.causal.momentum import Descent
 from rootnoise.workload.base import WORKLOADS, Workload
@@ -108,6 +108,12 @@ class ScheduledSGD(Workload):
     def root_is_exact(self) -> bool:
         return False
 
+    def _contracted(self, contraction: float) -> Workload:
+        # A step of gradient descent contracts in proportion to its rate.
+        rates = np.asarray(self.learning_rates)
+        pull = np.exp(-contraction * rates / rates.sum())
+        return replace(self, decay=np.asarray(self.decay) * pull)
+
 
 def sgd_roots(
     learning_rate: float, momentum: float, weight_decay: float, decay: float = 1.0
@@ -158,8 +164,7 @@ def learning_rates(
     >>> learning_rates("linear", n_steps=6, warmup=2)
     array([0.33333333, 0.66666667, 1. , 0.75 , 0.5 , 0.25 ])
     """
-    if schedule not in FINAL:
-        raise RootnoiseError(f"schedule must be one of {', '.join(FINAL)}, got {schedule!r}")
+    one_of("schedule", schedule, FINAL)
     n = integer("n_steps", n_steps, 1)
     w = integer("warmup", warmup, 0, n - 1, high_name="n_steps-1")
     f = FINAL[schedule] if final is None else real("final", final, at_least=0, at_most=1)

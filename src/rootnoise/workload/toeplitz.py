@@ -60,6 +60,11 @@ class SGD(Workload):
     def square_root(self, size: int) -> Array:
         return series.sgd_power(self.decay, self.momentum, 0.5, size)
 
+    def _contracted(self, contraction: float) -> Workload:
+        # The velocity does not contract, only what it has moved.
+        factor = float(np.exp(-contraction / self.n_steps))
+        return SGD(self.n_steps, self.momentum, self.decay * factor)
+
 
 @WORKLOADS.add("toeplitz", coefficients=list)
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,10 @@ class ToeplitzWorkload(Workload):
 
     def square_root(self, size: int) -> Array:
         return series.sqrt(self.matrix.column(0), size)
+
+    def _contracted(self, contraction: float) -> Workload:
+        n = self.n_steps
+        return ToeplitzWorkload(self.matrix.column(0) * np.exp(-contraction / n * np.arange(n)))
 
 
 def prefix_sum(n_steps: int) -> SGD:

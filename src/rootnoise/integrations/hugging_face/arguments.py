@@ -1,4 +1,4 @@
-"""What `PrivateTrainer` is told, and which of Trainer's settings it refuses."""
+"""The privacy settings of `PrivateTrainer`, and the settings of Trainer that it refuses."""
 
 from __future__ import annotations
 

@@ -29,6 +29,7 @@ class Saved:
     fingerprint: str
     weights: str
     optimizer: dict[str, Any]
+    settings: dict[str, Any] | None
 
 
 def read(folder: Path) -> Saved:
@@ -41,7 +42,8 @@ def read(folder: Path) -> Saved:
     if not isinstance(saved, dict) or saved.get("version") != VERSION:
         raise RootnoiseError(f"{STATE} must be of version {VERSION}, got another in {folder}")
     key = Key(bytes.fromhex(saved["key"]))
-    return Saved(key, saved["fingerprint"], saved["weights"], saved["optimizer"])
+    parts = {name: saved[name] for name in ("fingerprint", "weights", "optimizer")}
+    return Saved(key, settings=saved.get("settings"), **parts)
 
 
 def digest(model: nn.Module) -> str:
@@ -60,6 +62,7 @@ def write(folder: Path, private: PrivateOptimizer, model: nn.Module) -> None:
     content = {
         "version": VERSION,
         "fingerprint": private.mechanism.fingerprint,
+        "settings": private.mechanism.settings(),
         "key": private.stream.key.secret.hex(),
         "weights": digest(model),
         "optimizer": private.state_dict(),

@@ -23,7 +23,6 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
 from rootnoise._check import RootnoiseError
 from rootnoise._files import write_whole
-from rootnoise.batches.loader import Split
 from rootnoise.front_door import LoopOptimizer, PrivateLoader, make_private
 from rootnoise.integrations.hugging_face import checkpoint
 from rootnoise.integrations.hugging_face.arguments import PrivacyArguments, check_arguments
@@ -31,6 +30,7 @@ from rootnoise.integrations.hugging_face.checkpoint import STATE
 from rootnoise.integrations.hugging_face.loss import MeanLoss
 from rootnoise.integrations.per_example import Rows, Shapes, check_batch, check_shared
 from rootnoise.keys import Key
+from rootnoise.participation.loader import Split
 from rootnoise.planner import Job
 from rootnoise.workload import Workload, from_optimizer
 
@@ -374,8 +374,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]  # transformers is not read
         saved = checkpoint.read(folder)
         if saved.fingerprint != private.mechanism.fingerprint:
             raise RootnoiseError(
-                "checkpoint must be of the mechanism that these arguments make, "
-                f"{private.mechanism.fingerprint[:16]}, got {saved.fingerprint:.16}"
+                "checkpoint must be of the mechanism that these arguments make, got "
+                + private.mechanism.unlike(saved.settings)
             )
         if saved.weights != checkpoint.digest(self.model):
             raise RootnoiseError(

@@ -39,6 +39,7 @@ def save(
         "rootnoise": {
             "version": VERSION,
             "fingerprint": private.mechanism.fingerprint,
+            "settings": private.mechanism.settings(),
             "key": private.stream.key.secret.hex(),
         },
     }
@@ -72,12 +73,12 @@ def load(
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as reason:
         line = str(reason).partition("\n")[0]
         raise RootnoiseError(f"path must be of save_checkpoint, got {path}: {line}") from None
-    made = optimizer.private.mechanism.fingerprint
-    if (own["version"], own["fingerprint"]) != (VERSION, made):
-        raise RootnoiseError(
-            f"path must be of the mechanism that was made, {made[:16]} in version {VERSION}, "
-            f"got {own['fingerprint'][:16]} in {own['version']}"
-        )
+    made = optimizer.private.mechanism
+    if own["version"] != VERSION:
+        raise RootnoiseError(f"path must be of version {VERSION}, got {own['version']}")
+    if own["fingerprint"] != made.fingerprint:
+        rule = "path must be of the mechanism that was made"
+        raise RootnoiseError(f"{rule}, got {made.unlike(own.get('settings'))}")
     optimizer.follow(Key(bytes.fromhex(own["key"])))
     optimizer.load_state_dict(state)
     module.load_state_dict(weights, **also)

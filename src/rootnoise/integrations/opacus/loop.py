@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import default_collate
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.loader import Split
-from rootnoise.batches.samplers import Indices
 from rootnoise.front_door import LoopOptimizer, PrivateLoader
+from rootnoise.participation.loader import Split
+from rootnoise.participation.samplers import Indices
 
 MICRO_BATCHES = "BatchMemoryManager splits a batch of the loader into physical ones"
 # Attributes of Opacus's optimizer that are not supported here, and what applies instead.
@@ -61,7 +61,7 @@ class EngineOptimizer(LoopOptimizer):
         return self.private.sampler.batch_size
 
     def signal_skip_step(self, do_skip: bool = True) -> None:
-        """Be told by Opacus's BatchMemoryManager that more of the batch follows the next part."""
+        """Note from Opacus's BatchMemoryManager whether more of the batch follows the next part."""
         self._skips_next = bool(do_skip)
 
     _skips_next = False

@@ -66,8 +66,8 @@ class Fallback:
         module, rows = tapped.module, tapped.book.rows
         used = [j for j, g in enumerate(gradients) if g is not None]
         kept = [gradients[j] for j in used]
-        in_dims = _input_dims(tapped, structure, rest, places, inputs)
-        out_dims = [_output_dim(module, mine[j]) for j in used]
+        in_dims = input_dims(tapped, structure, rest, places, inputs)
+        out_dims = [output_dim(module, mine[j]) for j in used]
         for dim, g in zip(out_dims, kept, strict=True):
             if g is None or g.dim() <= dim or g.shape[dim] != rows:
                 got = None if g is None else tuple(g.shape)
@@ -134,7 +134,7 @@ def _example(i: int, in_dims: Any, inputs: Any, out_dims: Any, outputs: Any) -> 
     return own, [g.select(d, i) for d, g in zip(out_dims, outputs, strict=True)]
 
 
-def _input_dims(
+def input_dims(
     tapped: Tapped, structure: Any, rest: Any, places: Any, inputs: Any
 ) -> list[int | None]:
     """Return the examples' dimension in each tensor argument; None where there is none."""
@@ -183,7 +183,7 @@ def _argument_dims(module: nn.Module) -> dict[str, int | None]:
     }
 
 
-def _output_dim(module: nn.Module, index: int) -> int:
+def output_dim(module: nn.Module, index: int) -> int:
     """Return the examples' dimension in an output."""
     if isinstance(module, nn.RNNBase) and index:
         return 1

@@ -238,6 +238,46 @@ class Convolution(Products):
         windows = windows.flatten(2, 2 + dims).flatten(3).mT
         return windows, _real(g).reshape(n, self.groups, g.shape[1] // self.groups, -1).mT
 
+    def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
+        """See `Row`: one convolution on a CPU, in which each example has groups of its own.
+
+        Windows need not be copied: half the time for 32 channels of 14 x 14 places. An example's
+        array depends neither on the number of examples nor on their threads, except that of a
+        single one, which gets an empty one beside it.
+        """
+        (a,), g = taps[0].values(), taps[1]
+        if not self.weight or a.device.type != "cpu":  # not measured on GPUs
+            return super().per_sample(taps)
+        made = {"bias": self.bias_gradient(_real(g))} if self.bias else {}
+        rows = g.new_empty(len(g), self.module.weight.numel(), dtype=_real(g).dtype)
+        for part in example_blocks(len(g), 1, a[0].numel() + g[0].numel() + rows.shape[1]):
+            rows[part] = self._weight_gradient(_real(a[part]), _real(g[part]))
+        return made | {"weight": rows}
+
+    def _weight_gradient(self, a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        n, m = len(a), self.module
+        padding = m.padding
+        if m.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if m.padding_mode == "zeros" else m.padding_mode
+            a = functional.pad(a, m._reversed_padding_repeated_twice, mode=mode)
+            padding = (0,) * len(m.kernel_size)
+        if n == 1:
+            a, g = (torch.cat([x, torch.zeros_like(x)]) for x in (a, g))
+        _, made, _ = torch.ops.aten.convolution_backward(
+            g.reshape(1, -1, *g.shape[2:]),
+            a.reshape(1, -1, *a.shape[2:]),
+            g.new_empty(len(g) * len(m.weight), *m.weight.shape[1:]),  # only its shape is read
+            None,
+            m.stride,
+            padding,
+            m.dilation,
+            False,
+            (0,) * len(m.kernel_size),
+            len(g) * self.groups,
+            (False, True, False),
+        )
+        return made.reshape(len(g), -1)[:n]
+
     def bias_gradient(self, g: torch.Tensor) -> torch.Tensor:
         """See `Products`."""
         return g.flatten(2).sum(2)

@@ -15,6 +15,7 @@ from rootnoise.training.clip.attention import divide, divides
 from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
+from rootnoise.training.clip.recurrent import Recurrent, unrolls
 from rootnoise.training.clip.rules import ClipRule
 from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter
 
@@ -130,6 +131,11 @@ class PrivateModule(nn.Module):
     def running_again(self) -> bool:
         """Whether a layer is being run again for its gradients, or the module is paused."""
         return self._book.paused
+
+    @property
+    def past(self) -> str:
+        """The parameter that a gradient has reached past its layer since forward, or ""."""
+        return self._book.past
 
     @property
     def rows(self) -> int:
@@ -312,6 +318,9 @@ class PrivateModule(nn.Module):
             for name, part in parts.items():
                 self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
             return
+        if unrolls(module):
+            self._tap_recurrent(prefix or "model", module)
+            return
         row = row_of(module, sorted(own)) if not below else None
         if row is not None or own or isinstance(module, WHOLE):
             self._tap(prefix or "model", module, row)
@@ -333,6 +342,27 @@ class PrivateModule(nn.Module):
             )
         self._rows[tapped] = row
         tapped.hook()
+
+    def _tap_recurrent(self, name: str, module: nn.Module) -> None:
+        """Tap a recurrent layer, and have its calls kept as those of Linear layers."""
+        layer, linears = Recurrent(name, module), {}
+        for cell in (cell for cells in layer.cells for cell in cells):
+            for linear in (cell.inputs, cell.states):
+                own = {n: p for n, p in linear.named_parameters() if p.requires_grad}
+                if own:
+                    part = Tapped(name, linear, own, ["input"], self._book, self._keep)
+                    self._rows[part] = row_of(linear, sorted(own))
+                    linears[linear] = part
+
+        def keep(call: Call, inputs: Any, gradients: Any) -> None:
+            for linear, (x, g) in layer.taps(call, inputs, gradients).items():
+                if linear in linears:
+                    taps = {"input": x.transpose(0, 1)}, g.transpose(0, 1)
+                    self._check_probe(linears[linear], taps[1])
+                    self._keep_taps(linears[linear], taps)
+
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        Tapped(name, module, parameters, None, self._book, keep).hook()
 
     def _find_tied(self) -> set[nn.Parameter]:
         """Return the parameters that several layers, or one layer under two names, hold."""
@@ -371,7 +401,13 @@ class PrivateModule(nn.Module):
             made = sampler(tapped.module, list(inputs), g)
             names = {p: n for n, p in tapped.parameters.items()}
             self._keep_gradients(tapped, {names[p]: x for p, x in made.items()})
-        elif row.small([taps]) or not self._tied.isdisjoint(tapped.parameters.values()):
+        else:
+            self._keep_taps(tapped, taps)
+
+    def _keep_taps(self, tapped: Tapped, taps: Taps) -> None:
+        row = self._rows[tapped]
+        assert row is not None  # noqa: S101 - a layer of the table
+        if row.small([taps]) or not self._tied.isdisjoint(tapped.parameters.values()):
             self._keep_gradients(tapped, row.per_sample(taps))
         else:
             self._taps.setdefault(tapped, []).append(taps)

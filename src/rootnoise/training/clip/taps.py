@@ -102,6 +102,7 @@ class Book:
         inside: whether the forward is running.
         gradients: whether backward has reached a tap.
         paused: whether a layer, or the model, is being run again without taps.
+        past: the parameter that a gradient has reached past its layer since forward, or "".
     """
 
     trainable: dict[str, nn.Parameter]
@@ -115,6 +116,7 @@ class Book:
     inside: bool = False
     gradients: bool = False
     paused: bool = False
+    past: str = ""
     anchor: torch.Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
     _depth: int = 0
 
@@ -142,6 +144,7 @@ class Book:
         if self.given < 0 and not self.guarded:
             raise RootnoiseError("model must get a tensor with one row an example, got none")
         self.batch += 1
+        self.past = ""
         self.rows = -1 if self.guarded else self.given
         self.open = self.inside = True
 
@@ -300,8 +303,8 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
     """Refuse gradients that reach a parameter directly, outside of its layer's calls.
 
     If passes are guarded, a forward that leads to the parameter was already refused (`Book.leave`).
-    What remains is a term of the loss that depends on parameters alone, such as a penalty: it is
-    ignored.
+    What remains is a term of the loss that depends on parameters alone, such as a penalty: it
+    counts nothing, and the book notes it for `PrivateOptimizer`, which warns.
     """
     known = weakref.ref(book)  # the garbage collector does not see autograd's hooks
 
@@ -310,6 +313,8 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
         if owner is None or owner.paused:
             return None
         if owner.guarded:
+            if not owner.past and bool(gradient.any()):
+                owner.past = name
             return torch.zeros_like(gradient)
         raise _elsewhere(name)
 

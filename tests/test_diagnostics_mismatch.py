@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from rootnoise import SGD, FixedCycle, Mechanism, ScheduledSGD, factorize, from_optimizer
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.diagnostics import mismatch
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize

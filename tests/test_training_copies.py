@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import FixedCycleSampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
+from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import prefix_sum
 

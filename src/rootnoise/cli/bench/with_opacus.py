@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from rootnoise.bench import models
-from rootnoise.bench.clock import growth, measured, paired, seconds, serve
+from rootnoise.cli.bench import models
+from rootnoise.cli.bench.clock import growth, measured, paired, quickest, seconds, serve
 
 
 def versions() -> dict[str, Any]:
@@ -28,10 +28,10 @@ def noise(d: int, bands: int) -> dict[str, Any]:
     if bands > 1:
         return {"missing": True}
     like = torch.zeros(d)
-    return {"seconds": seconds(lambda: _generate_noise(1.0, like)), "plain": 0.0}
+    return paired(lambda: torch.randn(d), lambda: _generate_noise(1.0, like), 4, budget=1.0)
 
 
-def _private_step(model: str, n: int, ghost: bool) -> Callable[[], None]:
+def _private_step(model: str, n: int, ghost: bool, micro: int | None) -> Callable[[], None]:
     from opacus import GradSampleModule
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
         GradSampleModuleFastGradientClipping,
@@ -55,40 +55,50 @@ def _private_step(model: str, n: int, ghost: bool) -> Callable[[], None]:
         wrapped = GradSampleModule(net)
         optimizer, criterion = DPOptimizer(sgd, **options), functional.cross_entropy
 
+    parts = list(zip(torch.split(x, micro or n), torch.split(y, micro or n), strict=True))
+
     def step() -> None:
-        optimizer.zero_grad()
-        criterion(wrapped(x), y).backward()
-        optimizer.step()
+        for i, (some, labels) in enumerate(parts):
+            optimizer.zero_grad()
+            optimizer.signal_skip_step(i < len(parts) - 1)
+            criterion(wrapped(some), labels).backward()
+            optimizer.step()
 
     return step
 
 
 @cache
-def _pair(model: str, n: int, ghost: bool) -> tuple[Callable[[], None], Callable[[], None]]:
-    step = _private_step(model, n, ghost)
-    step()
-    step()
-    return models.plain_step(model, n), step
+def _pair(model: str, n: int, ghost: bool) -> tuple[Callable[[], None], Callable[[], object], str]:
+    # Ghost clipping is quickest all at once (docs/clipping.md).
+    sizes = (None,) if ghost else (None, 8, 1)
+    ways = {str(m or "all"): partial(_private_step, model, n, ghost, m) for m in sizes}
+    micro, step = quickest(ways)
+    return models.plain_step(model, n), step, micro
+
+
+def _step(model: str, n: int, ghost: bool) -> dict[str, Any]:
+    plain, private, micro = _pair(model, n, ghost)
+    return {**paired(plain, private, steps=2), "micro": micro}
 
 
 def step(model: str, n: int) -> dict[str, Any]:
     """Return the time of a step with hooks and of a plain one."""
-    return paired(*_pair(model, n, False), steps=2)
+    return _step(model, n, ghost=False)
 
 
 def ghost(model: str, n: int) -> dict[str, Any]:
     """Return the time of a step with ghost clipping and of a plain one."""
-    return paired(*_pair(model, n, True), steps=2)
+    return _step(model, n, ghost=True)
 
 
 def memory(model: str, n: int) -> dict[str, Any]:
-    """Return the peak memory of steps with hooks."""
-    return {"MB": growth(lambda: _private_step(model, n, False))}
+    """Return the peak memory of steps with hooks, in micro-batches of 8."""
+    return {"MB": growth(lambda: _private_step(model, n, False, 8))}
 
 
 def ghost_memory(model: str, n: int) -> dict[str, Any]:
     """Return the peak memory of steps with ghost clipping."""
-    return {"MB": growth(lambda: _private_step(model, n, True))}
+    return {"MB": growth(lambda: _private_step(model, n, True, None))}
 
 
 def epsilon(sigma: float, q: float, n: int, delta: float, groups: int) -> dict[str, Any]:
@@ -134,11 +144,13 @@ def draw(n_examples: int) -> dict[str, Any]:
 
 
 def accuracy(
-    data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int
+    data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int, noise: str
 ) -> dict[str, Any]:
     """Return the test accuracy of one private run by its `PrivacyEngine`, with Poisson batches."""
     from opacus import PrivacyEngine
 
+    if noise != "default":
+        return {"missing": True}  # it has this one alone
     x, y, *test = models.held(data)
     net = models.small(x.shape[1], seed)
     sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)

@@ -14,8 +14,8 @@ from torch.utils.data import TensorDataset
 
 import rootnoise
 from rootnoise import SGD, FixedCycle, Mechanism, NoiseStream, SingleParticipation, factorize
-from rootnoise.bench import models
-from rootnoise.bench.clock import growth, measured, paired, seconds, serve, timed
+from rootnoise.cli.bench import models
+from rootnoise.cli.bench.clock import growth, measured, paired, seconds, serve, timed
 
 STEPS = 4096  # that the noise of a timed step is planned for
 
@@ -66,16 +66,8 @@ def _stream(d: int, bands: int) -> NoiseStream:
 def noise(d: int, bands: int) -> dict[str, Any]:
     """Return the time of one step's noise, the mean over whole blocks, and of `torch.randn`."""
     stream = _stream(d, bands)
-
-    def block() -> None:
-        for _ in range(stream.block_steps):
-            stream.next()
-
-    return {
-        "seconds": seconds(block) / stream.block_steps,
-        "plain": seconds(lambda: torch.randn(d)),
-        "rows": stream.memory_rows,
-    }
+    found = paired(lambda: torch.randn(d), stream.next, steps=stream.block_steps, budget=1.0)
+    return {**found, "rows": stream.memory_rows}
 
 
 def _private_step(model: str, n: int) -> tuple[Callable[[], None], int]:
@@ -154,14 +146,24 @@ def draw(n_examples: int) -> dict[str, Any]:
 
 
 def accuracy(
-    data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int
+    data: str, target: float, delta: float, epochs: int, n: int, lr: float, seed: int, noise: str
 ) -> dict[str, Any]:
     """Return the test accuracy of one private run by `make_private`."""
     x, y, *test = models.held(data)
     net = models.small(x.shape[1], seed)
     sgd = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9)
+    asked: dict[str, Any] = {}
+    if noise == "independent":
+        asked = {"mechanism": "identity", "sampling": "poisson"}
     private, optimizer, loader = rootnoise.make_private(
-        net, sgd, TensorDataset(x, y), batch_size=n, epsilon=target, delta=delta, epochs=epochs
+        net,
+        sgd,
+        TensorDataset(x, y),
+        batch_size=n,
+        epsilon=target,
+        delta=delta,
+        epochs=epochs,
+        **asked,
     )
     right = models.trained(private, optimizer, loader, epochs, (test[0], test[1]))
     return {"value": right, "epsilon": optimizer.epsilon_spent()}

@@ -11,7 +11,11 @@ from torch import nn
 import parallel_runs
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import (
+from rootnoise.factorization import factorize
+from rootnoise.keys import Key
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson, SingleParticipation
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
@@ -19,10 +23,6 @@ from rootnoise.batches.samplers import (
     MinSepPoissonSampler,
     OwnBatches,
 )
-from rootnoise.factorization import factorize
-from rootnoise.keys import Key
-from rootnoise.mechanism import Mechanism
-from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson, SingleParticipation
 from rootnoise.runs.config import RunConfig, make_sampler
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.workload import prefix_sum

@@ -26,7 +26,7 @@ def bench(
     Sections: account, noise, step, memory, factors, growth, accuracy. The page Comparison of the
     documentation has other libraries too, by `benchmarks/comparison/run.py` of the source.
     """
-    from rootnoise.bench import questions, tables
+    from rootnoise.cli.bench import questions, tables
 
     chosen = section or list(questions.SECTIONS)
     with _progress.steps("asking", quiet=json) as bar:

@@ -10,8 +10,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.loader import data_loader
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler, MinSepPoissonSampler
+from rootnoise.participation.loader import data_loader
+from rootnoise.participation.samplers import (
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    MinSepPoissonSampler,
+)
 
 N = 30
 DATA = TensorDataset(torch.arange(N) * 10, torch.arange(N) % 3)

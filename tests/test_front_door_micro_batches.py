@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ExponentialLR, LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
 from rootnoise import Key, RootnoiseError, make_private
-from rootnoise.batches.loader import Split
+from rootnoise.participation.loader import Split
 
 EPOCHS, BATCH, N = 2, 8, 24
 GOAL: dict[str, Any] = {"epsilon": 8.0, "delta": 1e-5, "epochs": EPOCHS, "mechanism": "bsr"}

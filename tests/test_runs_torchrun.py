@@ -11,10 +11,10 @@ import torch
 import torchrun_runs
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger_file import Journal
 from rootnoise.cli import main
 from rootnoise.keys import Key
 from rootnoise.noise import NoiseStream
+from rootnoise.participation.ledger_file import Journal
 from rootnoise.runs.folder import SECRETS, RunFolder
 from rootnoise.runs.processes import local_device
 from rootnoise.training.ranks import Ranks

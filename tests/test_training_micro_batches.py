@@ -12,10 +12,15 @@ import parallel_runs
 from parallel_runs import N_STEPS, alone, assert_close, results
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.samplers import CyclicPoissonSampler, FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.factorization import factorize
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
+from rootnoise.participation.samplers import (
+    CyclicPoissonSampler,
+    FixedCycleSampler,
+    OwnBatches,
+    Sampler,
+)
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import NonFiniteGradientWarning
 from rootnoise.training.sharded import Shards

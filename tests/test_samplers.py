@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.samplers import (
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.samplers import (
     BallsInBinsSampler,
     CyclicPoissonSampler,
     FixedCycleSampler,
     MinSeparationSampler,
     MinSepPoissonSampler,
 )
-from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle, MinSeparation
 
 SAMPLERS = {
     "fixed cycle": lambda **k: FixedCycleSampler(n_examples=103, batch_size=10, epochs=3, **k),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
@@ -15,32 +17,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rootnoise._check import RootnoiseError
-from rootnoise.bench.clock import Side
+from rootnoise.cli.bench.clock import Side
 
 Question = dict[str, Any]
 Result = dict[str, Any]
 
 DELTA = 1e-5
+NONE = ("missing", "refused", "stopped")  # keys of an answer that is none
 SECTIONS = ("account", "noise", "step", "memory", "factors", "growth", "accuracy")
 
 
-def own_sides() -> list[Side]:
+def own_sides(limit: float = 60.0) -> list[Side]:
     """Return the sides that every installation has: rootnoise, and Opacus, which it needs."""
     names = (("rootnoise", "ours"), ("Opacus", "with_opacus"))
-    return [Side(name, [sys.executable, "-m", f"rootnoise.bench.{file}"]) for name, file in names]
+    return [
+        Side(name, [sys.executable, "-m", f"rootnoise.cli.bench.{file}"]) for name, file in names
+    ]
 
 
 def questions(section: str, quick: bool) -> list[Question]:
     """Return the questions of a section."""
     run = {"q": 0.01, "n": 2000, "delta": DELTA, "groups": 1}
     cyclic = {"q": 0.16, "n": 2000, "delta": DELTA, "groups": 16}
-    models = (("perceptron", 64), ("cnn", 64), ("tokens", 16 if quick else 64))
+    models = (("perceptron", 64), ("cnn", 64), ("transformer", 16 if quick else 64))
     lengths = (10**3, 10**4, 10**5, 10**6)
     if section == "account":
         return [
             {"what": "epsilon", "sigma": 1.0, **run},
             {"what": "epsilon", "sigma": 1.0, **cyclic},
             {"what": "calibrate", "target": 4.0, **run},
+            {"what": "calibrate", "target": 4.0, **cyclic},
         ]
     if section == "noise":
         sizes = (10**6,) if quick else (10**6, 10**7)
@@ -64,12 +70,13 @@ def questions(section: str, quick: bool) -> list[Question]:
         noise = [{"what": "noise", "d": d, "bands": 16} for d in (250_000, 4_000_000)]
         return [*plans, *noise, *({"what": "draw", "n_examples": n} for n in lengths[1:])]
     rates, seeds = (
-        ((0.0125, 0.025, 0.05, 0.1), 3) if quick else ((0.0125, 0.025, 0.05, 0.1, 0.2), 5)
+        ((0.0125, 0.025, 0.05, 0.1), 5) if quick else ((0.0125, 0.025, 0.05, 0.1, 0.2), 5)
     )
     common = {"what": "accuracy", "delta": DELTA, "epochs": 20, "n": 128}
     return [
-        {**common, "target": target, "lr": lr, "seed": seed}
+        {**common, "target": target, "lr": lr, "seed": seed, "noise": noise}
         for target in ((1.0,) if quick else (1.0, 8.0))
+        for noise in ("default", "independent")
         for lr in rates
         for seed in range(seeds)
     ]
@@ -96,10 +103,14 @@ def ask(
     for section in chosen:
         if section not in SECTIONS:
             raise RootnoiseError(f"section must be one of {', '.join(SECTIONS)}, got {section}")
+    start = time.monotonic()
     result: Result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{_processor()}, {platform.system()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {platform.system()}",
+        "threads": 1,
+        "load": [load()],
         "quick": quick,
+        "limit": max((side.limit for side in sides), default=0.0),
         "versions": {side.name: side.ask({"what": "versions"}) for side in sides},
         "rows": [],
     }
@@ -108,15 +119,19 @@ def ask(
         if "accuracy" in chosen:
             _digits(data)
         for section in chosen:
-            rounds = 3 if section == "noise" or (section in ("step", "growth") and not quick) else 1
+            rounds = 3 if section in ("noise", "step", "growth") and not quick else 1
             for question in questions(section, quick):
                 put = {**question, "data": str(data)} if section == "accuracy" else question
+                before = {side.name: side.spent for side in sides}
                 answers = _rounds(sides, put, rounds, fresh=section == "memory")
                 if section == "factors":
                     _judge(question, answers)
+                spent = {side.name: round(side.spent - before[side.name], 2) for side in sides}
                 row = {"section": section, "question": question, "answers": answers}
-                result["rows"].append(row)
+                result["rows"].append({**row, "spent": spent})
+                result["seconds"] = round(time.monotonic() - start)
                 on_row(result)
+    result["load"].append(load())
     for side in sides:
         side.close()
     return result
@@ -131,20 +146,19 @@ def _rounds(
         for side in sides:
             if fresh:
                 side.close()
-            if not (given[side.name] and "missing" in given[side.name][0]):
+            if not given[side.name] or given[side.name][0].keys().isdisjoint(NONE):
                 given[side.name].append(side.ask(question))
     return {name: _median(answers) for name, answers in given.items()}
 
 
 def _median(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    refused = [dict(answer) for answer in answers if "missing" in answer or "refused" in answer]
-    if refused:
-        return refused[0]
+    for answer in answers:
+        if not answer.keys().isdisjoint(NONE):
+            return dict(answer)
     found = dict(answers[0])  # a single one may hold a strategy
-    if len(answers) > 1:
-        found = {name: median(answer[name] for answer in answers) for name in answers[0]}
-    if answers[0].get("plain"):
-        found["ratio"] = median(answer["seconds"] / answer["plain"] for answer in answers)
+    for name, value in answers[0].items():
+        if isinstance(value, (int, float)):
+            found[name] = median(answer[name] for answer in answers)
     return found
 
 
@@ -193,7 +207,12 @@ def _digits(path: Path) -> None:
     )
 
 
-def _processor() -> str:
+def load() -> float | None:
+    """Return how many processes ran at once over the last minute; None where it is not known."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
+
+
+def processor() -> str:
     """Return the model of the processor (Linux), or what the platform says."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

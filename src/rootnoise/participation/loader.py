@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise.batches.samplers import Indices, Sampler
+from rootnoise.participation.samplers import Indices, Sampler
 
 # Examples on which a collate function is tried: no batch is a tuple of so many parts.
 TRIED = 11

@@ -1,4 +1,4 @@
-"""How good a model is."""
+"""How good a model is on held-out data: metrics of the training set are refused."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def evaluate(
     The model runs in evaluation mode without gradients, on its own device, and then returns to the
     mode it was in, so it is safe to call between two epochs of private training. On the training
     set the result is computed from raw data, and epsilon does not cover it: that is refused, where
-    a record is seen to be one that `make_private` was given: of the same data set, or the same
-    memory of a `TensorDataset`. A copy is not recognised.
+    a record is recognised as one that `make_private` was given, by its data set or by the memory of
+    a `TensorDataset`. A copy is not recognised.
 
     Args:
         model: any model, private or not.
@@ -91,7 +91,7 @@ def evaluate(
 
 
 def _overlap(trained: Any, data: Any) -> bool:
-    """Whether `data`, a data set or a loader of one, is seen to have a record of the other."""
+    """Whether `data`, a data set or a loader, is recognised to share a record with the other."""
     if trained is None:
         return False
     if data is trained or getattr(data, "dataset", None) is trained:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
-from rootnoise.batches.ledger import Ledger
-from rootnoise.batches.ledger_file import Journal, first_line, pack, unpack
 from rootnoise.participation import MinSeparation
+from rootnoise.participation.ledger import Ledger
+from rootnoise.participation.ledger_file import Journal, first_line, pack, unpack
 
 HEADER = {"b": 1, "a": "x"}
 BATCHES = [[], [0], [2**32 - 1], [0, 1, 2], [5, 900, 2**20]]

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rootnoise._check import RootnoiseError, integer, same
-from rootnoise.batches.ledger_file import Indices, Journal, first_line, pack
 from rootnoise.participation import (
     CyclicPoisson,
     FixedCycle,
@@ -28,6 +27,7 @@ from rootnoise.participation import (
     SingleParticipation,
     to_dict,
 )
+from rootnoise.participation.ledger_file import Indices, Journal, first_line, pack
 
 if TYPE_CHECKING:
     import torch

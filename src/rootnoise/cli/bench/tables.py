@@ -1,20 +1,17 @@
-"""Answers as tables: for a terminal, and between the marks of a page."""
+"""Answers as tables."""
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rootnoise._check import RootnoiseError
+from rootnoise.cli.bench.duels import accuracies, label, size
 
 Row = Mapping[str, Any]
 Answer = Mapping[str, Any]
-MARK = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 class Table(NamedTuple):
@@ -41,35 +38,11 @@ def tables(result: Mapping[str, Any]) -> dict[str, Table]:
     }
 
 
-def fill(page: str, result: Mapping[str, Any]) -> str:
-    r"""Return the page with each table that it marks written anew.
-
-    Raises:
-        RootnoiseError: a mark that names no table.
-
-    >>> result = {"versions": {}, "rows": [], "date": "", "machine": "", "quick": True}
-    >>> print(fill("<!-- table noise -->\n<!-- end -->", result))
-    <!-- table noise -->
-    Not measured in this run.
-    <!-- end -->
-    """
-    found = tables(result)
-
-    def write(mark: re.Match[str]) -> str:
-        if mark[2] not in found:
-            raise RootnoiseError(f"table must be one of {', '.join(found)}, got {mark[2]}")
-        return mark[1] + found[mark[2]].markdown() + mark[3]
-
-    return MARK.sub(write, page)
-
-
 def _versions(result: Mapping[str, Any]) -> Table:
     rows = []
     for name, answer in result["versions"].items():
         said = ", ".join(f"{key} {value}" for key, value in answer.items())
         rows.append([name, "not installed" if "missing" in answer else said])
-    length = "quick" if result["quick"] else "full"
-    rows.append(["measured", f"{result['date']}, {result['machine']}, {length} run"])
     return Table("Who was asked", ["side", "versions"], rows)
 
 
@@ -85,6 +58,8 @@ def _wrong(result: Mapping[str, Any]) -> Table:
 def _cell(answer: Answer, said: Answer, show: Callable[[Answer], str]) -> str:
     if "missing" in answer:
         return "not installed" if "missing" in said else "-"
+    if "stopped" in answer:
+        return f"stopped after {answer['stopped']:g} s"
     return "fails" if "refused" in answer else show(answer)
 
 
@@ -108,7 +83,7 @@ def _asked(rows: Iterable[Row], section: str, *whats: str) -> list[Row]:
     return [r for r in rows if r["section"] == section and r["question"]["what"] in whats]
 
 
-def _figures(value: float, digits: int = 2) -> str:
+def figures(value: float, digits: int = 2) -> str:
     """Return about `digits` significant figures, never with an exponent."""
     if value == 0:
         return "0"
@@ -117,18 +92,12 @@ def _figures(value: float, digits: int = 2) -> str:
 
 
 def _account(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
-    def label(q: Row) -> str:
-        how = "Poisson" if q["groups"] == 1 else f"cyclic Poisson, {q['groups']} groups"
-        if q["what"] == "epsilon":
-            return f"epsilon at noise multiplier {q['sigma']:g}, {how}"
-        return f"noise multiplier at epsilon {q['target']:g}, {how}"
-
     return _grid(
         "Accounting: value, and seconds",
         "asked",
         _asked(rows, "account", "epsilon", "calibrate"),
         label,
-        lambda a: f"{a['value']:.4f} in {_figures(a['seconds'])} s",
+        lambda a: f"{a['value']:.4f} in {figures(a['seconds'])} s",
         sides,
         versions,
     )
@@ -138,37 +107,29 @@ def _noise(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Ans
     found = []
     for row in _asked(rows, "noise", "noise"):
         q, answers = row["question"], row["answers"]
-        plain = answers["rootnoise"]["plain"]
-        cells = [
-            _cell(answers[s], versions[s], lambda a, t=plain: _figures(a["seconds"] / t))  # type: ignore[misc]
-            for s in sides
-        ]
-        label = f"{q['d']:.0e}, {q['bands']}".replace("e+0", "e")
-        found.append([label, _figures(plain / q["d"] * 1e9), *cells])
+        plain = answers["rootnoise"].get("plain", math.nan)
+
+        def over(answer: Answer, plain: float = plain) -> str:
+            # JAX has no torch beside it: ours, of the same minute.
+            return figures(answer.get("ratio", answer["seconds"] / plain))
+
+        cells = [_cell(answers[side], versions[side], over) for side in sides]
+        found.append([f"{size(q['d'])}, {q['bands']}", figures(plain / q["d"] * 1e9), *cells])
     headings = ["values, bands", "torch.randn, ns a value", *sides]
     return Table("Noise of one step, over torch.randn", headings, found)
 
 
-MODELS = {
-    "perceptron": "perceptron, 1e6 parameters",
-    "cnn": "CNN, 4e5 parameters",
-    "tokens": "Linear and LayerNorm on 64 tokens, 8e5 parameters",
-}
-
-
-def _model(q: Row) -> str:
-    way = ", ghost clipping" if q["what"].startswith("ghost") else ""
-    way = ", not private" if q["what"].startswith("plain") else way
-    return f"{MODELS[q['model']]}, batch {q['n']}{way}"
-
-
 def _step(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
+    def show(a: Answer) -> str:
+        parts = f", by {a['micro']}" if a.get("micro", "all") != "all" else ""
+        return f"{figures(a['ratio'], 3)} ({figures(1e3 * a['seconds'])} ms{parts})"
+
     return _grid(
         "A private step: over the same step without privacy, and milliseconds",
         "model",
         _asked(rows, "step", "step", "ghost"),
-        _model,
-        lambda a: f"{_figures(a['ratio'], 3)} ({_figures(1e3 * a['seconds'])} ms)",
+        label,
+        show,
         sides,
         versions,
     )
@@ -179,7 +140,7 @@ def _memory(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, An
         "Peak memory of three steps, MB",
         "model",
         _asked(rows, "memory", "plain_memory", "memory", "ghost_memory"),
-        _model,
+        label,
         lambda a: f"{a['MB']:.0f}",
         sides,
         versions,
@@ -187,13 +148,8 @@ def _memory(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, An
 
 
 def _factors(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
-    def label(q: Row) -> str:
-        bands = f", {q['bands']} bands" if q["bands"] else ""
-        momentum = f", momentum {q['momentum']:g}" if q["momentum"] else ""
-        return f"{q['mechanism']}{bands}{momentum}"
-
     def show(a: Answer) -> str:
-        return f"{a['rmse']:.4f}; {_figures(a['first'])} s, {_figures(a['again'])} s"
+        return f"{a['rmse']:.4f}; {figures(a['first'])} s, {figures(a['again'])} s"
 
     chosen = _asked(rows, "factors", "factors")
     steps = "".join(
@@ -213,42 +169,58 @@ def exponent(points: Mapping[float, float]) -> float:
     return float(np.polyfit(x, y, 1)[0])
 
 
-def _growth(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
+class Axis(NamedTuple):
+    """What grows with what, and the seconds of each side at each size."""
+
+    title: str
+    points: dict[str, dict[float, float]]
+
+
+def growth(rows: Iterable[Row], sides: Sequence[str]) -> list[Axis]:
+    """Return the axes of growth that were measured."""
     every = [row for row in rows if row["section"] in ("growth", "noise")]
 
-    def pick(what: str, size: str, **fixed: float) -> list[Row]:
+    def pick(title: str, what: str, field: str, **fixed: float) -> Axis:
         held = {"what": what, **fixed}
-        chosen = [r for r in every if held.items() <= r["question"].items()]
-        return sorted(chosen, key=lambda r: r["question"][size])
+        # One band is independent noise, another way in most sides.
+        chosen = [
+            row
+            for row in every
+            if held.items() <= row["question"].items() and row["question"].get("bands") != 1
+        ]
+        chosen.sort(key=lambda row: row["question"][field])
+        points = {
+            side: {
+                row["question"][field]: row["answers"][side]["seconds"]
+                for row in chosen
+                if "seconds" in row["answers"].get(side, {})
+            }
+            for side in sides
+        }
+        return Axis(title, points)
 
     axes = (
-        ("BSR, its sensitivity and error, over steps n", "n", pick("plan_time", "n", k=10)),
-        ("the same at n = 100000, over participations k", "k", pick("plan_time", "k", n=10**5)),
-        ("noise of 16 bands, over parameters d", "d", pick("noise", "d", bands=16)),
-        ("noise of 1e6 parameters, over bands p", "bands", pick("noise", "bands", d=10**6)),
-        ("one Poisson batch of 64, over records", "n_examples", pick("draw", "n_examples")),
+        pick("BSR, its sensitivity and error, over steps n", "plan_time", "n", k=10),
+        pick("the same at n = 100000, over participations k", "plan_time", "k", n=10**5),
+        pick("noise of 16 bands, over parameters d", "noise", "d", bands=16),
+        pick("noise of 1e6 parameters, over bands p", "noise", "bands", d=10**6),
+        pick("one Poisson batch of 64, over records", "draw", "n_examples"),
     )
-    found = []
-    for title, size, chosen in axes:
-        if not chosen:
-            continue
-        cells = []
-        for side in sides:
-            # One band is independent noise, another way in most sides.
-            points = {
-                row["question"][size]: row["answers"][side]["seconds"]
-                for row in chosen
-                if "seconds" in row["answers"][side] and row["question"].get("bands") != 1
-            }
-            if len(points) < 2:
-                cells.append(_cell({"missing": True}, versions[side], str))
-                continue
-            (low, fast), *_, (high, slow) = points.items()
-            cells.append(
-                f"{exponent(points):.2f}; {low:.3g}: {_figures(1e3 * fast)} ms,"
-                f" {high:.3g}: {_figures(1e3 * slow)} ms"
-            )
-        found.append([title, *cells])
+    return [axis for axis in axes if any(axis.points.values())]
+
+
+def _growth(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
+    def cell(side: str, points: Mapping[float, float]) -> str:
+        if len(points) < 2:
+            return _cell({"missing": True}, versions[side], str)
+        (low, fast), *_, (high, slow) = points.items()
+        ends = f"{size(low)}: {figures(1e3 * fast)} ms, {size(high)}: {figures(1e3 * slow)} ms"
+        return f"{exponent(points):.2f}; {ends}"
+
+    found = [
+        [axis.title, *(cell(side, axis.points[side]) for side in sides)]
+        for axis in growth(rows, sides)
+    ]
     title = "Growth: fitted exponent; time at the smallest and at the largest size"
     return Table(title, ["time of", *sides], found)
 
@@ -256,24 +228,22 @@ def _growth(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, An
 def _accuracy(rows: Iterable[Row], sides: Sequence[str], versions: Mapping[str, Answer]) -> Table:
     """Each side at its own best learning rate: the one of the best mean over seeds."""
     asked = _asked(rows, "accuracy", "accuracy")
+    best = {side: accuracies(asked, side) for side in sides}
     found = []
-    for target in sorted({row["question"]["target"] for row in asked}):
+    for target, noise in dict.fromkeys(
+        (row["question"]["target"], row["question"].get("noise", "default")) for row in asked
+    ):
         cells = []
         for side in sides:
-            by_rate: dict[float, list[float]] = {}
-            for row in asked:
-                answer = row["answers"][side]
-                if row["question"]["target"] == target and "value" in answer:
-                    by_rate.setdefault(row["question"]["lr"], []).append(100 * answer["value"])
-            if not by_rate:
-                cells.append(_cell({"missing": True}, versions[side], str))
-                continue
-            rate, values = max(by_rate.items(), key=lambda item: mean(item[1]))
-            spread = stdev(values) if len(values) > 1 else 0.0
+            got = best[side].get((target, noise))
             cells.append(
-                f"{mean(values):.1f} ± {spread:.1f} % (rate {rate:g}, {len(values)} seeds)"
+                f"{got.mean:.1f} ± {got.deviation:.1f} % (rate {got.rate:g},"
+                f" {len(got.values)} seeds)"
+                if got
+                else _cell({"missing": True}, versions[side], str)
             )
         rates = sorted({r["question"]["lr"] for r in asked if r["question"]["target"] == target})
         tried = ", ".join(f"{rate:g}" for rate in rates)
-        found.append([f"epsilon {target:g}; rates {tried}", *cells])
+        what = "its own choice" if noise == "default" else "asked for independent noise"
+        found.append([f"epsilon {target:g}, {what}; rates {tried}", *cells])
     return Table("Test accuracy on the digits: mean and deviation", ["budget", *sides], found)

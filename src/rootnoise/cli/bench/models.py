@@ -10,22 +10,37 @@ from torch import nn
 from torch.nn import functional
 
 
+class Layer(nn.Module):
+    """A transformer's encoder layer, its attention of four heads written out: all sides clip it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(192, 3 * 192), nn.Linear(192, 192)
+        self.up, self.down = nn.Linear(192, 512), nn.Linear(512, 192)
+        self.norms = nn.ModuleList(nn.LayerNorm(192) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return as many tokens."""
+        n, tokens, width = x.shape
+        heads = self.first(x).view(n, tokens, 3, 4, width // 4).permute(2, 0, 3, 1, 4)
+        share = torch.softmax(heads[0] @ heads[1].transpose(-1, -2) / 48**0.5, -1)
+        seen = (share @ heads[2]).transpose(1, 2).reshape(n, tokens, width)
+        x = self.norms[0](x + self.last(seen))
+        y: torch.Tensor = self.norms[1](x + self.down(functional.relu(self.up(x))))
+        return y
+
+
 class Encoder(nn.Module):
-    """Linear and LayerNorm alone over 64 tokens of a vocabulary of 1000: every side clips it."""
+    """Two encoder layers over 64 tokens of a vocabulary of 1000; 9e5 parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.table, self.out = nn.Embedding(1000, 192), nn.Linear(192, 10)
-        self.up = nn.ModuleList(nn.Linear(192, 512) for _ in range(3))
-        self.down = nn.ModuleList(nn.Linear(512, 192) for _ in range(3))
-        self.norm = nn.ModuleList(nn.LayerNorm(192) for _ in range(3))
+        self.layers = nn.Sequential(Layer(), Layer())
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the scores."""
-        x: torch.Tensor = self.table(ids)
-        for up, down, norm in zip(self.up, self.down, self.norm, strict=True):
-            x = norm(x + down(functional.relu(up(x))))
-        y: torch.Tensor = self.out(x.mean(1))
+        y: torch.Tensor = self.out(self.layers(self.table(ids)).mean(1))
         return y
 
 
@@ -53,7 +68,7 @@ def small(inputs: int, seed: int) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], torch.Tensor]]] = {
     "perceptron": (perceptron, lambda n: torch.randn(n, 784)),
     "cnn": (cnn, lambda n: torch.randn(n, 1, 28, 28)),
-    "tokens": (Encoder, lambda n: torch.randint(0, 1000, (n, 64))),
+    "transformer": (Encoder, lambda n: torch.randint(0, 1000, (n, 64))),
 }
 
 

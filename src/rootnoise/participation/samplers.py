@@ -333,8 +333,8 @@ class BallsInBinsSampler(_CycleSampler):
 class MinSepPoissonSampler(Sampler):
     """Whoever sat out the last `min_sep` - 1 steps joins the next with a fixed probability.
 
-    Dong & Ganesh (2026). Every example goes its own way: after a step it waits min_sep - 1 steps,
-    and then a geometrically distributed time. All of them are drawn at the start, as if the run had
+    Dong & Ganesh (2026). Examples are independent: after a step each waits min_sep - 1 steps, and
+    then a geometrically distributed time. All times are drawn at the start, as if the run had
     gone on forever before it, and take 8 bytes for each time that an example takes part. Batches
     vary in size and can be empty.
 

@@ -1,1 +1,0 @@
-"""Who is drawn for a step, and who was?"""

@@ -85,7 +85,7 @@ MUTATIONS = [
         "training/replicated.py",
         "copy=written is None)",
         "copy=False)",
-        "training_copies training training_micro_batches",
+        "clip_steps",
     ),
     Mutation(
         "float32 noise that is overwritten is not that of the step",
@@ -376,18 +376,11 @@ MUTATIONS = [
         "sharded",
     ),
     Mutation(
-        "sums of shards that broke off may go on",
-        "training/sharded.py",
-        "        self._check_whole()\n        bad",
-        "        bad",
-        "sharded",
-    ),
-    Mutation(
         "the loss is not replayed against what it gave",
         "training/probe.py",
         "    if to is not None:\n",
         "    if False:\n",
-        "probe probe_mixing",
+        "training_attacks",
     ),
     Mutation(
         "only the first part of a release is compared",

@@ -859,7 +859,7 @@ MUTATIONS = [
         "accounting/run.py",
         "        if found <= target:\n            best",
         "        if True:\n            best",
-        "accounting random_allocation",
+        "bin_chain",
     ),
     # --------------------------------------------------------------------------------- mechanism
     Mutation(

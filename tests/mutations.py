@@ -401,7 +401,7 @@ MUTATIONS = [
         "training/clip/module.py",
         "        self._adding = True\n        with",
         "        with",
-        "clip_engine sharded training_micro_batches",
+        "sharded",
     ),
     Mutation(
         "memory is measured by the data's values",

@@ -64,7 +64,7 @@ MUTATIONS = [
         "training/clip/module.py",
         "finite = self._norms.isfinite()",
         "finite = self._norms > -1",
-        "training",
+        "clip_steps",
     ),
     Mutation(
         "norms of float32 sums over long rows",

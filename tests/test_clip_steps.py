@@ -108,6 +108,10 @@ def test_gradients_of_any_size(norm):
         assert share <= 1
         assert share > Fraction(999, 1000) or size <= norm
         assert moved(copies, x, g, 0) <= 1
+    g[0] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert moved(copies, x, g, 0) == 0
 
 
 @pytest.mark.parametrize("alone", [True, False], ids=["all of the noise", "none of it"])

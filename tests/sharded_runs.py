@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import cross_entropy
 
-from parallel_runs import Refusals, examples, join, network, private, train
+from parallel_runs import N, Refusals, examples, join, network, private, train
 from rootnoise.training import PrivateOptimizer, privatize
 from rootnoise.training.clipping import Clip
 from rootnoise.training.ranks import Ranks
@@ -393,3 +395,34 @@ def count_bad(rank: int, size: int, out: Path) -> None:
         optimizer.step(part)
     assert optimizer.non_finite == len(caught) == (rank == 0)
     report(optimizer, rank, out)
+
+
+def one_record(rank: int, size: int, out: Path) -> None:
+    """Whatever its size and part, rank 0's first example moves the sum by one clip norm at most."""
+    join(rank, size, out)
+    warnings.simplefilter("ignore")
+    optimizer = make(size)
+    place, module = optimizer._place, optimizer.module
+    clip = optimizer.mechanism.clip_norm
+    (x, y), shards = examples(), sum(stop - start for start, stop in place.spans)
+
+    def total(part: np.ndarray, scale: float, sync: bool) -> torch.Tensor:
+        module._module.set_requires_gradient_sync(sync)
+        given = x.clone()
+        given[0] *= scale
+        optimizer._guard.reset()  # as a step does: nothing of the one before may count again
+        for one in np.split(part, [2, 2]):
+            (100 * cross_entropy(module(given[one]), y[one], reduction="sum")).backward()
+            assert all(p.grad is None for p in module.parameters())
+            place.take(len(one))
+        return place.noised_sum(0, torch.zeros(shards), 0)[0]
+
+    mine = np.arange(N)[rank::size]
+    for scale, sync in itertools.product((0, 1e-20, 1, 1e10, 1e30, float("nan")), (True, False)):
+        whole = total(mine, scale, sync)
+        rest = total(mine[mine > 0], scale, sync)
+        squares = (whole - rest).square().sum()
+        assert squares.isfinite()
+        dist.all_reduce(squares)
+        assert float(squares) <= clip**2, scale
+        assert float(squares) > 0.99 * clip**2 or scale != 1

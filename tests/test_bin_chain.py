@@ -18,6 +18,7 @@ from rootnoise.accounting import bin_chain as chains
 from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds, linked_above, linked_below
 from rootnoise.accounting.bin_chain import Chain, _Lattice, _Law
+from rootnoise.accounting.run import _search
 from rootnoise.factorization import factorize
 from rootnoise.participation import BallsInBins
 from rootnoise.workload import prefix_sum
@@ -366,3 +367,16 @@ def test_a_certain_bound_near_the_forecast_is_claimed_and_calibrated_to():
     assert cost.monte_carlo is None
     assert "certain" in cost.method
     assert 0.98 * 3 <= cost.epsilon <= 3
+
+
+@pytest.mark.parametrize("off", [1.0, 1.3, 0.7])
+@pytest.mark.parametrize("close", [0.0, 0.99])
+def test_a_search_returns_no_noise_that_misses_the_target(off, close):
+    """However far the quick figure is from the exact one, whose first trial may miss."""
+    tried = []
+    found = _search(
+        lambda s: 1 / s, lambda s: off / s, 2.0, 5.0, lambda s, _: tried.append(s), close
+    )
+    assert off / found <= 2.0
+    assert not close or found <= 1.01 * off / 2.0
+    assert off <= 1 or any(s < found for s in tried)

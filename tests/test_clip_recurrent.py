@@ -181,3 +181,21 @@ def test_no_example_moves_the_sum_by_more_than_the_clip_norm(kind: str, scale: f
         assert float(total(x[i : i + 1]).norm()) <= 1e-3
         rest = total(torch.cat([x[:i], x[i + 1 :]]))
         assert float((whole - rest).norm()) <= 1e-3 * (1 + 1e-5)  # float32 products may round anew
+
+
+@pytest.mark.parametrize("width", [4, 90])
+def test_gradients_in_other_rows_are_refused(width: int) -> None:
+    """Kept as gradients of examples or, of wide layers, as taps."""
+
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(60, width, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.layer(x)[0].flip(0)
+            return y
+
+    ours = PrivateModule(Turned(), "sum")
+    with pytest.raises(RootnoiseError, match=r"^layer layer must keep the examples apart, each in"):
+        ours(torch.randn(N, STEPS, 60)).sum().backward()

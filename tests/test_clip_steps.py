@@ -108,6 +108,27 @@ def test_gradients_of_any_size(norm):
         assert share <= 1
         assert share > Fraction(999, 1000) or size <= norm
         assert moved(copies, x, g, 0) <= 1
+    g[0] = np.inf
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert moved(copies, x, g, 0) == 0
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["all of the noise", "none of it"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_never_lies_where_the_next_sum_is_made(alone, dtype):
+    """Else the raw sum would stand in it; a rank of several may draw none of the noise."""
+    copies = place(nn.Linear(2, 3, bias=False).to(dtype), Clip.fit(1.0, 2, 1.0))
+    x = torch.ones(2, 2, dtype=dtype)
+    for _ in range(2):
+        total, _ = copies.noised_sum(0, torch.ones(6 if alone else 0), 0)
+        copies.write(total)
+        before = [p.grad.clone() for p in copies._parameters.values()]
+        copies._module(x).sum().backward()
+        copies.take(2)
+        after = [p.grad for p in copies._parameters.values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        copies.clear()
 
 
 def test_many_rows_of_one_direction():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 - torch's own name for it
 
 from probe_cases import (
+    BATCH,
     MASK,
     PADDED,
     TOKENS,
@@ -114,7 +115,34 @@ class Memory(nn.Module):
         return out
 
 
+class Steps(nn.Module):
+    """A recurrent layer over (steps, examples, width), with a hook on its outputs' gradient."""
+
+    def __init__(self, steps, hook=None, by_name=False):
+        super().__init__()
+        self.steps, self.hook, self.by_name = steps, hook, by_name
+        self.layer = nn.GRU(2, V)
+
+    def forward(self, x):
+        x = torch.cat([x, x], 1)[:, : 2 * self.steps].unflatten(1, (self.steps, 2))
+        x, start = x.transpose(0, 1), x.new_zeros(1, len(x), V)
+        y = (self.layer(input=x, hx=start) if self.by_name else self.layer(x, start))[0]
+        if self.hook is not None:
+            y.register_hook(self.hook)
+        return y[-1]
+
+
+def apart(g):
+    return g - g.mean(1, keepdim=True)
+
+
 MIXING = [
+    (lambda: Steps(4, apart), ce, r"^loss, or what follows layer layer \(GRU\), must not mix"),
+    (
+        lambda: Steps(4, apart, True),
+        ce,
+        r"^loss, or what follows layer layer \(GRU\), must not mix",
+    ),
     (lambda: mlp(Add(lambda h: h - h.mean(0))), ce, r"^layer 1 \(Add\) must not mix the examples"),
     (lambda: mlp(Add(bn)), ce, r"^layer 1 \(Add\) must not mix"),
     (lambda: mlp(nn.Softmax(dim=0)), ce, r"^layer 1 \(Softmax\) must not mix"),
@@ -141,6 +169,13 @@ MIXING = [
     (mlp, with_a_number, "^loss must not depend on a number that left torch, got one by __float__"),
     (mlp, own_function, "^loss must come from what forward returned, .* got a tensor of Square"),
 ]
+
+
+@pytest.mark.parametrize("steps", [4, BATCH])
+def test_steps_first_are_compared_by_example(steps):
+    o = make(Steps(steps))
+    train(o, ce)
+    assert o.claim().endswith("at 2 of this process's steps, last at its step 1.")
 
 
 @pytest.mark.parametrize(("model", "loss", "message"), MIXING, ids=range(len(MIXING)))

@@ -96,6 +96,10 @@ def test_micro_batches_are_the_batch(tmp_path, sync):
         assert_close(found, optimizer, first)
 
 
+def test_no_record_moves_the_sum_by_more_than_the_clip_norm(tmp_path):
+    launch(2, sharded_runs.one_record, tmp_path)
+
+
 @pytest.mark.parametrize("what", [sharded_runs.break_off, sharded_runs.refuse_together])
 def test_what_is_broken_off_or_refused_starts_anew(tmp_path, what):
     launch(2, what, tmp_path, 4)

@@ -239,9 +239,10 @@ class ForwardGuard:
             rule = "must be called by the model's forward alone in training mode"
             self._fault = f"layer {name} {rule} (else under no_grad), got a call of its own"
             return
-        shapes = [t.shape for t in args if isinstance(t, torch.Tensor) and t.dim()]
-        if shapes and type(layer).__name__ != "RNNLinear":  # Opacus pads packed sequences there
-            self._rows[name] = type(layer).__name__, shapes[-1][0]
+        tensors = [t for t in args if isinstance(t, torch.Tensor) and t.dim()]
+        if tensors and type(layer).__name__ != "RNNLinear":  # Opacus pads packed sequences there
+            i = len(tensors) - 1
+            self._rows[name] = type(layer).__name__, len(by_example(layer, i, tensors[i]))
 
     def _check_rows(self) -> None:
         """Refuse a layer whose input has a different number of rows than most layers' inputs."""
@@ -353,6 +354,17 @@ def tensors_of(value: Any, depth: int = 4) -> list[torch.Tensor]:
     else:
         parts = list(vars(value).values()) if hasattr(value, "__dict__") else []
     return [t for part in parts for t in tensors_of(part, depth - 1)]
+
+
+def by_example(layer: nn.Module, index: int, t: torch.Tensor) -> torch.Tensor:
+    """Return a view, examples first, of the tensor that a layer gets or gives at `index`.
+
+    >>> by_example(nn.LSTM(2, 3), 0, torch.zeros(7, 4, 2)).shape  # 7 steps
+    torch.Size([4, 7, 2])
+    """
+    if isinstance(layer, nn.RNNBase) and t.dim() > 2 and (index or not layer.batch_first):
+        return t.transpose(0, 1)
+    return t
 
 
 def _compiled() -> bool:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.guards import tensors_of
+from rootnoise.training.guards import by_example, tensors_of
 from rootnoise.training.tape import Environment, Tape
 
 # Rows of independent examples are equal bit for bit, or differ by how a kernel splits its sums: a
@@ -259,7 +259,7 @@ class _Trace:
         self.gradients: list[tuple[str, torch.Tensor | None]] = []
         self.outputs: list[torch.Tensor] = []
         self.output_gradients: list[torch.Tensor | None] = []
-        self._tracked: list[tuple[str, torch.Tensor]] = []
+        self._tracked: list[tuple[str, torch.Tensor, Callable[..., torch.Tensor]]] = []
 
     def forward(self, args: Any, kwargs: Any, environment: Environment) -> Any:
         """Run the model, and keep the inputs and outputs of its layers."""
@@ -281,34 +281,35 @@ class _Trace:
         return output
 
     def _before(self, place: str, layer: nn.Module, args: Any) -> None:
-        self._keep(f"what feeds {place}", tensors_of(args))
+        self._keep(f"what feeds {place}", layer, tensors_of(args))
 
     def _after(self, place: str, own: bool, layer: nn.Module, args: Any, output: Any) -> None:
         outputs = tensors_of(output)
-        self._keep(place, outputs)
+        self._keep(place, layer, outputs)
         if own and self.deep:
-            self._tracked += [(place, t) for t in outputs if t.requires_grad]
+            self._tracked += [
+                (place, t, partial(by_example, layer, i))
+                for i, t in enumerate(outputs)
+                if t.requires_grad
+            ]
 
-    def _keep(self, place: str, tensors: list[torch.Tensor]) -> None:
-        self.seen += [
-            (place, t.detach().clone()) for t in tensors if t.dim() and len(t) == self.rows
-        ]
+    def _keep(self, place: str, layer: nn.Module, tensors: list[torch.Tensor]) -> None:
+        rows = [by_example(layer, i, t) for i, t in enumerate(tensors)]
+        self.seen += [(place, t.detach().clone()) for t in rows if t.dim() and len(t) == self.rows]
 
     def backward(
         self, loss: torch.Tensor, weight: torch.Tensor | None, outputs: list[torch.Tensor]
     ) -> None:
         """Keep the gradients of the loss at the model's outputs and at its layers' outputs."""
         ends = [t for t in outputs if t.requires_grad]
-        targets = [*ends, *(t for _, t in self._tracked)]
+        targets = [*ends, *(t for _, t, _ in self._tracked)]
         found = torch.autograd.grad(loss, targets, weight, allow_unused=True)
         by_end = iter(found[: len(ends)])
         self.output_gradients = [next(by_end) if t.requires_grad else None for t in outputs]
-        places = [place for place, _ in self._tracked]
-        shapes = [t.shape for _, t in self._tracked]
         self.gradients = [
-            (place, g)
-            for place, shape, g in zip(places, shapes, found[len(ends) :], strict=True)
-            if shape and shape[0] == self.rows
+            (place, None if g is None else examples(g))
+            for (place, t, examples), g in zip(self._tracked, found[len(ends) :], strict=True)
+            if t.dim() and len(examples(t)) == self.rows
         ]
         self._tracked = []
         for t, g in zip(outputs, self.output_gradients, strict=True):

@@ -75,12 +75,7 @@ class ShardedModule(PrivateModule):
             part.reshard()
 
     def sent(self) -> int:
-        """Return how many examples were bad since the last call; their sums have been sent.
-
-        Raises:
-            RootnoiseError: an `add` failed midway.
-        """
-        self._check_whole()
+        """Return how many examples were bad since the last call; their sums have been sent."""
         bad = self._bad
         self.restart()
         return bad

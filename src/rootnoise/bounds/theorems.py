@@ -79,11 +79,11 @@ def any_lower(workload: SGD) -> float:
 
     It is max(1, (ln(n + 1) - 1) / pi) without decay, and 1 with it.
 
-    Proof: for A = B C, rmse >= |B|_F |C|_F / n >= |A|_* / n, and the nuclear norm |A|_* is at least
+    Proof: for A = B C, `rmse >= |B|_F |C|_F / n >= |A|_* / n`, and the nuclear norm is at least
     the trace, n. For prefix sums P it is sum_j 1 / (2 sin((2j - 1) pi / (4n + 2))), j = 1, ..., n,
     hence >= (2n + 1) / pi sum_j 1 / (2j - 1) >= n ln(2n + 1) / pi. Momentum only adds: then
     A = sum_k beta^k S^k P, S the shift, and with P = H U, H = (P P^T)^(1/2), U orthogonal,
-    |A|_* >= tr(A U^T) = sum_k beta^k tr(S^k H). The term k = 0 is |P|_*, and the others are not
+    `|A|_* >= tr(A U^T) = sum_k beta^k tr(S^k H)`. The term k = 0 is `|P|_*`, and the others are not
     negative, for no entry of H is: (P P^T)^-1 = a (I - N) is a second difference with N >= 0, and
     (I - N)^(-1/2) is a power series in N with coefficients >= 0.
     """

@@ -55,7 +55,7 @@ class OfflineFactorization:
     def lower_bound(self) -> float:
         """Return tr A / n: no factorization of A has a smaller rmse.
 
-        For sens >= |C|_F / sqrt(n) and |B|_F |C|_F >= |A|_*, which is tr A as A is semi-definite.
+        For `sens >= |C|_F / sqrt(n)` and `|B|_F |C|_F >= |A|_*`, which is tr A: A is semi-definite.
         """
         return float(np.vdot(self.decoder.T, self.strategy)) / len(self.decoder)
 

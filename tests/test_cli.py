@@ -97,6 +97,7 @@ def test_account_converts_both_ways(capsys):
     back = json.loads(out)
     assert back["epsilon"] == pytest.approx(8, rel=1e-9)
     assert back["epsilon_exact"] is True
+    assert back["epsilon_lower_bound"] == back["epsilon"]
     assert "(8, 1e-05)-differential privacy" in back["claim"]
 
 
@@ -107,6 +108,7 @@ def test_account_with_sampling(capsys):
     assert status == 0
     assert result["epsilon"] == pytest.approx(2.5838, rel=1e-3)
     assert result["epsilon_exact"] is False
+    assert result["epsilon_lower_bound"] is None
     assert "an upper bound" in result["claim"]
 
 

@@ -14,7 +14,7 @@ from rootnoise import accounting, participation
 from rootnoise._check import RootnoiseError
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.mechanism import Mechanism
-from rootnoise.planner import CONTRACTION, Job, Plan
+from rootnoise.planner import CONTRACTION, WORTH, Job, Plan
 from rootnoise.planner import plan as planned
 from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.workload import SGD, ScheduledSGD, learning_rates
@@ -206,7 +206,7 @@ def test_the_row_to_take_is_marked_and_dpsgd_is_named(call):
     rows = json.loads(call(line + " --html plan.html --json")[1])["rows"]
     text = Path("plan.html").read_text()
     assert (rows[0]["mechanism"], rows[0]["memory_rows"]) == ("dense", 159)
-    most = 1.05 * rows[0]["rmse_per_example"]
+    most = (1 + WORTH) * rows[0]["rmse_per_example"]
     good = [row for row in rows if row["rmse_per_example"] <= most]
     least = min(row["memory_rows"] for row in good if row["sampling"] == "fixed-cycle")
     take = next(i for i, row in enumerate(rows, 1) if row["memory_rows"] == least)

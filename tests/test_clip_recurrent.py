@@ -127,3 +127,57 @@ class First(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.layer(x)[0]
         return y
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_weights_of_half_precision(kind: str) -> None:
+    """Gradients are made in float32; each example's clipped one is at most the clip norm."""
+    layer = KINDS[kind](WIDTH, 4, 2, batch_first=True, bidirectional=True)
+    x = torch.randn(N, STEPS, WIDTH).bfloat16()
+    plain = Whole(copy.deepcopy(layer).bfloat16().float(), False)
+    truth = []
+    for row in x.float():
+        plain.zero_grad()
+        plain(row[None]).sum().backward()
+        truth.append(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm())
+    ours = PrivateModule(Whole(layer.bfloat16(), False), "sum")
+    ours(x).sum().backward()
+    found = ours.norms(N)
+    torch.testing.assert_close(found, torch.stack(truth).double(), rtol=0.02, atol=0)
+    ours.add(Flat(0.1))
+    assert float(ours.finish()[0].norm()) <= N * 0.1
+
+
+def test_weights_that_are_made_of_others_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has a newer `weight_norm`; ours: run one by one
+        layer = nn.utils.weight_norm(nn.LSTM(WIDTH, 4, batch_first=True), "weight_hh_l0")
+        ours = PrivateModule(Whole(layer, False), "sum")
+    with pytest.raises(RootnoiseError, match=r"^parameter layer\.weight_hh_l0_g must be used by"):
+        ours(torch.randn(N, STEPS, WIDTH)).sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e12])
+def test_no_example_moves_the_sum_by_more_than_the_clip_norm(kind: str, scale: float) -> None:
+    """Also where the gates saturate, and where gradients are not those of float64 any more."""
+    layer = KINDS[kind](WIDTH, 4, 2, batch_first=True, bidirectional=True)
+    ours = PrivateModule(Whole(layer, False), "sum", guarded=True)
+    x = torch.randn(N, STEPS, WIDTH)
+    x[0] *= scale
+    x[1], x[2] = 0, torch.nan
+
+    def total(rows: torch.Tensor) -> torch.Tensor:
+        (1e4 * ours(rows)).sum().backward()
+        assert all(p.grad is None for p in layer.parameters())
+        ours.norms(len(rows))
+        ours.add(Flat(1e-3))
+        found = ours.finish()[0]
+        assert bool(found.isfinite().all())
+        return found
+
+    whole = total(x)
+    for i in range(N):
+        assert float(total(x[i : i + 1]).norm()) <= 1e-3
+        rest = total(torch.cat([x[:i], x[i + 1 :]]))
+        assert float((whole - rest).norm()) <= 1e-3 * (1 + 1e-5)  # float32 products may round anew

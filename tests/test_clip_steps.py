@@ -95,6 +95,21 @@ def test_arrays_of_float32_products_move_a_release_by_no_more(size):
     assert found > (1 - 2e-3) ** 2 or size < 1
 
 
+@pytest.mark.parametrize("norm", [1e-10, 1.0, 1e10])
+def test_gradients_of_any_size(norm):
+    """From those whose squares vanish to those near the end of float32; zero counts as zero."""
+    copies = place(nn.Linear(1, 3000, bias=False), Clip.fit(norm, 2, norm))
+    x, g = np.ones((2, 1), dtype=np.float32), np.ones((2, 3000), dtype=np.float32)
+    for size in (0.0, 1e-40, 1e-20, 1e-9, 1.0, 1e17, 1e20, 3e38):
+        g[0] = size
+        alone = units(copies, x[:1], g[:1])
+        unit = Fraction(copies._clip.grid) / Fraction(norm)
+        share = Fraction(sum(v * v for v in alone)) * unit**2
+        assert share <= 1
+        assert share > Fraction(999, 1000) or size <= norm
+        assert moved(copies, x, g, 0) <= 1
+
+
 def test_many_rows_of_one_direction():
     rng = np.random.default_rng(0)
     x = np.ones((32_768, 1), dtype=np.float32)

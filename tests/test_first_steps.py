@@ -175,7 +175,7 @@ def test_a_loop_with_the_old_optimizer_is_told_of_the_new_one():
             "--dataset own:table",
             r"input_shape of model cnn \(mlp takes any\) must be .*, got \(2,\)$",
         ),
-        ("predict run --data nowhere.csv", r"file must be readable, got nowhere.csv: nowhere"),
+        ("predict run --data nowhere.csv", r"file must be readable, got nowhere.csv: no such file"),
     ],
 )
 def test_the_command_line_names_the_cure(tmp_path, capsys, monkeypatch, words, line):

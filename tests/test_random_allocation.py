@@ -22,8 +22,9 @@ from rootnoise.accounting.bin_bounds import bounds
 from rootnoise.accounting.random_allocation import SIZES, Allocation, Interval, _Grid
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
-from rootnoise.participation import BallsInBins
-from rootnoise.participation.sensitivity import sensitivity
+from rootnoise.mechanism import Mechanism
+from rootnoise.participation import BallsInBins, CyclicPoisson, FixedCycle
+from rootnoise.participation.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import prefix_sum
 
 QUICK = SIZES[:2]
@@ -398,6 +399,48 @@ def test_the_lesser_of_both_bounds_is_claimed():
         cost = accounting.privacy_cost(who, 48, sigma, 1e-5, strategy=strategy, monte_carlo=sampled)
         assert (cost.monte_carlo is None) == certain
         assert ("certain" in cost.method) == certain
+        assert cost.lower_bound is not None
+        assert 0 < cost.lower_bound <= cost.epsilon
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 4.0, 1e4])
+@pytest.mark.parametrize("bands", [1, 2, 6])
+def test_the_lower_bound_is_that_of_somebodys_data_and_below_what_is_claimed(sigma, bands):
+    who = BallsInBins(12, 2)
+    c = factorize(prefix_sum(24), who, "bsr", bands=bands).strategy
+    few = MonteCarlo(samples=1000, failure=1e-9)
+    cost = accounting.privacy_cost(who, 24, sigma, 1e-3, strategy=c, monte_carlo=few)
+    square = sensitivity(c, who).value ** 2 * sigma**2
+    gram, signed = (bin_gram(c, 12, signed=x) / square for x in (False, True))
+    found = bounds(gram, 1e-3, signed).lower
+    assert cost.lower_bound == (pytest.approx(found, rel=1e-9) if found else None)
+    assert found <= cost.epsilon
+
+
+def test_a_failed_confidence_bound_is_not_claimed(monkeypatch):
+    """One below the lower bound is one of the few that fail."""
+    who = BallsInBins(24, 2)
+    c = factorize(prefix_sum(48), who, "bsr", bands=2).strategy
+    few = MonteCarlo(samples=1000, seed=77)
+    monkeypatch.setattr(estimate, "epsilon", lambda *_: 1e-3)
+    monkeypatch.setattr("rootnoise.accounting.run._Run.settled", lambda *_: False)
+    cost = accounting.privacy_cost(who, 48, 0.61, 1e-5, strategy=c, monte_carlo=few)
+    assert cost.lower_bound is not None
+    assert cost.epsilon == cost.lower_bound > 0.1
+
+
+def test_a_lower_bound_is_stated_where_one_is_known(monkeypatch):
+    cycle, poisson = FixedCycle(4, 3), CyclicPoisson(1, 0.25)
+    exact = accounting.privacy_cost(cycle, 12, 2.0, 1e-5)
+    assert exact.lower_bound == exact.epsilon
+    assert accounting.privacy_cost(poisson, 12, 2.0, 1e-5).lower_bound is None
+    alternating = Toeplitz(np.array([1.0, -0.6, 0.3, -0.5, 0.2]), 12)
+    made = Mechanism("own", prefix_sum(12), cycle, alternating, 2.0, 1e-5)
+    assert made.privacy.lower_bound == (made.epsilon if made.sensitivity.exact else None)
+    looser = Sensitivity(3.0, False, "a bound")
+    monkeypatch.setattr("rootnoise.mechanism.sensitivity", lambda *_: looser)
+    bounded = Mechanism("own", prefix_sum(12), cycle, alternating, 2.0, 1e-5)
+    assert bounded.privacy.lower_bound is None
 
 
 def test_what_is_claimed_is_of_magnitudes_at_its_noise():

@@ -7,7 +7,9 @@ theorems, and mpmath for the ratio.
 
 from __future__ import annotations
 
+import json
 import math
+from fractions import Fraction
 from itertools import permutations
 
 import mpmath
@@ -16,7 +18,7 @@ import pytest
 from dp_accounting import GaussianDpEvent, dp_event
 from dp_accounting.rdp import RdpAccountant
 from scipy.optimize import brentq
-from scipy.stats import norm, poisson
+from scipy.stats import chi2, norm, poisson
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
@@ -210,6 +212,58 @@ def test_the_cost_says_what_it_rests_on():
     assert poisson_cost.method.endswith("their number is Poisson of mean 10")
 
 
+@pytest.mark.parametrize("trials", [Trials(1.01), Trials(3, 0.0), Trials(8), Trials(6, math.inf)])
+def test_the_number_drawn_has_the_stated_distribution(trials):
+    """Chi-square over the numbers that come often; seeded: only a wrong law fails."""
+    rng = np.random.default_rng(5)
+    draws = np.array(
+        [trials.draw(lambda n: int.from_bytes(rng.bytes(n // 8))) for _ in range(4000)]
+    )
+    chances = trials.probabilities(400)
+    often = np.flatnonzero(chances * draws.size >= 10)
+    counts = np.array([np.count_nonzero(draws == k) for k in often])
+    expected = chances[often] * draws.size
+    rest, left = draws.size - counts.sum(), draws.size - expected.sum()
+    statistic = ((counts - expected) ** 2 / expected).sum() + (rest - left) ** 2 / max(left, 1)
+    assert statistic < chi2.isf(1e-7, often.size)
+    assert draws.min() == (0 if trials.shape == math.inf else 1)
+
+
+@pytest.mark.parametrize("trials", DISTRIBUTIONS, ids=str)
+def test_a_draw_stops_with_the_chance_of_its_number(trials):
+    """Uniform numbers just below and just above a chance stop, and go on."""
+    chances = trials.probabilities(50)
+    first = int(np.flatnonzero(chances)[0])
+    top = 2**256
+    below, above = (int(Fraction(chances[first] * (1 + e)) * top) for e in (-1e-9, 1e-9))
+    assert trials.draw(lambda n: below) == first
+    answers = iter([min(above, top - 1), 0])
+    if chances[first] < 1 - 1e-8:
+        assert trials.draw(lambda n: next(answers)) == first + 1
+
+
+def test_far_numbers_are_drawn_with_their_own_chance():
+    """Geometric: at every number, however far, the chance to stop is 1 / mean."""
+    trials, asked = Trials(4), []
+
+    def bits(n):
+        asked.append(n)
+        return 2**254 + 2**214 if len(asked) < 200 else 2**254 - 2**214
+
+    assert trials.draw(bits) == 200
+    assert set(asked) == {256}
+
+
+def test_a_draw_is_fresh_each_time():
+    drawn = {Trials(500).draw() for _ in range(12)}
+    assert len(drawn) > 1  # all alike: less than 1e-30
+
+
+def test_trials_are_written_and_read_back():
+    for trials in DISTRIBUTIONS:
+        assert Trials.from_dict(json.loads(json.dumps(trials.to_dict(), allow_nan=False))) == trials
+
+
 def test_more_trials_and_less_spread_cost_more():
     costs = [tuned(2.0, Trials(mean)) for mean in (1.01, 2, 10, 100, 1e6)]
     assert costs == sorted(costs)
@@ -234,6 +288,10 @@ def test_calibration_inverts_the_cost(trials, epsilon):
         (lambda: Trials(2, -0.5), "shape must be a finite number >= 0 and <= 100, got -0.5"),
         (lambda: Trials(2, math.nan), "shape must be a finite number >= 0 and <= 100, got nan"),
         (lambda: Trials(2).probabilities(0), "most must be >= 1, got 0"),
+        (lambda: Trials(1001).draw(), "mean of trials that are made must be .* <= 1000.*got 1001"),
+        (lambda: Trials(2).draw(lambda n: 2**n - 1), "secret randomness must be uniform, got"),
+        (lambda: Trials.from_dict({"mean": 2.0}), "trials must have a mean and a shape, got"),
+        (lambda: Trials.from_dict({"mean": 2.0, "shape": "x"}), "shape must be a number, got 'x'"),
         (lambda: tuned(1.0, Trials(2), 1.0), "delta must be a finite number > 0 and < 1, got 1.0"),
         (
             lambda: tuned_privacy_cost(CyclicPoisson(1, 0.1), 20, 1.0, DELTA, Trials(2)),

@@ -33,7 +33,8 @@ def drawn_at_import(text):
 
 
 def test_a_test_file_is_named_after_the_room_or_file_that_it_tests():
-    names = {path.stem.strip("_") for path in PACKAGE.rglob("*")} | ACROSS
+    tested = [*PACKAGE.rglob("*"), *(ROOT / "benchmarks").glob("*.py")]
+    names = {path.stem.strip("_") for path in tested} | ACROSS
     for file in (ROOT / "tests").glob("test_*.py"):
         words = file.stem.split("_")[1:]
         starts = {"_".join(words[: i + 1]) for i in range(len(words))}

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,8 @@ class Mechanism:
             self.delta,
             strategy=self.strategy,
         )
+        if cost.exact and not sens.exact:  # nobody may move C G as far as the noise is scaled for
+            cost = replace(cost, lower_bound=None)
         set_fields(self, sensitivity=sens, privacy=cost)
 
     @classmethod

@@ -49,6 +49,8 @@ class PrivacyCost:
         mu: the run is exactly mu-Gaussian-differentially private; None where it is amplified.
         rho: the run is rho-zero-concentrated-differentially private; None where it is amplified.
         monte_carlo: what an upper confidence bound rests on; None where epsilon is certain.
+        lower_bound: no accounting of this run can state less: somebody's data reach it. Epsilon
+            itself where that is exact, None where none is known. It is not what is claimed.
     """
 
     epsilon: float
@@ -58,3 +60,4 @@ class PrivacyCost:
     mu: float | None = None
     rho: float | None = None
     monte_carlo: MonteCarlo | None = None
+    lower_bound: float | None = None

@@ -104,7 +104,9 @@ def privacy_cost(
         return PrivacyCost(epsilon, delta, False, method)
     epsilon = gaussian.gaussian_epsilon(sigma, delta)
     mu = 1 / sigma
-    return PrivacyCost(epsilon, delta, True, "analytic Gaussian", mu, mu**2 / 2)
+    return PrivacyCost(
+        epsilon, delta, True, "analytic Gaussian", mu, mu**2 / 2, lower_bound=epsilon
+    )
 
 
 def noise_multiplier(
@@ -244,18 +246,24 @@ class _Run:
         """Return the least of the certain bound, the confidence bound and what holds anyway."""
         alone = gaussian.gaussian_epsilon(sigma / self.worst, delta)
         certain = _bounded(self, sigma, delta)
-        found = math.inf if self.settled(sigma, delta) else _sampled(self, sigma, delta)
+        # A confidence bound below the certain one is one of the few that fail.
+        sampled = math.inf if self.settled(sigma, delta) else _sampled(self, sigma, delta)
+        found = max(sampled, certain.lower)
+        least = None if certain.lower == 0 else min(certain.lower, alone)
         if min(found, certain.upper) >= alone:  # random or not, the run is one Gaussian mechanism
-            return PrivacyCost(alone, delta, False, "analytic Gaussian, not amplified")
+            method = "analytic Gaussian, not amplified"
+            return PrivacyCost(alone, delta, False, method, lower_bound=least)
         if certain.upper <= found:
             method = f"certain upper bound for {self.name}, by sums of log-normals"
-            return PrivacyCost(certain.upper, delta, False, method)
+            return PrivacyCost(certain.upper, delta, False, method, lower_bound=least)
         method = (
             f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
             f"samples each way from seed {self.settings.seed}, too small with probability "
             f"{self.settings.failure:g}"
         )
-        return PrivacyCost(found, delta, False, method, monte_carlo=self.settings)
+        return PrivacyCost(
+            found, delta, False, method, monte_carlo=self.settings, lower_bound=least
+        )
 
     def settled(self, sigma: float, delta: float) -> bool:
         """Whether the certain bound is so close to the truth, or to a forecast, that it is claimed.

@@ -12,7 +12,12 @@ drawn from the grid without looking at the data. Every number is rounded to the 
 from __future__ import annotations
 
 import math
+import secrets
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -31,6 +36,13 @@ MOST_TRIALS = 1e6
 TOLERANCE, MOST_CELLS = 1e-7, 20_000
 # Covers the rounding of sums and logarithms, relative.
 ROUNDING = 1e-11
+# More trials than anybody makes; their chances take 0.2 s.
+MOST_DRAWN = 1000
+# Chances of so little are left out of a draw.
+TAIL = 1e-40
+BITS = 256  # of a draw's uniform numbers: its chances are those of the table
+# JSON has no infinity.
+POISSON = "poisson"
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,47 @@ class Trials:
             )
         return np.concatenate([[0.0], np.exp(np.cumsum([first, *ratios]))])
 
+    def draw(self, bits: Callable[[int], int] = secrets.randbits) -> int:
+        """Return a number of trials by the operating system's randomness; keep it secret.
+
+        Step by step: no more than k, given at least k, with chance P(k) / (P(k) + P(k + 1) + ...).
+        Sums from the far end keep the least chances to 13 digits too, and a number of `BITS` bits
+        meets them exactly: a uniform float would not.
+
+        Args:
+            bits: returns a secret uniform integer of so many bits; another is for tests alone.
+
+        Raises:
+            RootnoiseError: a mean over 1000.
+        """
+        mean = real("mean of trials that are made", self.mean, at_most=MOST_DRAWN)
+        chances = self.probabilities(_furthest(mean, self.gamma, self.shape))
+        left = np.cumsum(chances[::-1])[::-1]
+        for k in np.flatnonzero((left > TAIL) & (chances > 0)):
+            if Fraction(bits(BITS), 2**BITS) < Fraction(float(chances[k] / left[k])):
+                return int(k)
+        raise RootnoiseError("secret randomness must be uniform, got a number of chance 1e-40")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready description; the shape of Poisson is "poisson".
+
+        >>> Trials(mean=10, shape=math.inf).to_dict()
+        {'mean': 10.0, 'shape': 'poisson'}
+        """
+        return {"mean": self.mean, "shape": POISSON if self.shape == math.inf else self.shape}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Trials:
+        """Rebuild what `to_dict` describes.
+
+        Raises:
+            RootnoiseError: other fields than these, or a value out of range.
+        """
+        if not isinstance(fields, Mapping) or fields.keys() != {"mean", "shape"}:
+            raise RootnoiseError(f"trials must have a mean and a shape, got {fields!s:.60}")
+        shape = fields["shape"]
+        return cls(fields["mean"], math.inf if shape == POISSON else shape)
+
     def __str__(self) -> str:
         if self.shape == math.inf:
             return f"Poisson of mean {self.mean:g}"
@@ -150,6 +203,8 @@ def tuned_privacy_cost(
     return PrivacyCost(max(epsilon, alone.epsilon), delta, False, said)
 
 
+# Each trial of a tuning asks for the same number.
+@lru_cache(maxsize=32)
 def tuned_noise_multiplier(
     participation: Participation, n_steps: int, epsilon: float, delta: float, trials: Trials
 ) -> float:
@@ -187,6 +242,17 @@ def tuned_noise_multiplier(
     while over(found) > 0:  # brentq may end on either side
         found, step = found + step, 2 * step
     return math.exp(found)
+
+
+def _furthest(mean: float, gamma: float, shape: float) -> int:
+    """Return a number of trials beyond which less than `TAIL` is left."""
+    if gamma == 0:
+        return int(mean + 60 * math.sqrt(mean) + 200)
+    # P(k) is at most of the order of (1 - gamma)^k k^(shape - 1).
+    k, rate = 100.0, -math.log1p(-gamma)
+    for _ in range(20):  # a fixed point, as the logarithm is flat
+        k = (110 + max(0.0, shape - 1) * math.log(k)) / rate
+    return int(k) + 100
 
 
 def _negative_binomial(sigma: float, delta: float, trials: Trials) -> float:

@@ -195,11 +195,14 @@ def account(
         "rho": cost.rho,
         "mu": cost.mu,
         "epsilon_exact": cost.exact,
+        "epsilon_lower_bound": cost.lower_bound,
         "method": cost.method,
         "claim": claim,
     }
     if not json:
         values |= {"epsilon": epsilon, "noise_multiplier": noise}
+        if cost.lower_bound is not None:  # of any accounting: shown on its own safe side
+            values["epsilon_lower_bound"] = accounting.round_down(cost.lower_bound, 6)
         values |= {
             name: value and up(value) for name, value in (("rho", cost.rho), ("mu", cost.mu))
         }

@@ -27,7 +27,7 @@ MOST_STEPS = 100_000
 MEMORY_ROWS = 64
 # So much more error is worth less memory, or batches that need not be secret: accuracy does not
 # tell such errors apart (docs/planning.md).
-WORTH = 0.05
+WORTH = 0.02
 # How far the loss is taken to pull the parameters back in a run, exp(-12): errors of this workload
 # foretell accuracy better than those of linear iterates, 0 (docs/planning.md).
 CONTRACTION = 12.0

@@ -187,7 +187,7 @@ def planned(config: RunConfig, n_examples: int) -> RunConfig:
 
     >>> chosen = planned(RunConfig(mechanism="auto", epsilon=8.0, epochs=2), n_examples=2000)
     >>> chosen.mechanism, chosen.sampling
-    ('dense', 'fixed-cycle')
+    ('bandmf', 'fixed-cycle')
     """
     if config.mechanism != "auto":
         return config

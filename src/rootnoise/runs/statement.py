@@ -22,6 +22,7 @@ from typing import Any
 
 import rootnoise
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting import PrivacyCost
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation import to_dict
@@ -143,9 +144,14 @@ def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any
         "sensitivity": asdict(sens),
         "noise_multiplier": mechanism.noise_multiplier,
         "noise_std": mechanism.noise_std,
-        "privacy": [asdict(cost) for cost in costs],
+        "privacy": [_upper(cost) for cost in costs],
         "error": error_of(mechanism) if with_bound else None,
     }
+
+
+def _upper(cost: PrivacyCost) -> dict[str, Any]:
+    """Return the fields of what is claimed; a lower bound is not, and older runs have none."""
+    return {name: value for name, value in asdict(cost).items() if name != "lower_bound"}
 
 
 def error_of(mechanism: Mechanism) -> dict[str, float | None]:

@@ -29,9 +29,14 @@ Steps = tuple[torch.Tensor, torch.Tensor]
 
 
 def unrolls(module: nn.Module) -> bool:
-    """Return whether a layer is a recurrent one of torch, without projections or dropout."""
+    """Return whether a layer is a recurrent one of torch, without projections or dropout.
+
+    Its weights must be parameters of its own: those of `weight_norm` are made of others.
+    """
     kinds = nn.LSTM, nn.GRU, nn.RNN
     if not isinstance(module, kinds) or type(module) not in kinds:
+        return False
+    if any(name not in module._parameters for name in module._flat_weights_names):
         return False
     return not module.proj_size and (not module.dropout or module.num_layers == 1)
 
@@ -145,7 +150,7 @@ class Recurrent:
                 steps = _backward(module, cell, x, y, [s[place] for s in starts], own, ends)
                 found[cell.inputs], found[cell.states] = steps
                 if i:
-                    below += steps[0][1] @ cell.inputs.weight
+                    below += steps[0][1] @ _wide(cell.inputs.weight)
             g = below
         return found
 
@@ -159,7 +164,7 @@ def _forward(module: Any, cell: Cell, x: torch.Tensor, starts: list[torch.Tensor
     start: Any = first if isinstance(module, nn.LSTM) else first[0]
     kernel: Any = getattr(torch, module.mode.lower())
     x = x.flip(0) if cell.reverse else x
-    weights = [w.detach() for w in weights]
+    weights = [_wide(w.detach()) for w in weights]
     y = kernel(x.contiguous(), start, weights, module.bias, 1, 0.0, False, False, False)[0]
     return cast(torch.Tensor, y.flip(0) if cell.reverse else y)
 
@@ -177,7 +182,7 @@ def _backward(
     if cell.reverse:
         x, y, g = x.flip(0), y.flip(0), g.flip(0)
     before = torch.cat([starts[0][None], y[:-1]])
-    weight = cell.states.weight
+    weight = _wide(cell.states.weight)
     zero = torch.zeros_like(starts[0])
     late = [zero if e is None else e for e in ends]
     if isinstance(module, nn.LSTM):
@@ -193,7 +198,12 @@ def _backward(
 
 
 def _products(cell: Cell, x: torch.Tensor, before: torch.Tensor) -> Steps:
-    return cell.inputs(x), cell.states(before)
+    return _product(cell.inputs, x), _product(cell.states, before)
+
+
+def _product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    bias = None if linear.bias is None else _wide(linear.bias)
+    return nn.functional.linear(x, _wide(linear.weight), bias)
 
 
 def _lstm(

@@ -6,6 +6,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,6 +20,7 @@ from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds, linked_above, linked_below
 from rootnoise.accounting.bin_chain import Chain, _Lattice, _Law
 from rootnoise.accounting.run import _search
+from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.participation import BallsInBins
 from rootnoise.workload import prefix_sum
@@ -380,3 +382,110 @@ def test_a_search_returns_no_noise_that_misses_the_target(off, close):
     assert off / found <= 2.0
     assert not close or found <= 1.01 * off / 2.0
     assert off <= 1 or any(s < found for s in tried)
+
+
+# ---------------------------------------------------------------------- where it must not be wrong
+
+
+def oracle(gram: np.ndarray, epsilon: float, size: int) -> list[tuple[float, float]]:
+    """Return both deltas and their standard errors from tilted mixtures, by bounded weights.
+
+    remove: y from a mixture of N(theta m_i, 1), theta = 1 and what lifts one mean to b e^eps.
+    add: y from N(-tau m, 1), tau = 0 and what lowers the mean of the logarithms to -eps.
+    """
+    b, squares, rng = len(gram), np.diag(gram), np.random.default_rng(0)
+    values, vectors = np.linalg.eigh(gram)
+    noise = rng.standard_normal((size, b)) @ (vectors * np.sqrt(np.maximum(values, 0))).T
+    theta = max(1.0, 0.5 + (math.log(b) + epsilon) / squares.max())
+    tau = max(0.0, (epsilon - squares.mean() / 2) / gram.mean())
+    tau = min(tau, 20 / math.sqrt(gram.mean()))  # beyond, its exponentials overflow
+    found = []
+    for tilts, sign in (((1.0, theta), 1), ((0.0, tau), -1)):
+        t = rng.choice(tilts, size)[:, None]
+        moved = gram[rng.integers(b, size=size)] if sign > 0 else -gram.mean(axis=1)
+        u = noise + t * moved
+        ratio = np.exp(u - squares / 2).mean(axis=1)
+        if sign > 0:
+            drawn = [np.exp(s * u - s * s * squares / 2).mean(axis=1) for s in tilts]
+        else:
+            drawn = [np.exp(-s * u.mean(axis=1) - s * s * gram.mean() / 2) for s in tilts]
+        gain = ratio - math.exp(epsilon) if sign > 0 else 1 - math.exp(epsilon) * ratio
+        gain = np.maximum(gain, 0) / np.mean(drawn, axis=0)
+        found.append((float(gain.mean()), float(gain.std()) / math.sqrt(size)))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bounds_of_random_means_hold_against_samples(seed):
+    """Means with negative entries too: six standard errors, a false alarm in 1e8."""
+    rng = np.random.default_rng(seed)
+    b, delta = int(rng.integers(2, 7)), float(rng.choice([1e-12, 1e-5, 1e-3, 0.1]))
+    means = rng.standard_normal((4, b)) * rng.uniform(0.3, 1, b) * (rng.random((4, b)) < 0.7)
+    means[0, 0] = 1.0
+    signed, gram = means.T @ means, np.abs(means).T @ np.abs(means)
+    scale = gram.max() * rng.uniform(0.4, 2) ** 2
+    found = bounds(gram / scale, delta, signed / scale, sizes=bin_bounds.QUICK)
+    for products in (gram, signed):
+        for value, error in oracle(products / scale, found.upper, 50_000):
+            assert value - 6 * error <= delta
+    if found.lower > 0:
+        assert max(v + 6 * e for v, e in oracle(signed / scale, found.lower, 50_000)) >= delta
+
+
+def test_no_mean_of_a_chain_is_shorter_than_one_of_those_that_it_bounds():
+    """Not by 1e-9 either, where what is left to be alone is dropped."""
+    gram = np.eye(6)
+    for i in range(6):
+        gram[i, (i + 1) % 6] = gram[(i + 1) % 6, i] = 0.02 * (1 - 5e-10)
+    chain = linked_above(gram, 1.0)
+    assert chain.alone == 0
+    assert chain.linked + chain.alone >= 1
+    assert chain.linked * chain.decay >= gram[0, 1]
+
+
+def test_what_is_no_number_bounds_nothing(monkeypatch):
+    assert chains._least(lambda epsilon: math.nan, 1e-5, 0.0, 3.0) == math.inf
+    monkeypatch.setattr(_Law, "put", lambda self, strike: math.nan)
+    assert SMALL[0].upper(1e-3, 6.0) == math.inf
+    assert SMALL[0].lower(1e-3, 6.0) == 0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("sigma", [1e-3, 0.02, 0.037, 0.1])
+def test_with_hardly_any_noise_epsilon_is_that_without_amplification(sigma):
+    who = BallsInBins(10, 2)
+    strategy = factorize(prefix_sum(20), who, "bsr", bands=3).strategy
+    few = MonteCarlo(samples=1000)
+    cost = accounting.privacy_cost(who, 20, sigma, 1e-5, strategy=strategy, monte_carlo=few)
+    alone = accounting.gaussian.gaussian_epsilon(sigma, 1e-5)
+    assert alone / 2 < cost.epsilon <= alone
+
+
+def test_strategies_of_equal_magnitudes_share_no_bounds():
+    """Their upper bounds are the same, but what is claimed depends on the lower ones as well."""
+    who = BallsInBins(4, 2)
+    runs = [
+        accounting.run._Run.of(who, 8, Toeplitz(np.array([1.0, c]), 8), None) for c in (0.5, -0.5)
+    ]
+    assert runs[0] != runs[1]
+
+
+def test_rounding_is_paid_for_where_the_parts_of_a_term_cancel():
+    """A wave that is long compared with the strike, to 40 digits."""
+    law = _Law.of(SMALL[0], 1.5, 1e-5, 1.0, above=True)
+    for w in (1e-2, 1e-4, 1e-6):
+        one = replace(
+            law,
+            error=0.0,
+            lost=0.0,
+            waves=np.array([0.0, w, 1e9]),
+            series=np.array([1.0, 0.7 + 0.2j, 0.0]),
+        )
+        with mpmath.workdps(40):
+            k = mpmath.mpf(1.5) * 2
+            u = k + chains.FAR * mpmath.mpf(law.smooth)
+            e = mpmath.expj(w * u)
+            part = u * e / (1j * mpmath.mpf(w)) + (e - 1) / mpmath.mpf(w) ** 2
+            term = mpmath.expj(-w * k) * part * mpmath.mpc(0.7, 0.2)
+            exact = float((u * u / 2 + 2 * term.real) / (law.period * 2))
+        assert exact <= one.put(1.5) <= exact + 1e-6 * max(1, 1e-9 / w)

@@ -74,16 +74,20 @@ class Bins(Mixture):
         noise: Array = rng.standard_normal((size, len(self.gram))) @ self._root.T
         return noise
 
+    def _alone(self, power: float) -> Array:
+        """Return the factor of each pattern alone."""
+        alone: Array = np.exp((power**2 - power) / 2 * np.diag(self.gram)) / len(self.gram)
+        return alone
+
     def _weights(self, power: float) -> tuple[Array, Array]:
         """Return the factor of a pattern alone, and those of two patterns together."""
-        alone = np.exp((power**2 - power) / 2 * np.diag(self.gram)) / len(self.gram)
-        return alone, np.exp(power**2 * self.gram)
+        return self._alone(power), np.exp(power**2 * self.gram)
 
     def _joint(self, order: int, power: float) -> Array:
         """Return the weights of the first pattern, or of the first two where there are more."""
-        alone, pair = self._weights(power)
         if order == 1:
-            return alone
+            return self._alone(power)
+        alone, pair = self._weights(power)
         both = alone[:, None] * alone * pair
         return both if order == 2 else both * ((pair * alone) @ pair)
 

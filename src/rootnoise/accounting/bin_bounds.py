@@ -44,6 +44,8 @@ DECAYS = tuple(np.linspace(0.02, 0.98, 97).tolist())
 # The part of the bins that a chain must keep, or means far apart are tried as well.
 LEFT = 0.75
 RUNS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
+# Logarithms that chains do not go beyond: their exponentials are known to `RELATIVE` up to here.
+HIGHEST = 150.0
 
 
 def bounds(
@@ -133,6 +135,8 @@ def linked_above(gram: Array, epsilon: float) -> Chain | None:
     own, products = float(ring[0]), ring[1 : far + 1]
     # A mean that stands out alone has log l = level; the others are seen through it.
     level = math.log(b) + epsilon + own / 2
+    if not level <= HIGHEST:
+        return None
     best = None
     for decay in DECAYS:
         linked = float((products / decay ** np.arange(1, far + 1)).max())
@@ -144,7 +148,9 @@ def linked_above(gram: Array, epsilon: float) -> Chain | None:
     if best is None:
         return None
     _, linked, decay = best
-    return Chain(left, linked, decay, _rest(own, linked), left)
+    alone = _rest(own, linked)
+    # What is too little to be alone is linked: no mean of the chain is shorter than one of these.
+    return Chain(left, linked if alone > 0 else max(linked, own), decay, alone, left)
 
 
 def linked_below(gram: Array, epsilon: float) -> Chain | None:
@@ -154,6 +160,8 @@ def linked_below(gram: Array, epsilon: float) -> Chain | None:
     if b < 2 or gram.min() < 0:
         return None
     level = math.log(b) + epsilon + longest / 2
+    if not level <= HIGHEST:
+        return None
     # The last steps of a run cut means short: those bins may count as none.
     short = np.flatnonzero(np.diag(gram) < (1 - 1e-3) * longest)
     for moving in {b, int(short[0]) if len(short) else b}:

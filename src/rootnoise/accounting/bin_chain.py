@@ -123,7 +123,7 @@ class Chain:
         root = _least(law.remove, target, 0.0, stop)
         root = stop if math.isinf(root) else root
         step = 1e-6
-        while root > 0 and law.remove(root) <= target:
+        while root > 0 and not law.remove(root) > target:
             root, step = max(root - step, 0.0), 2 * step
         return max(root - shift, 0.0)
 
@@ -308,14 +308,16 @@ class _Law:
             return 0.0
         # The integral of (k - s) e^{-i w s} from -a, a = FAR r, to k.
         u = k + FAR * self.smooth
-        part = u * np.exp(1j * w * u) / (1j * w) + (np.exp(1j * w * u) - 1) / np.square(w)
+        part = u * np.exp(1j * w * u) / (1j * w) + np.expm1(1j * w * u) / np.square(w)
         terms = np.exp(-1j * w * k) * part
         total = u * u / 2 * self.series[0].real + 2 * float((terms * self.series[1:]).real.sum())
         sizes = np.abs(terms)
         # E e^{i w S}, the terms, and what the series leaves out.
         damped = np.exp(-np.square(self.smooth * w) / 2)
         error = self.error * (u * u / 2 + 2 * float(sizes @ damped))
-        rounded = float(((16 + 8 * w * u) * sizes) @ np.abs(self.series[1:]))
+        # Its two parts are u / w and more, and nearly cancel where w u is small.
+        parts = np.where(w * u < 2, sizes + 2 * u / w, sizes)
+        rounded = float(((16 + 8 * w * u) * parts) @ np.abs(self.series[1:]))
         error += UNIT * (rounded + 16 * u * u)
         gap = self.smooth * 2 * math.pi / self.period
         last = 2 * (u / w[-1] + 2 / w[-1] ** 2)
@@ -381,7 +383,7 @@ def _least(f: Callable[[float], float], target: float, low: float, high: float) 
     """Return a point in [low, high], close to the least, where f is at most the target; or inf."""
     if f(low) <= target:
         return low
-    if f(high) > target:
+    if not f(high) <= target:  # nor where it is no number
         return math.inf
     while high - low > 1e-6 * high:
         middle = (low + high) / 2

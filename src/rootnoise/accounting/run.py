@@ -219,7 +219,7 @@ class _Run:
         if isinstance(participation, BallsInBins):
             b, square = participation.period, scale**2
             gram, signed = (bin_gram(strategy, b, signed=x) / square for x in (False, True))
-            known = _digest(participation, gram)
+            known = _digest(participation, np.stack([gram, signed]))
             return cls(
                 participation.type,
                 known,

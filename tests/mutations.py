@@ -861,6 +861,41 @@ MUTATIONS = [
         "        if True:\n            best",
         "bin_chain",
     ),
+    Mutation(
+        "a chain is shorter than its mean by the rounding",
+        "accounting/bin_bounds.py",
+        "linked if alone > 0 else max(linked, own)",
+        "linked",
+        "bin_chain",
+    ),
+    Mutation(
+        "a bound that is no number is below the target",
+        "accounting/bin_chain.py",
+        "if not f(high) <= target:",
+        "if f(high) > target:",
+        "bin_chain",
+    ),
+    Mutation(
+        "strategies of equal magnitudes share a bound",
+        "accounting/run.py",
+        "np.stack([gram, signed])",
+        "gram",
+        "bin_chain",
+    ),
+    Mutation(
+        "parts of a put that nearly cancel pay for no rounding",
+        "accounting/bin_chain.py",
+        "sizes + 2 * u / w, sizes",
+        "sizes, sizes",
+        "bin_chain",
+    ),
+    Mutation(
+        "chains are asked about noise that overflows",
+        "accounting/bin_bounds.py",
+        "HIGHEST = 150.0",
+        "HIGHEST = 1e9",
+        "bin_chain",
+    ),
     # --------------------------------------------------------------------------------- mechanism
     Mutation(
         "the clip norm is left out of the noise",

@@ -146,3 +146,9 @@ def test_there_is_something_to_run():
 def test_a_command_that_does_not_exist_is_found(words):
     with pytest.raises(Exception, match=r"(?i)no such|missing|valid integer"):
         parse(words.split())
+
+
+@pytest.mark.parametrize("page", PAGES.values(), ids=PAGES.keys())
+def test_no_line_begins_with_a_comparison(page):
+    """Markdown would make a quotation of it."""
+    assert not [line for line in page.read_text().splitlines() if line.startswith((">=", "> ="))]

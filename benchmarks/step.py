@@ -38,6 +38,7 @@ from rootnoise.cli.bench.models import cnn, perceptron
 from rootnoise.cli.bench.page import written
 from rootnoise.cli.bench.questions import load, processor
 from rootnoise.cli.bench.tables import Table
+from rootnoise.cli.bench.with_opacus import private_step
 
 MICRO = 16
 STEPS = 4096  # that the noise is planned for
@@ -151,7 +152,7 @@ def step_of(way: str, name: str, n: int, micro: int) -> Callable[[], None]:
         return lambda: _plain(model, sgd, parts)
     if way == "ours":
         return _ours(model, sgd, parts, n)
-    return _opacus(way, model, sgd, parts, n)
+    return private_step(way, model, parts, n, loss_of)
 
 
 def _plain(model: nn.Module, sgd: Any, parts: list[Any]) -> None:
@@ -181,40 +182,6 @@ def _ours(model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], 
             if i < len(parts) - 1:
                 optimizer.accumulate(indices[i])
         optimizer.step(indices[-1])
-
-    return step
-
-
-def _opacus(way: str, model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], None]:
-    from opacus import GradSampleModule
-    from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
-        GradSampleModuleFastGradientClipping as Ghost,
-    )
-    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-    from opacus.utils.fast_gradient_clipping_utils import (
-        DPLossFastGradientClipping,
-    )
-
-    options: dict[str, Any] = {
-        "noise_multiplier": 1.0,
-        "max_grad_norm": 1.0,
-        "expected_batch_size": n,
-    }
-    if way == "ghost":
-        ghost = Ghost(model, max_grad_norm=1.0, use_ghost_clipping=True)
-        inner = DPOptimizerFastGradientClipping(sgd, **options)
-        loss = DPLossFastGradientClipping(ghost, inner, nn.CrossEntropyLoss())
-        wrapped, optimizer, criterion = ghost, inner, loss
-    else:
-        wrapped = GradSampleModule(model, force_functorch=way == "functorch", strict=False)
-        optimizer, criterion = DPOptimizer(sgd, **options), loss_of
-
-    def step() -> None:
-        for i, (x, y) in enumerate(parts):
-            optimizer.zero_grad()
-            optimizer.signal_skip_step(i < len(parts) - 1)
-            criterion(wrapped(x), y).backward()
-            optimizer.step()
 
     return step
 

@@ -138,7 +138,7 @@ MUTATIONS = [
     ),
     Mutation(
         "batches of other indices pass",
-        "training/replicated.py",
+        "training/clip/module.py",
         "if found != rows:",
         "if found < rows:",
         "training_refusals",

@@ -80,16 +80,8 @@ class Copies:
 
     def check(self, rows: int) -> None:
         """Refuse gradients that do not come from one backward of `rows` examples."""
-        found = self._module.rows
-        if rows and not found:
-            name = own_name(next(iter(self._parameters)))
-            raise RootnoiseError(
-                f"per-sample gradients of {name} are missing: run forward and backward once, in "
-                "training mode (evaluate under no_grad)"
-            )
-        if found != rows:
-            raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
-        self._module.check_size(rows)
+        name = own_name(next(iter(self._parameters)))
+        self._module.check(rows, f"per-sample gradients of {name}")
 
     def take(self, rows: int) -> None:
         """Add the clipped gradients of one backward of `rows` examples to the sum."""

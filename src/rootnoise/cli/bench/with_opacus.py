@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -31,7 +31,22 @@ def noise(d: int, bands: int) -> dict[str, Any]:
     return paired(lambda: torch.randn(d), lambda: _generate_noise(1.0, like), 4, budget=1.0)
 
 
-def _private_step(model: str, n: int, ghost: bool, micro: int | None) -> Callable[[], None]:
+def private_step(
+    way: str,
+    model: nn.Module,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    n: int,
+    loss: Callable[..., torch.Tensor] = functional.cross_entropy,
+) -> Callable[[], None]:
+    """Return what makes one step of Opacus's on a batch of n examples, in micro-batches.
+
+    Args:
+        way: "hooks", "functorch" or "ghost".
+        model: as it is without privacy.
+        parts: inputs and labels of each micro-batch.
+        n: examples of the batch.
+        loss: mean cross-entropy of scores and labels; ghost clipping takes torch's own.
+    """
     from opacus import GradSampleModule
     from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
         GradSampleModuleFastGradientClipping,
@@ -39,39 +54,42 @@ def _private_step(model: str, n: int, ghost: bool, micro: int | None) -> Callabl
     from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
     from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
 
-    net, x, y = models.batch(model, n)
-    sgd = torch.optim.SGD(net.parameters(), lr=1e-3)
+    sgd = torch.optim.SGD(model.parameters(), lr=1e-3)
     options: dict[str, Any] = {"noise_multiplier": 1.0, "max_grad_norm": 1.0}
     options["expected_batch_size"] = n
     wrapped: nn.Module
     criterion: Any
-    if ghost:
+    if way == "ghost":
         wrapped = GradSampleModuleFastGradientClipping(
-            net, max_grad_norm=1.0, use_ghost_clipping=True
+            model, max_grad_norm=1.0, use_ghost_clipping=True
         )
         optimizer = DPOptimizerFastGradientClipping(sgd, **options)
         criterion = DPLossFastGradientClipping(wrapped, optimizer, nn.CrossEntropyLoss())
     else:
-        wrapped = GradSampleModule(net)
-        optimizer, criterion = DPOptimizer(sgd, **options), functional.cross_entropy
-
-    parts = list(zip(torch.split(x, micro or n), torch.split(y, micro or n), strict=True))
+        wrapped = GradSampleModule(model, force_functorch=way == "functorch", strict=False)
+        optimizer, criterion = DPOptimizer(sgd, **options), loss
 
     def step() -> None:
-        for i, (some, labels) in enumerate(parts):
+        for i, (x, y) in enumerate(parts):
             optimizer.zero_grad()
             optimizer.signal_skip_step(i < len(parts) - 1)
-            criterion(wrapped(some), labels).backward()
+            criterion(wrapped(x), y).backward()
             optimizer.step()
 
     return step
+
+
+def _step_of(model: str, n: int, ghost: bool, micro: int | None) -> Callable[[], None]:
+    net, x, y = models.batch(model, n)
+    parts = list(zip(torch.split(x, micro or n), torch.split(y, micro or n), strict=True))
+    return private_step("ghost" if ghost else "hooks", net, parts, n)
 
 
 @cache
 def _pair(model: str, n: int, ghost: bool) -> tuple[Callable[[], None], Callable[[], object], str]:
     # Ghost clipping is quickest all at once (docs/clipping.md).
     sizes = (None,) if ghost else (None, 8, 1)
-    ways = {str(m or "all"): partial(_private_step, model, n, ghost, m) for m in sizes}
+    ways = {str(m or "all"): partial(_step_of, model, n, ghost, m) for m in sizes}
     micro, step = quickest(ways)
     return models.plain_step(model, n), step, micro
 
@@ -93,12 +111,12 @@ def ghost(model: str, n: int) -> dict[str, Any]:
 
 def memory(model: str, n: int) -> dict[str, Any]:
     """Return the peak memory of steps with hooks, in micro-batches of 8."""
-    return {"MB": growth(lambda: _private_step(model, n, False, 8))}
+    return {"MB": growth(lambda: _step_of(model, n, False, 8))}
 
 
 def ghost_memory(model: str, n: int) -> dict[str, Any]:
     """Return the peak memory of steps with ghost clipping."""
-    return {"MB": growth(lambda: _private_step(model, n, True, None))}
+    return {"MB": growth(lambda: _step_of(model, n, True, None))}
 
 
 def epsilon(sigma: float, q: float, n: int, delta: float, groups: int) -> dict[str, Any]:

@@ -210,12 +210,24 @@ class PrivateModule(nn.Module):
                 self._norms = self._squares.sum(0).sqrt()
         return self._norms
 
-    def check_size(self, rows: int) -> None:
-        """Refuse these rows if the step would then have more examples than its sum may have.
+    def check(self, rows: int, wanted: str) -> None:
+        """Refuse taps that are not of one backward of `rows` examples, or too many for a step.
+
+        Args:
+            rows: examples of the micro-batch.
+            wanted: said to be missing where there are none.
 
         Raises:
-            RootnoiseError: as for `bounds.check_size`.
+            RootnoiseError: as said, or as for `bounds.check_size`.
         """
+        found = self.rows
+        if rows and not found:
+            raise RootnoiseError(
+                f"{wanted} are missing: run forward and backward once, in training mode "
+                "(evaluate under no_grad)"
+            )
+        if found != rows:
+            raise RootnoiseError(f"indices must be one a gradient row ({found}), got {rows}")
         kept = ((self._rows[tapped], taps) for tapped, taps in self._taps.items())
         tokens = [row.length(taps) for row, taps in kept if row is not None]
         check_size(self._examples + rows, max([self._tokens, *tokens]))

@@ -44,7 +44,8 @@ def on_post_template(output_content: str, template_name: str, **_: object) -> st
     """Let the page of missing pages find its style beside it, as from disk, not at a root."""
     if template_name != "404.html":
         return output_content
-    return re.sub(r'((?:href|src)=")/(?!/)', r"\1", output_content)
+    page = re.sub(r'((?:href|src)=|"search": )"/(?!/)', r'\1"', output_content)
+    return page.replace('"base": "/"', '"base": "."')
 
 
 def on_post_build(**_: object) -> None:

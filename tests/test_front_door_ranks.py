@@ -11,7 +11,7 @@ from front_door_runs import data, loop, private, weights
 from parallel_runs import flat
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.front_door import evaluate, several
+from rootnoise.front_door import evaluate, saved
 from rootnoise.front_door.several import _contents
 from rootnoise.keys import Key
 
@@ -102,7 +102,7 @@ def test_comparing_records_that_draw_moves_no_generator():
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         if compared:
-            assert several.saved.identity(Draws(), Key(bytes(32)))[1] is None  # not in memory
+            assert saved.identity(Draws(), Key(bytes(32)))[1] is None  # not in memory
             digests = {_contents(Draws()) for _ in range(2)}
             assert len(digests) == 1
         found.append(next_numbers())

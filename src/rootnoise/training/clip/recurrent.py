@@ -222,7 +222,7 @@ class Recurrent:
                 found[cell] = inputs, made
                 firsts.insert(0, made.starts)
                 if i or wanted:
-                    turned = wide(cell.weights()[0]).t().contiguous()
+                    turned = wide(cell.weights()[0]).t()
                     below = product(made.left, turned, more=below)
             g = below if below is not None else g
         return found, below, [torch.stack(s) for s in zip(*firsts, strict=True)]

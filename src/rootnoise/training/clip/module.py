@@ -58,8 +58,6 @@ class PrivateModule(nn.Module):
     (tensor([0.6000, 1.3000], dtype=torch.float64), 0)
     """
 
-    unrolled = True  # whether torch's recurrent layers are tapped step by step
-
     def __init__(
         self, module: nn.Module, loss_reduction: str = "mean", *, guarded: bool = False
     ) -> None:
@@ -332,7 +330,7 @@ class PrivateModule(nn.Module):
             for name, part in parts.items():
                 self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
             return
-        if self.unrolled and unrolls(module):
+        if unrolls(module):
             self._tap_recurrent(prefix or "model", module)
             return
         row = row_of(module, sorted(own)) if not below else None

@@ -242,17 +242,27 @@ def _flat_gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_a_sequence_without_a_batch_is_refused() -> None:
     ours = PrivateModule(nn.GRU(WIDTH, 4, batch_first=True), "sum")
     with pytest.raises(
-        RootnoiseError, match="^layer model must take a batch of sequences, got 2 dimensions$"
+        RootnoiseError, match=r"^layer model must take a batch of sequences, got 2 dimensions$"
     ):
         ours(torch.randn(N, WIDTH))
 
 
-def test_gates_that_the_kernel_rounds_to_another_side_stay_finite() -> None:
-    """Its outputs over a gate that is shut here would be infinite."""
-    gates = torch.tensor([[[0.0, 0.0, 0.0, -200.0]]])
-    one = torch.ones(1, 1, 1)
-    found = cells._lstm(gates, one, one[0], torch.ones(1, 4), one, one[0], one[0])
-    assert all(bool(x.isfinite().all()) for x in found)
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_in_float64(kind: str) -> None:
+    layer = KINDS[kind](WIDTH, 4, 2, batch_first=True).double()
+    check(Whole(layer, True), torch.randn(N, STEPS, WIDTH, dtype=torch.float64))
+
+
+def test_an_empty_batch() -> None:
+    """As a rank may have; the layer's own forward takes it, and so does ours."""
+    layer = nn.Sequential(
+        nn.Linear(WIDTH, WIDTH), Whole(nn.LSTM(WIDTH, 4, batch_first=True), False)
+    )
+    ours = PrivateModule(layer, "sum", guarded=True)
+    ours(torch.randn(0, STEPS, WIDTH)).sum().backward()
+    ours.norms(0)
+    ours.add(Flat(1.0))
+    assert not ours.finish()[0].any()
 
 
 def test_outputs_that_are_changed_in_place() -> None:

@@ -40,7 +40,8 @@ class Whole(nn.Module):
         if self.starts:
             cells = (1 + layer.bidirectional) * layer.num_layers
             rows = x.mean((1, 2) if layer.batch_first else (0, 2))
-            h = rows[None, :, None].expand(cells, -1, layer.hidden_size).contiguous()
+            h = rows[None, :, None] * torch.arange(1, cells + 1)[:, None, None].to(x.dtype)
+            h = h.expand(-1, -1, layer.hidden_size).contiguous()
             y, last = layer(x, (h, h.cos()) if isinstance(layer, nn.LSTM) else h)
         else:
             y, last = layer(x)
@@ -239,6 +240,14 @@ def _flat_gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in made])
 
 
+def test_a_second_backward_is_refused() -> None:
+    ours = PrivateModule(Whole(nn.LSTM(WIDTH, 4, batch_first=True), False), "sum")
+    loss = ours(torch.randn(N, STEPS, WIDTH)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RootnoiseError, match=r"^backward must run once a micro-batch, got"):
+        loss.backward()
+
+
 def test_a_sequence_without_a_batch_is_refused() -> None:
     ours = PrivateModule(nn.GRU(WIDTH, 4, batch_first=True), "sum")
     with pytest.raises(
@@ -263,6 +272,21 @@ def test_an_empty_batch() -> None:
     ours.norms(0)
     ours.add(Flat(1.0))
     assert not ours.finish()[0].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_last_states_alone(kind: str) -> None:
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = KINDS[kind](WIDTH, 4, 3, batch_first=True, bidirectional=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            last = self.layer(x)[1]
+            y: torch.Tensor = last[1] if isinstance(last, tuple) else last
+            return y.transpose(0, 1)
+
+    check(Last(), torch.randn(N, STEPS, WIDTH))
 
 
 def test_outputs_that_are_changed_in_place() -> None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from rootnoise import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule, cells
+from rootnoise.training.clip.recurrent import unrolls
 
 N, STEPS, WIDTH = 4, 6, 3
 KINDS: dict[str, Any] = {
@@ -240,6 +241,21 @@ def _flat_gradient(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in made])
 
 
+class Own(nn.LSTM):
+    """A layer whose forward may be another."""
+
+
+def test_which_layers_are_unrolled() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of dropout in one layer, which has no effect
+        assert unrolls(nn.LSTM(3, 4, dropout=0.5))
+    assert unrolls(nn.GRU(3, 4, 2))
+    assert not unrolls(nn.GRU(3, 4, 2, dropout=0.5))
+    assert not unrolls(nn.LSTM(3, 4, proj_size=2))
+    assert not unrolls(Own(3, 4))
+    assert not unrolls(nn.LSTMCell(3, 4))
+
+
 def test_a_second_backward_is_refused() -> None:
     ours = PrivateModule(Whole(nn.LSTM(WIDTH, 4, batch_first=True), False), "sum")
     loss = ours(torch.randn(N, STEPS, WIDTH)).sum()
@@ -274,12 +290,13 @@ def test_an_empty_batch() -> None:
     assert not ours.finish()[0].any()
 
 
+@pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_last_states_alone(kind: str) -> None:
+def test_last_states_alone(kind: str, layers: int) -> None:
     class Last(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layer = KINDS[kind](WIDTH, 4, 3, batch_first=True, bidirectional=True)
+            self.layer = KINDS[kind](WIDTH, 4, layers, batch_first=True, bidirectional=True)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             last = self.layer(x)[1]

@@ -138,8 +138,7 @@ class Recurrent:
             self._check(inputs)
             keep(call.context)
 
-        trainable = {n: p for n, p in self._module.named_parameters() if p.requires_grad}
-        self._tapped = _Unrolled(self.name, self._module, trainable, None, book, checked)
+        self._tapped = _Unrolled(self.name, self._module, {}, None, book, checked)
         self._tapped.hook()
         self._module.forward = self.forward
 

@@ -275,7 +275,11 @@ def test_a_sequence_without_a_batch_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_in_float64(kind: str) -> None:
     layer = KINDS[kind](WIDTH, 4, 2, batch_first=True).double()
-    check(Whole(layer, True), torch.randn(N, STEPS, WIDTH, dtype=torch.float64))
+    x = torch.randn(N, STEPS, WIDTH, dtype=torch.float64)
+    check(Whole(copy.deepcopy(layer), True), x)
+    ours = PrivateModule(Whole(layer, True), "sum")
+    ours(x).sum().backward()
+    assert {made.dtype for made in ours.left} == {torch.float64}
 
 
 def test_an_empty_batch() -> None:
@@ -350,6 +354,7 @@ def test_weights_of_half_precision(kind: str) -> None:
         truth.append(torch.cat([p.grad.flatten() for p in plain.parameters()]).norm())
     ours = PrivateModule(Whole(layer.bfloat16(), False), "sum")
     ours(x).sum().backward()
+    assert {made.dtype for made in ours.left} == {torch.float32}
     found = ours.norms(N)
     torch.testing.assert_close(found, torch.stack(truth).double(), rtol=0.02, atol=0)
     ours.add(Flat(0.1))

@@ -177,17 +177,18 @@ class Words(nn.Module):
 
 
 class Sequences(nn.Module):
-    """A transformer's layer, a recurrent one and one of one number, which are run again."""
+    """A transformer's layer, two recurrent ones, and one of one number, which is run again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(1, 4)
         self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
         self.recurrent, self.act = nn.GRU(4, 5, batch_first=True), nn.PReLU()
+        self.again = nn.LSTM(5, 5, 2, batch_first=True)
         self.out = nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seen = self.recurrent(self.block(self.embed(x[..., None])))[0]
+        seen = self.again(self.recurrent(self.block(self.embed(x[..., None])))[0])[0]
         result: torch.Tensor = self.out(self.act(seen.mean(1)))
         return result
 

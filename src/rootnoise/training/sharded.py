@@ -40,7 +40,6 @@ class ShardedModule(PrivateModule):
         sends: whether `add` calls it; otherwise sums are kept whole until the next `add`.
     """
 
-    unrolled = False  # its Linear layers would keep the weights of the first step
     send: Callable[[nn.Parameter, torch.Tensor], None]
 
     def __init__(self, module: nn.Module, loss_reduction: str) -> None:

@@ -187,4 +187,4 @@ def test_whichever_way_is_quicker_row_norms_are_the_same(monkeypatch, n, size):
     for pays in (False, True):
         monkeypatch.setattr(Product, "_formula_pays", lambda *_, pays=pays: pays)
         both.append(Product(work.matrix, noising).row_norms())
-    np.testing.assert_allclose(*both, rtol=1e-8)
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-8)

@@ -145,7 +145,7 @@ class _Objective:
         slope /= error
         along = (slope * c).sum(0)
         # Along a column lies the change of its window's norm; across, that of its direction.
-        of_norms = np.bincount(self._windows, along)
-        of_norms -= squares * np.bincount(self._people, of_norms)[self._people]
+        by_window = np.bincount(self._windows, along)
+        of_norms = by_window - squares * np.bincount(self._people, by_window)[self._people]
         of_entries = (slope - c * (along / squares[self._windows])) * scale
         return float(np.log(error)), np.append(of_norms, of_entries[self._inside])

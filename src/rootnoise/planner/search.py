@@ -238,8 +238,8 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
     found += [("banded-inverse", {"bands": p}) for p in sizes[: 3 if job.n_steps <= LONG else 1]]
     found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
     found += [("bsr-gamma", {"bands": room}), ("dense", {"tolerance": CLOSE})]
-    free = max(1, min(room, math.isqrt(FREE // job.n_steps)))
-    found += [("bandmf", {"bands": free, "tolerance": CLOSE})]
+    most = max(1, min(room, math.isqrt(FREE // job.n_steps)))
+    found += [("bandmf", {"bands": most, "tolerance": CLOSE})]
     scaled = ("column-normalised", "epoch-scaled")
     room = room if job.n_steps <= LONG else min(room, MOST_SCALED)
     return found + [(name, {"bands": room, "base": "banded"}) for name in scaled]

@@ -268,21 +268,21 @@ MUTATIONS = [
         "training/guards.py",
         "if _version(now) != self.version or now.data_ptr() != self.place:",
         "if now.data_ptr() != self.place:",
-        "guards",
+        "guards_tensors",
     ),
     Mutation(
         "buffers are not watched",
         "training/guards.py",
         "        yield from self._model.named_buffers(remove_duplicate=False)\n",
         "",
-        "guards",
+        "guards_tensors",
     ),
     Mutation(
         "hidden writes are not looked for",
         "training/guards.py",
         "return then is None or bool((",
         "return True or bool((",
-        "guards",
+        "guards_tensors",
     ),
     Mutation(
         "a backward that was dropped still counts",
@@ -441,9 +441,9 @@ MUTATIONS = [
     Mutation(
         "memory is measured by the data's values",
         "runs/micro_batches.py",
-        "zeros = torch.zeros(rows, *example.shape, dtype=example.dtype)",
+        "zeros = torch.zeros(rows, *example.shape, dtype=example.dtype, device=where)",
         "zeros = example[None].expand(rows, *example.shape)",
-        "runs",
+        "runs_micro_batches",
     ),
     # ------------------------------------------------------------------------------------- noise
     Mutation(
@@ -1122,6 +1122,27 @@ MUTATIONS = [
         "if dist.is_initialized():",
         "if False:",
         "front_door_ranks",
+    ),
+    Mutation(
+        "a forward that is compiled after wrapping is trained",
+        "training/guards.py",
+        "if is_compiled(layer)), None)",
+        "if False), None)",
+        "guards",
+    ),
+    Mutation(
+        "a compiled function without a mark calls a layer",
+        "training/guards.py",
+        "if torch.compiler.is_dynamo_compiling():",
+        "if False:",
+        "guards",
+    ),
+    Mutation(
+        "ranks of a sharded model part ways within a step",
+        "training/ranks.py",
+        "if len(set(done)) > 1:",
+        "if False:",
+        "sharded",
     ),
     Mutation(
         "a save of one rank beside a step of another",

@@ -383,6 +383,31 @@ def refuse_together(rank: int, size: int, out: Path, until: int) -> None:
     (out / f"{rank}.txt").write_text("\n".join(refused))
 
 
+def disagree(rank: int, size: int, out: Path, until: int) -> None:
+    """Ranks differ in when sums are exchanged, then in what follows the first part."""
+    join(rank, size, out)
+    model: Any = sharded(network(1), size)
+    optimizer, refused = private(privatize(model, "sum"), 1), Refusals()
+    (x, y), sent = examples(), Sent()
+    first, last = np.array_split(optimizer.sampler.batch(0)[rank::size], 2)
+    before = gathered(optimizer.module.state_dict())
+    model.set_requires_gradient_sync(rank == 0)
+    cross_entropy(optimizer.module(x[first]), y[first], reduction="sum").backward()
+    refused(partial(optimizer.accumulate, first))
+    model.set_requires_gradient_sync(True)
+    optimizer.accumulate(first)  # nothing was taken: what backward has left is still there
+    cross_entropy(optimizer.module(x[last]), y[last], reduction="sum").backward()
+    refused(partial(optimizer.step if rank else optimizer.accumulate, last))
+    assert len(sent.sizes) == 4  # those of the first part
+    assert optimizer.t == 0
+    after = gathered(optimizer.module.state_dict())
+    assert all(torch.equal(w, after[n]) for n, w in before.items())
+    optimizer.step(last)
+    train(optimizer, rank, size, until)
+    report(optimizer, rank, out)
+    (out / f"{rank}.txt").write_text("\n".join(refused))
+
+
 def count_bad(rank: int, size: int, out: Path) -> None:
     """One of rank 0's examples is infinite."""
     join(rank, size, out)

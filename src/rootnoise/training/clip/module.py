@@ -17,7 +17,14 @@ from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
 from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
-from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter, kind_of
+from rootnoise.training.clip.taps import (
+    Book,
+    Call,
+    Tapped,
+    guard_parameter,
+    is_compiled,
+    kind_of,
+)
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
@@ -490,8 +497,7 @@ def _check(model: nn.Module) -> None:
     """Refuse models that taps cannot see into, or layers that spread one example over others."""
     for name, layer in model.named_modules():
         where = f"layer {name}" if name else "model"
-        compiled = getattr(layer, "_compiled_call_impl", None) is not None
-        if compiled or type(layer).__name__ == "OptimizedModule":
+        if is_compiled(layer):
             raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
         for option in ("max_norm", "scale_grad_by_freq"):
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):

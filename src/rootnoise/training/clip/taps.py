@@ -344,6 +344,22 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
 
 
+def is_compiled(layer: nn.Module) -> bool:
+    """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = torch.compile(layer.forward)
+    >>> is_compiled(layer)
+    True
+    """
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        return True
+    forward = layer.forward
+    if not hasattr(forward, "_torchdynamo_orig_callable"):
+        return type(layer).__name__ == "OptimizedModule"
+    return not getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable's
+
+
 def is_tapped(module: nn.Module) -> bool:
     """Return whether a layer of the module is already tapped.
 

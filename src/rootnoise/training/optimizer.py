@@ -261,8 +261,8 @@ class PrivateOptimizer:
 
         Raises:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
-                already. With a process group only this rank raises; of a sharded model all do, also
-                where one takes a part and another steps, or their switches differ.
+                already. With a process group only this rank raises; of a sharded model all do, and
+                where their switches differ, or one takes a part and another steps.
 
         >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize

@@ -17,14 +17,7 @@ from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
 from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
-from rootnoise.training.clip.taps import (
-    Book,
-    Call,
-    Tapped,
-    guard_parameter,
-    is_compiled,
-    kind_of,
-)
+from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter, is_compiled, kind_of
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 

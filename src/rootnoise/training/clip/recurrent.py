@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip.bounds import Sum
 from rootnoise.training.clip.cells import Back, Cell, product, wide
-from rootnoise.training.clip.layers import KeptProducts, Products, Taps
-from rootnoise.training.clip.taps import Book, Call, Tapped, kind_of
+from rootnoise.training.clip.products import KeptProducts, Products
+from rootnoise.training.clip.taps import Book, Call, Tapped, Taps, kind_of
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 Found = dict[Cell, tuple[torch.Tensor, Back]]

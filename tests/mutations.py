@@ -914,13 +914,13 @@ MUTATIONS = [
     Mutation(
         "edits of a mechanism pass",
         "mechanism.py",
-        '        _refuse_edits(mechanism.to_dict(), fields, "")\n',
+        "        refuse_edits(mechanism.to_dict(), fields)\n",
         "",
         "mechanism",
     ),
     Mutation(
         "an epoch that has begun does not count",
-        "mechanism.py",
+        "participation/kinds.py",
         "-(-t // period)",
         "max(1, t // period)",
         "mechanism",

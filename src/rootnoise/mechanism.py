@@ -320,17 +320,17 @@ class Mechanism:
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         # Private side: what costs rounds up, noise down; machines differ by less than 1e-12.
         norm = accounting.round_up(sens.value * (1 - 1e-12), 9)
-        best, uncovered = "", ""
+        every, uncovered = "Every", ""
         if self.trials is not None:
-            best = (
+            every = (
                 f"What is released is the best of a random number of trials ({self.trials}), each "
-                "with a key of its own; of the others, and of their number, nothing is. In a trial:"
-                " "
+                "with a key of its own; of the others, and of their number, nothing is. In each "
+                "trial every"
             )
             uncovered = ", the data that trials were scored on"
         return (
             f"({accounting.round_up(cost.epsilon)}, {number(cost.delta)})-differential privacy for "
-            f"one record {relation}. {best}Every record takes part {self.participation}, in "
+            f"one record {relation}. {every} record takes part {self.participation}, in "
             f"{self.n_steps} steps. "
             f"Per-record gradients are clipped to l2 norm {number(self.clip_norm)} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "

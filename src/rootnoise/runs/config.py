@@ -62,7 +62,7 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         if isinstance(self.tuning, Mapping):  # from config.json
-            object.__setattr__(self, "tuning", Tuning(**self.tuning))
+            object.__setattr__(self, "tuning", Tuning.from_dict(self.tuning))
         one_of("mechanism", self.mechanism, ("none", "dpsgd", *mechanisms(), "auto"))
         one_of("sampling", self.sampling, ("auto", *SAMPLINGS))
         paid = self.tuning is not None and self.tuning.public is None

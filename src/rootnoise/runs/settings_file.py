@@ -99,7 +99,7 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in settings.items() if name != "tuning"}
     tuning = settings.get("tuning")
     if tuning is not None:
-        made = tuning if isinstance(tuning, Tuning) else Tuning(**tuning)
+        made = tuning if isinstance(tuning, Tuning) else Tuning.from_dict(tuning)
         rest |= made.options()
     return {name: value for name, value in rest.items() if value is not None}
 

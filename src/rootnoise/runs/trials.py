@@ -262,10 +262,10 @@ def _begun(out: Path) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        _refuse_unended(out)
-        raise  # it has gone meanwhile
     except OSError as reason:
+        if path.exists():
+            _refuse_unended(out)
+            raise _in_use(out) from None  # until now
         raise RootnoiseError(f"out must be writable, got {path}: {reason.strerror}") from None
     try:
         lock(descriptor)
@@ -281,10 +281,16 @@ def _refuse_unended(out: Path) -> None:
         descriptor = os.open(path, os.O_RDWR)
     except FileNotFoundError:
         return
+    except OSError as reason:
+        raise RootnoiseError(f"out must be writable, got {path}: {reason.strerror}") from None
     try:
         if not lock(descriptor):
-            raise RootnoiseError(f"out must not be in use by another tuning, got {out}")
+            raise _in_use(out)
     finally:
         os.close(descriptor)
     rule = "out must be of no tuning that began and released nothing"
     raise RootnoiseError(f"{rule}, got {out}: {starting_over(out)}")
+
+
+def _in_use(out: Path) -> RootnoiseError:
+    return RootnoiseError(f"out must not be in use by another tuning, got {out}")

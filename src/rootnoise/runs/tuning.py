@@ -57,6 +57,8 @@ class Tuning:
         if (self.trials is None) == (self.public is None):
             got = f"trials={self.trials}, public={self.public}"
             raise RootnoiseError(f"give exactly one of trials and public, got {got}")
+        if self.public_dir is not None and self.public is None:
+            raise RootnoiseError(f"public_dir must come with public, got {self.public_dir} alone")
         if self.trials is not None:
             mean = real("trials", self.trials, at_most=MOST_DRAWN)
             set_fields(self, trials=mean)
@@ -74,6 +76,19 @@ class Tuning:
         """Yield every combination, in a fixed order."""
         for values in product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Tuning:
+        """Return what a config.json holds.
+
+        Raises:
+            RootnoiseError: other fields than these, or what the constructor refuses.
+        """
+        try:
+            return cls(**fields)
+        except TypeError:
+            rule = "tuning must have a grid and trials or public"
+            raise RootnoiseError(f"{rule}, got {', '.join(map(str, fields)):.80}") from None
 
     def options(self) -> dict[str, Any]:
         """Return the options of `rootnoise tune` beside the settings of a run."""

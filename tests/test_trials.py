@@ -26,8 +26,8 @@ from rootnoise.runs.audit import audit
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.data import load
 from rootnoise.runs.run import run
-from rootnoise.runs.trials import _Point, chosen_on_public, marker, release_best
-from rootnoise.runs.tuning import Tuning
+from rootnoise.runs.trials import _Point, chosen_on_public, release_best
+from rootnoise.runs.tuning import Tuning, marker
 from test_runs import PRIVATE
 from test_runs_audit import FORGERIES, change, failures, reseal
 

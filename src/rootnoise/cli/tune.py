@@ -12,7 +12,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.cli import _options, _progress, _report
 from rootnoise.cli.train import settings_from
 from rootnoise.runs.settings import Settings, resuming
-from rootnoise.runs.tuning import TUNED, Tuning
+from rootnoise.runs.tuning import TUNED, Tuning, marker, starting_over
 
 # Trials on average, where nothing else is said: the best of 10 costs some 1.5 times one alone.
 TRIALS = 10.0
@@ -53,10 +53,10 @@ def tune(
     """Choose learning rate, clip norm and the like by trials, paid for or on public data.
 
     Several values of an option, with commas between, are tried. Privately: a random, secret number
-    of trials, each of a combination drawn at random; the best on the test part is released, at the
-    epsilon of private selection, and nothing of the others. Keep the time that it takes as secret
-    as the data, since it tells how many there were. With --public every combination is tried on
-    data that need no privacy; the best is then trained once.
+    of trials (10 on average, or --trials), each of a combination drawn at random; the best on the
+    test part is released, at the epsilon of private selection, and nothing of the others. Keep the
+    time that it takes as secret as the data, since it tells how many there were. With --public
+    every combination is tried on data that need no privacy; the best is then trained once.
     """
     from rootnoise.runs.processes import launched
 
@@ -80,9 +80,7 @@ def tune(
 
 
 def _paid(values: dict[str, Any], out: Path, json: bool) -> None:
-    from rootnoise.runs.trials import marker
-
-    try:
+    try:  # imports take a second, in which one may be interrupted too
         from rootnoise.runs import trials
         from rootnoise.runs.config import RunConfig
 
@@ -92,7 +90,7 @@ def _paid(values: dict[str, Any], out: Path, json: bool) -> None:
             result = trials.release_best(made, out, report=True)
     except KeyboardInterrupt:
         begun = marker(out).exists()
-        more = f"nothing is released; {trials.starting_over(out)}" if begun else "nothing is kept"
+        more = f"nothing is released; {starting_over(out)}" if begun else "nothing is kept"
         typer.echo(f"stopped: {more}", err=True)
         raise typer.Exit(130) from None
     title = f"the best of several trials: {made.mechanism} on {made.dataset}"
@@ -102,7 +100,7 @@ def _paid(values: dict[str, Any], out: Path, json: bool) -> None:
     spent = {"epsilon": made.epsilon, "delta": made.delta}
     said = (
         "No trial was made, as their number was drawn to be 0. That is the result: it costs the "
-        f"same, and {trials.starting_over(out)}."
+        f"same, and {starting_over(out)}."
     )
     _report.show(title, {"released": False, **spent, "said": said}, json)
 
@@ -113,10 +111,10 @@ def _free(values: dict[str, Any], out: Path, json: bool) -> None:
         return f"{resuming(out)} goes on" if begun else "before the first step, nothing is kept"
 
     try:
+        from rootnoise.runs import trials
         from rootnoise.runs.config import RunConfig
         from rootnoise.runs.folder import RunFolder
         from rootnoise.runs.run import run
-        from rootnoise.runs.trials import chosen_on_public
 
         made, found = RunConfig(**values), []
         RunFolder(out).refuse_used()
@@ -127,7 +125,7 @@ def _free(values: dict[str, Any], out: Path, json: bool) -> None:
                 found.append(point | {"accuracy": accuracy})
                 bar(done, of, f"accuracy {accuracy:.3f}")
 
-            chosen = chosen_on_public(made, on_trial)
+            chosen = trials.chosen_on_public(made, on_trial)
         title = f"{chosen.mechanism} on {chosen.dataset}"
         with _progress.steps(title, quiet=json) as steps:
             result = run(chosen, out, on_step=steps.step, report=True)

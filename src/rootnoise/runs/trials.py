@@ -32,6 +32,7 @@ from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.release import Result, Trained
 from rootnoise.runs.statement import statement
 from rootnoise.runs.trainer import Trainer
+from rootnoise.runs.tuning import marker, starting_over
 
 # Called after each trial on public data with their number so far, how many there will be, the test
 # accuracy, and the point.
@@ -83,20 +84,6 @@ def release_best(
         result = _write(best, out, report)
         marker(out).unlink()
     return result
-
-
-def marker(out: Path) -> Path:
-    """Return the empty file that says that a tuning into `out` has begun."""
-    whole = Path(out).resolve()
-    return whole.with_name(f".{whole.name}.tuning")
-
-
-def starting_over(out: Path) -> str:
-    """Return what it means to start again after a tuning that released nothing."""
-    return (
-        f"if nobody saw anything of it, its duration included, delete {marker(out)} and start "
-        "over; else epsilon and delta of both add up"
-    )
 
 
 def chosen_on_public(config: RunConfig, on_trial: OnTrial | None = None) -> RunConfig:

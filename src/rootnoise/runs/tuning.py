@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError, integer, one_of, real, set_fields
@@ -124,6 +125,20 @@ class Tuning:
 
 # Options of `rootnoise tune` that are no settings of a run.
 BESIDE = ("trials", "trials_shape", "public", "public_dir")
+
+
+def marker(out: Path) -> Path:
+    """Return the empty file that says that a tuning into `out` has begun."""
+    whole = Path(out).resolve()
+    return whole.with_name(f".{whole.name}.tuning")
+
+
+def starting_over(out: Path) -> str:
+    """Return what it means to start again after a tuning that released nothing."""
+    return (
+        f"if nobody saw anything of it, its duration included, delete {marker(out)} and start "
+        "over; else epsilon and delta of both add up"
+    )
 
 
 def _values(name: str, values: Any) -> list[float]:

@@ -17,6 +17,7 @@ from rootnoise.runs import settings_file
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
+from rootnoise.runs.tuning import Tuning
 
 SMALL = """
 dataset = "digits"
@@ -129,7 +130,9 @@ def test_what_is_written_is_read(tmp_path_factory, text, number, whole):
 
 def test_every_setting_has_a_name_in_the_file_and_no_secret_has_one():
     names = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(settings_file.NAMES) == names | {"out", "checkpoint_every"}
+    assert set(settings_file.NAMES) == names - {"tuning"} | {"out", "checkpoint_every"}
+    parts = {field.name for field in dataclasses.fields(Tuning)}
+    assert set(settings_file.TRIED) == parts - {"grid"}
     assert not [name for name in names if "key" in name]
 
 

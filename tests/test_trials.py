@@ -410,8 +410,10 @@ def test_what_cannot_be_tuned_is_one_line_before_anything_is_drawn(
 def test_no_more_than_one_process_tunes(call, tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "1")
-    line = refused(call, *LINE, "--out", tmp_path / "out")
-    assert "tune must run in one process, got one that a launcher has started" in line
+    for more in ([], ["--public", PUBLIC]):
+        line = refused(call, *LINE, *more, "--out", tmp_path / "out")
+        assert "tuning must be in one process, got one that a launcher has started" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_settings_that_are_no_tuning_are_refused(tmp_path):

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from rootnoise._check import RootnoiseError
 from rootnoise.cli import _options, _progress, _report
 from rootnoise.cli.train import settings_from
 from rootnoise.runs.settings import Settings, resuming
@@ -58,10 +57,6 @@ def tune(
     time that it takes as secret as the data, since it tells how many there were. With --public
     every combination is tried on data that need no privacy; the best is then trained once.
     """
-    from rootnoise.runs.processes import launched
-
-    if launched():
-        raise RootnoiseError("tune must run in one process, got one that a launcher has started")
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
     grid = {name: _options.numbers(name, values[name]) for name in TUNED}
     number = tried.value(None if public else TRIALS)

@@ -29,6 +29,7 @@ from rootnoise.runs import curves
 from rootnoise.runs.config import RunConfig, make_mechanism, make_sampler, planned
 from rootnoise.runs.data import Dataset, load
 from rootnoise.runs.folder import RunFolder
+from rootnoise.runs.processes import launched
 from rootnoise.runs.release import Result, Trained
 from rootnoise.runs.statement import statement
 from rootnoise.runs.trainer import Trainer
@@ -68,6 +69,7 @@ def release_best(
     number = None if config.tuning is None else config.tuning.number
     if number is None:
         raise RootnoiseError("tuning must have private trials, got none")
+    _refuse_several()
     where = data_dir or (Path(config.data_dir) if config.data_dir else None)
     out = Path(out)
     curves.check()
@@ -102,6 +104,7 @@ def chosen_on_public(config: RunConfig, on_trial: OnTrial | None = None) -> RunC
     tuning = config.tuning
     if tuning is None or tuning.public is None:
         raise RootnoiseError("tuning must name public data, got none")
+    _refuse_several()
     folder = tuning.public_dir
     data = load(tuning.public, None if folder is None else Path(folder))
     values = list(tuning.points())
@@ -116,6 +119,12 @@ def chosen_on_public(config: RunConfig, on_trial: OnTrial | None = None) -> RunC
         if accuracy > most:
             best, most = tried, accuracy
     return best
+
+
+def _refuse_several() -> None:
+    """Refuse a process of several, each of which would make trials of its own."""
+    if launched():
+        raise RootnoiseError("tuning must be in one process, got one that a launcher has started")
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from rootnoise.runs import settings_file
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
-from rootnoise.runs.tuning import Tuning
+from rootnoise.runs.tuning import BESIDE, Tuning
 
 SMALL = """
 dataset = "digits"
@@ -132,7 +132,7 @@ def test_every_setting_has_a_name_in_the_file_and_no_secret_has_one():
     names = {field.name for field in dataclasses.fields(RunConfig)}
     assert set(settings_file.NAMES) == names - {"tuning"} | {"out", "checkpoint_every"}
     parts = {field.name for field in dataclasses.fields(Tuning)}
-    assert set(settings_file.TRIED) == parts - {"grid"}
+    assert set(BESIDE) == parts - {"grid"}
     assert not [name for name in names if "key" in name]
 
 

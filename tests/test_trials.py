@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import training_runs
 from commands import refused
+from processes import outcome
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError
 from rootnoise._files import lock
@@ -23,7 +26,7 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.participation import FixedCycle
 from rootnoise.runs import inference, report, statement, trials
 from rootnoise.runs.audit import audit
-from rootnoise.runs.config import RunConfig
+from rootnoise.runs.config import RunConfig, make_mechanism, make_sampler
 from rootnoise.runs.data import load
 from rootnoise.runs.run import run
 from rootnoise.runs.trials import _Point, chosen_on_public, release_best
@@ -324,6 +327,19 @@ def test_a_release_is_whole_or_not_at_all(tmp_path, monkeypatch, drawn, existed,
     assert out.exists() == existed
 
 
+def test_a_tuning_that_is_killed_leaves_a_mark_and_no_trial(tmp_path):
+    """In its first state, which lasts through all trials, there is an empty file and no more."""
+    out = tmp_path / "out"
+    assert outcome(training_runs.tune_killed_at_state, out, 0) == -signal.SIGKILL
+    assert contents(tmp_path) == {marker(out): b""}
+    with pytest.raises(RootnoiseError, match=r"^out must be of no tuning that began and released"):
+        release_best(CONFIG, out)
+    marker(out).unlink()
+    assert outcome(training_runs.tune_killed_at_state, out, 1) == -signal.SIGKILL
+    assert marker(out).exists()  # and the best trial is being written
+    assert {path.name for path in out.rglob("*")} <= PRIVATE | {".lock"}
+
+
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path, monkeypatch, drawn):
     out, best = tmp_path / "out", trials._best
 
@@ -432,14 +448,16 @@ def test_settings_that_are_no_tuning_are_refused(tmp_path):
 
 
 def test_trials_of_unlike_noise_are_refused(monkeypatch, tmp_path):
-    made = trials._points(CONFIG, 1442)
-    other = dataclasses.replace(made[0].mechanism, noise_multiplier=1.0)
+    mechanism = trials._points(CONFIG, 1442)[0].mechanism
+    assert mechanism is not None
+    other = dataclasses.replace(mechanism, noise_multiplier=1.0)
     with pytest.raises(RootnoiseError, match=r"^trials must have one noise multiplier, got 2"):
-        trials._refuse_unlike([made[0].mechanism, other])
-    calibrate = trials.make_mechanism
+        trials._refuse_unlike([mechanism, other])
+    calibrate = make_mechanism
 
     def less(config, sampler):
         found = calibrate(config, sampler)
+        assert found is not None
         factor = 0.9 if config.momentum else 1.0
         return dataclasses.replace(found, noise_multiplier=factor * found.noise_multiplier)
 
@@ -457,7 +475,7 @@ def test_each_workload_of_the_grid_has_its_own_factorization():
     points = trials._points(config, 1442)
     assert len(points) == 8
     for point in points:
-        expected = trials.make_mechanism(point.config, trials.make_sampler(point.config, 1442))
+        expected = make_mechanism(point.config, make_sampler(point.config, 1442))
         assert point.mechanism.fingerprint == expected.fingerprint
 
 
@@ -581,9 +599,13 @@ def test_trials_on_public_data_do_not_look_at_the_private_ones(monkeypatch):
     monkeypatch.setattr(trials, "load", spy)
     tuning = Tuning(GRID, public=PUBLIC, public_dir="somewhere")
     config = dataclasses.replace(CONFIG, dataset="mnist", insecure_noise_seed=3, tuning=tuning)
-    keys = []
-    fresh = Key.fresh
-    monkeypatch.setattr(Key, "fresh", classmethod(lambda cls: keys.append(fresh()) or keys[-1]))
+    keys, fresh = [], Key.fresh
+
+    def spied(cls):
+        keys.append(fresh())
+        return keys[-1]
+
+    monkeypatch.setattr(Key, "fresh", classmethod(spied))
     chosen = chosen_on_public(config)
     assert loaded == [(PUBLIC, Path("somewhere"))]
     assert chosen.tuning == tuning

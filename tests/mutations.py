@@ -1295,8 +1295,8 @@ MUTATIONS = [
     Mutation(
         "a tuning that began here may begin again",
         "runs/trials.py",
-        "    _refuse_unended(out)\n    data = load",
-        "    data = load",
+        '    raise RootnoiseError(f"{rule}, got {out}: {starting_over(out)}")',
+        "    path.unlink()",
         "trials",
     ),
     Mutation(

@@ -94,7 +94,10 @@ class Steps(Products):
 
 
 class KeptSteps(KeptProducts):
-    """The sum of all parameters side by side, and then each one's part of it."""
+    """The sum of all parameters side by side, and then each one's part of it.
+
+    Of m examples that is as many additions as one by one: the first of m to nothing rounds nothing.
+    """
 
     row: Steps
 

@@ -934,8 +934,8 @@ MUTATIONS = [
     Mutation(
         "the least of the far products bounds them",
         "accounting/bin_fit.py",
-        "(products / decay ** np.arange(1, far + 1)).max()",
-        "(products / decay ** np.arange(1, far + 1)).min()",
+        "math.exp(float(needed.max()) + 1e-12)",
+        "math.exp(float(needed.min()) + 1e-12)",
         "bin_chain",
     ),
     Mutation(

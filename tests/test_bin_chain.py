@@ -20,7 +20,7 @@ from rootnoise.accounting import bin_series as series
 from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds
 from rootnoise.accounting.bin_chain import Chain, Lattice
-from rootnoise.accounting.bin_fit import chain_below, chains_above
+from rootnoise.accounting.bin_fit import chains_above, chains_below
 from rootnoise.accounting.bin_series import Law
 from rootnoise.accounting.random_allocation import inequality_of_means
 from rootnoise.accounting.run import _search
@@ -443,8 +443,7 @@ def test_chains_lie_entrywise_on_their_side(b, epochs, bands, epsilon):
         for start in range(b):  # every row of so many neighbours in the circle
             i = (start + np.arange(chain.bins)) % b
             assert np.all(gram[np.ix_(i, i)] <= larger)
-    found = chain_below(gram, epsilon)
-    if found is not None:
+    for found in chains_below(gram, epsilon):
         assert found.bins == b
         assert np.all(gram_of(found) <= gram * (1 + 1e-9) + 1e-12)
 
@@ -454,7 +453,7 @@ def test_two_bands_are_a_chain_of_their_own():
     gram = np.eye(12) + 0.4 * (np.eye(12, k=1) + np.eye(12, k=-1))
     ring = gram.copy()
     ring[0, -1] = ring[-1, 0] = 0.4
-    np.testing.assert_allclose(gram_of(chain_below(ring, 1.0)), gram, atol=1e-6)
+    np.testing.assert_allclose(gram_of(chains_below(ring, 1.0)[0]), gram, atol=1e-6)
     blocks = chains_above(ring, 1.0)[1]
     np.testing.assert_allclose(gram_of(blocks), gram[:11, :11], atol=2e-3)
 
@@ -464,9 +463,39 @@ def test_bins_without_neighbours_or_gaps_are_left_to_other_bounds():
     assert [chain.bins for chain in chains_above(np.eye(3) + 1, 1.0)] == [2, 2]
     assert chains_above(np.eye(2) + 1, 1.0) == []
     assert chains_above(np.ones((5, 5)), 1.0) == []
-    assert chain_below(np.eye(1), 1.0) is None
-    assert chain_below(np.eye(3) - 0.1, 1.0) is None
-    assert chain_below(np.eye(3), 1.0) is None
+    assert chains_below(np.eye(1), 1.0) == []
+    assert chains_below(np.eye(3) - 0.1, 1.0) == []
+    assert chains_below(np.eye(3), 1.0) == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_bands_of_zeros_are_no_numbers_of_a_chain():
+    """A decay to the power of a distance may be below the least number there is."""
+    gram = np.eye(500)
+    i = np.arange(500)
+    gram[i, (i + 200) % 500] = gram[(i + 200) % 500, i] = 1e-3
+    (plain,) = chains_above(gram, 1.0)
+    assert plain.heads[0] ** 2 * plain.decay**200 >= 1e-3
+    assert chains_above(gram * (gram < 1e-3) + 2.0 * np.eye(500) + (gram == 1e-3) * 0.9, 1.0) == []
+    found = bounds(gram / 0.7**2, 1e-5, sizes=bin_bounds.QUICK)
+    assert 0 < found.lower <= found.upper < 2
+
+
+def test_blocks_below_are_no_longer_than_they_may_be_and_shorter_ones_are_tried():
+    """Of means that all overlap, blocks would else be half as long as the run."""
+    i = np.arange(150)
+    gram = 0.95 ** np.abs(i - i[:, None])
+    chains = chains_below(gram, 1.0)
+    assert max(len(chain.heads) for chain in chains) == 32
+    # Products that fall quickly are seen more by blocks that lack more of the pairs.
+    gram = np.eye(200)
+    for d in range(1, 16):
+        gram += (0.5 / d**0.7) * (np.eye(200, k=d) + np.eye(200, k=-d))
+    chains = chains_below(gram, 1.5)
+    assert [len(chain.heads) for chain in chains][0] == 8
+    assert len(chains[1].heads) < 8
+    for chain in chains:
+        assert np.all(gram_of(chain) <= gram * (1 + 1e-9) + 1e-12)
 
 
 @pytest.mark.parametrize("bands", [2, 4])

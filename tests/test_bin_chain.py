@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from rootnoise import accounting
-from rootnoise.accounting import MonteCarlo, bin_bounds
+from rootnoise.accounting import MonteCarlo, bin_bounds, bin_fit
 from rootnoise.accounting import bin_chain as chains
 from rootnoise.accounting import bin_series as series
 from rootnoise.accounting.balls_in_bins import bin_gram
@@ -468,6 +468,33 @@ def test_bins_without_neighbours_or_gaps_are_left_to_other_bounds():
     assert chains_below(np.eye(3), 1.0) == []
 
 
+def test_products_of_blocks_are_those_at_their_distance():
+    """And what is seen around a mean is the mean over those of a block, without itself."""
+    one, across = bin_fit._wanted(np.arange(6.0), 3)
+    u = np.arange(3)
+    assert np.array_equal(one, np.abs(u - u[:, None]))
+    assert np.array_equal(across, [[3, 4, 5], [2, 3, 4], [1, 2, 3]])
+    loads = np.array([0.3, 0.7, 0.9, 0.6])  # tails, then heads
+    gram = gram_of(Chain(6, (0.9, 0.6), (0.3, 0.7), (0.0, 0.0), 0.0))
+    seen = np.expm1(gram / 1.5 * 4.0 - gram**2 / 3.0)
+    np.fill_diagonal(seen, 0.0)
+    assert bin_fit._around(loads, 1.5, 4.0) == pytest.approx(seen[2:4].sum(axis=1).mean())
+
+
+def test_two_means_are_a_chain_from_below():
+    gram = np.array([[1.0, 0.5], [0.5, 1.0]])
+    (chain,) = chains_below(gram, 1.0)
+    np.testing.assert_allclose(gram_of(chain), gram, atol=1e-6)
+
+
+def test_a_law_knows_its_mean_and_a_lower_bound_may_be_small(monkeypatch):
+    chain = SMALL[0]
+    assert chain.law(1.5, 1e-5, above=True).mean == chain._mean(1.0) < 1
+    assert chain.law(1.5, 1e-5, above=False).mean == 1
+    monkeypatch.setattr(Law, "remove", lambda self, epsilon: 1e-5 * (1.5 - 50 * epsilon))
+    assert chain.lower(1e-5, 0.05) == pytest.approx(0.01, rel=0.02)
+
+
 @pytest.mark.filterwarnings("error")
 def test_bands_of_zeros_are_no_numbers_of_a_chain():
     """A decay to the power of a distance may be below the least number there is."""
@@ -598,6 +625,7 @@ def test_no_mean_of_a_chain_is_shorter_than_one_of_those_that_it_bounds():
     blocks = chains_above(full, 1.0)[1]
     assert 1 <= np.diag(gram_of(blocks)).max() < 1.01
     assert blocks.alone[0] >= 1e-3
+    assert chains_above(4 * full, 1.0)[1].alone[0] >= 4e-3
 
 
 def test_what_is_no_number_bounds_nothing(monkeypatch):

@@ -1008,6 +1008,13 @@ MUTATIONS = [
         "known[_mirror(load)]",
         "bin_chain",
     ),
+    Mutation(
+        "scaled columns of magnitudes keep their sign",
+        "accounting/dominating.py",
+        "Diagonal(np.abs(strategy.entries))",
+        "strategy",
+        "monte_carlo",
+    ),
     # --------------------------------------------------------------------------------- mechanism
     Mutation(
         "the clip norm is left out of the noise",

@@ -519,7 +519,7 @@ def test_blocks_below_are_no_longer_than_they_may_be_and_shorter_ones_are_tried(
     for d in range(1, 16):
         gram += (0.5 / d**0.7) * (np.eye(200, k=d) + np.eye(200, k=-d))
     chains = chains_below(gram, 1.5)
-    assert [len(chain.heads) for chain in chains][0] == 8
+    assert len(chains[0].heads) == 8
     assert len(chains[1].heads) < 8
     for chain in chains:
         assert np.all(gram_of(chain) <= gram * (1 + 1e-9) + 1e-12)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -168,6 +169,11 @@ class _Audit:
             found = f"unfinished, {self.folder.checkpoint()['optimizer']['t']} steps are saved"
         except (RootnoiseError, KeyError, TypeError):
             found = "unfinished"
+        with suppress(RootnoiseError, OSError, ValueError):
+            tuning = self._json("config.json").get("tuning") or {}
+            if tuning.get("trials") is not None:  # it has no checkpoint, and no second half
+                found = "a tuning that was stopped while its best trial was written"
+                return Check("finished", False, "result.json", found)
         return Check("finished", False, "result.json", f"{found}; go on by {self.folder.resume}")
 
     def _bound(self) -> Iterator[Check]:
@@ -222,7 +228,7 @@ class _Audit:
         yield _fields("config.json agrees", vars(config), vars(config) | chosen)
         tried = None if config.tuning is None else config.tuning.number
         if (tried, m.trials) != (None, None):
-            yield _same("number of trials", f"{m.trials}", f"{tried}")
+            yield Check("number of trials", m.trials == tried, f"{m.trials}", f"{tried}")
         yield _same("n_steps", sampler["n_steps"], m.n_steps)
         if isinstance(p, CyclicPoisson):  # set by the batch size, not by the number of batches
             drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]

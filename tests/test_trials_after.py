@@ -164,7 +164,7 @@ def test_a_tuned_run_is_audited_reported_and_used_but_not_resumed(call, tuned, t
 def test_attacks_are_on_one_trial(call, tuned):
     line = ("audit", tuned, "--empirical", "--canaries", "300", "--json")
     checks = {check["name"]: check for check in json.loads(call(*line)[1])["checks"]}
-    stated = checks["attack: distinguishing"]["stated"]
+    stated = checks["attack on one trial: distinguishing"]["stated"]
     mechanism = Mechanism.load(tuned / "mechanism.json")
     alone = dataclasses.replace(mechanism, trials=None).epsilon
     assert stated.startswith(f"epsilon <= {alone:.6g}")

@@ -98,7 +98,9 @@ def empirical(
     from rootnoise.auditing.empirical import distinguish, one_run
 
     # One trial is attacked: what the best of several is not, no attack here can make.
-    mechanism = replace(RunFolder(Path(out)).mechanism(), trials=None)
+    released = RunFolder(Path(out)).mechanism()
+    mechanism = replace(released, trials=None)
+    name = "attack" if released.trials is None else "attack on one trial"
     made, total = count(1), ATTACKS * mechanism.n_steps
     report: Progress = progress or (lambda step, steps, what: None)
     on_step = lambda: report(next(made), total, "steps of the attacks")  # noqa: E731
@@ -110,7 +112,7 @@ def empirical(
     ]
     for verdict in (distinguish(attack), one_run(attack)):
         bound = f"epsilon > {verdict.lower_bound:.3g} ({verdict.detail})"
-        found.append(Check(f"attack: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
+        found.append(Check(f"{name}: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
     return found
 
 

@@ -1365,7 +1365,8 @@ MUTATIONS = [
     Mutation(
         "a comparison of trials that fails says why",
         "runs/trials.py",
-        "                if best is None or trial.merit > best.merit:\n                    best = trial\n"
+        "                if best is None or trial.merit > best.merit:\n"
+        "                    best = trial\n"
         "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"
         "                failed = True\n                break\n",
         "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"

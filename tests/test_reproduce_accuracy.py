@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from parts import accuracy, compared, grid
 from parts.grid import TUNING_SEED, Grid
@@ -23,7 +24,7 @@ from rootnoise.runs.config import RunConfig, make_mechanism, make_sampler, plann
 def cell(method, mean, std, **fields):
     same = {"study": "s", "dataset": "d", "model": "m", "epochs": 1, "batch_size": 2, "n_steps": 3}
     same |= {"epsilon": 1.0, "lr": 1.0, "rmse": 1.0, "seeds": 3}
-    same |= {"mechanism": "bsr", "sampling": "fixed-cycle"} | fields
+    same |= {"mechanism": method, "sampling": "fixed-cycle"} | fields
     return {"method": method, "mean": mean, "std": std} | same
 
 
@@ -94,6 +95,23 @@ def test_the_planners_choice_in_most_settings():
     assert shown[2]["best other"] == "BSR 80.0 ± 1.0 (lr 1)"
 
 
+def test_chance_leaves_equal_methods_behind():
+    # Means of s seeds differ by T / sqrt(s) deviations, T of Student's law with 2 (s - 1) freedoms.
+    for seeds in (3, 5):
+        exact = stats.t.sf(seeds**0.5, 2 * (seeds - 1))
+        assert compared.chance(seeds, 1) == pytest.approx(exact, abs=0.01)
+    assert 3 * compared.chance(3, 1) < compared.chance(3, 8) < 8 * compared.chance(3, 1)
+    assert compared.chance(1, 8) == compared.chance(3, 0) == 0
+
+
+def test_a_method_is_no_rival_of_itself():
+    rows = [cell(name, 0.8, 0.01, mechanism="banded") for name in (FIRST, CYCLIC)]
+    assert compared.rivals(rows, FIRST) == []
+    rows.append(cell(BSR, 0.7, 0.01))
+    (pair,) = compared.rivals(rows, FIRST)
+    assert (pair.best["method"], pair.others, pair.level) == (BSR, 1, True)
+
+
 @pytest.mark.parametrize(("other", "verdict"), [(0.7, SMALLER), (0.8, SMALLER), (0.9, NOT)])
 def test_on_par_is_what_is_not_worse(other, verdict):
     rows = [cell("BSR", 0.8, 0.01), cell("AOF", other, 0.01)]
@@ -119,6 +137,17 @@ def test_the_figure_has_a_panel_for_each_curve_or_else_for_each_study():
         assert len(figure.axes) == count
 
 
+def test_gains_over_amplified_dpsgd_are_drawn_where_there_is_a_choice():
+    assert set(accuracy.draw({"accuracy": [cell("BSR", 0.8, 0.01)]})) == {"accuracy.png"}
+    rows = chosen(0.8, 0.75) + chosen(0.7, 0.75, epsilon=2.0)
+    (axes,) = accuracy.draw({"accuracy": rows})["planned.png"].axes
+    drawn = {line.get_label(): line for line in axes.containers}
+    assert set(drawn) == {BSR, FIRST}
+    assert drawn[FIRST].lines[0].get_ydata() == pytest.approx([10, 0])
+    (bars,) = drawn[FIRST].lines[2]
+    assert np.ptp(bars.get_segments()[0][:, 1]) == pytest.approx(2 * 2**0.5)
+
+
 def test_where_no_method_learns_none_is_better():
     rows = [cell("BSR", 0.13, 0.01), cell("A·Id", 0.1, 0.01)]
     (claim,) = accuracy.claims({"accuracy": rows})
@@ -141,6 +170,19 @@ def test_summary_takes_the_sample_deviation_and_leaves_out_the_tuning_seed():
     ]
     (row,) = accuracy.summarise(runs)
     assert (row["mean"], row["std"], row["seeds"]) == (0.6, pytest.approx(0.02**0.5), 2)
+
+
+def test_what_was_trained_last_counts():
+    config = {"mechanism": "bsr", "epsilon": 1.0}
+    common = {"study": "s", "method": "BSR", "n_steps": 3, "rmse": 2.0}
+    order = ((0.5, 0, 0.1), (1.0, 0, 0.2), (0.5, 1, 0.3))  # learning rate, seed, accuracy
+    runs = [
+        common | {"accuracy": value, "config": config | {"lr": lr, "seed": seed}}
+        for lr, seed, value in order
+    ]
+    rows = accuracy.summarise(runs)
+    assert [(row["lr"], row["mean"]) for row in rows] == [(1.0, 0.2), (0.5, 0.2)]
+    assert rows[-1]["seeds"] == 2
 
 
 # ---------------------------------------------------------------------------- the grid

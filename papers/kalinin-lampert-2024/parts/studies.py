@@ -64,7 +64,7 @@ BATCHES = tuple(-(-50_000 // n) for n in UPDATES)
 STUDIES = {
     study.name: study
     for study in (
-        Study("digits", "digits", "mlp", (10,), (200,), seeds=5),
+        Study("digits", "digits", "mlp", (10,), (200,), seeds=10, tuning=3),
         Study("digits-cnn", "digits", "cnn", (10,), (200,), TWO),
         Study("digits-transformer", "digits", "transformer", (10,), (200,), TWO),
         Study("one-epoch", "fashion-mnist", "logistic", (1,), (600, 300, 120), tuning=2),

@@ -205,7 +205,8 @@ def _better(rows: Sequence[Row]) -> Claim | None:
     if found is None:
         return None
     gains = compare(rows, FIRST, AMPLIFIED)
-    return _ours(found.text, beyond(gains)[0], len(gains), found.evidence)
+    evidence = found.evidence[0].upper() + found.evidence[1:]
+    return _ours(found.text, beyond(gains)[0], len(gains), evidence)
 
 
 def views(tables: Tables) -> dict[str, list[Row]]:

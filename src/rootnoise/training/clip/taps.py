@@ -202,7 +202,6 @@ class Tapped:
     names: Sequence[str] | None
     book: Book
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
-    first: bool = False  # whether the first output is handed over as the last input
     active: bool = False
     held: Sequence[nn.Parameter] = ()  # parameters excluded from autograd during the call
 
@@ -268,8 +267,6 @@ class Tapped:
         arguments, structure = tree_flatten((args, kwargs))
         mine = [i for i, x in enumerate(outputs) if _differentiable(x)]
         tensors = [x.detach() for x in arguments if isinstance(x, torch.Tensor)]
-        if self.first:  # what follows gets a copy
-            tensors.append(outputs[0].detach())
         rest = [None if isinstance(x, torch.Tensor) else x for x in arguments]
         places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
         kind = next((x.device.type for x in tensors), "cpu")
@@ -345,6 +342,22 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     """
     kind = type(module)
     return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = torch.compile(layer.forward)
+    >>> is_compiled(layer)
+    True
+    """
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        return True
+    forward = layer.forward
+    if not hasattr(forward, "_torchdynamo_orig_callable"):
+        return type(layer).__name__ == "OptimizedModule"
+    return not getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable's
 
 
 def is_tapped(module: nn.Module) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -141,7 +142,7 @@ def test_gains_over_amplified_dpsgd_are_drawn_where_there_is_a_choice():
     assert set(accuracy.draw({"accuracy": [cell("BSR", 0.8, 0.01)]})) == {"accuracy.png"}
     rows = chosen(0.8, 0.75) + chosen(0.7, 0.75, epsilon=2.0)
     (axes,) = accuracy.draw({"accuracy": rows})["planned.png"].axes
-    drawn = {line.get_label(): line for line in axes.containers}
+    drawn: dict[Any, Any] = {line.get_label(): line for line in axes.containers}
     assert set(drawn) == {BSR, FIRST}
     assert drawn[FIRST].lines[0].get_ydata() == pytest.approx([10, 0])
     (bars,) = drawn[FIRST].lines[2]

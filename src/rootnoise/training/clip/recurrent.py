@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip.bounds import Sum
 from rootnoise.training.clip.cells import Back, Cell, product, wide
-from rootnoise.training.clip.layers import KeptProducts, Products, Taps
-from rootnoise.training.clip.taps import Book, Call, Tapped, kind_of
+from rootnoise.training.clip.products import KeptProducts, Products
+from rootnoise.training.clip.taps import Book, Call, Tapped, Taps, kind_of
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 Found = dict[Cell, tuple[torch.Tensor, Back]]
@@ -94,7 +94,10 @@ class Steps(Products):
 
 
 class KeptSteps(KeptProducts):
-    """The sum of all parameters side by side, and then each one's part of it."""
+    """The sum of all parameters side by side, and then each one's part of it.
+
+    Of m examples that is as many additions as one by one: the first of m to nothing rounds nothing.
+    """
 
     row: Steps
 

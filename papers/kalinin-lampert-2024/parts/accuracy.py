@@ -35,13 +35,14 @@ INTRO = (
     "doubling and halving on a seed that no table reports (one-epoch: on the mean of two, digits: "
     "of three); that may miss the best by a factor of two, which is more than BSR and AOF differ "
     "by. Beside the methods of the paper are those of rootnoise's planner, which knows neither "
-    "data nor model, with at most 64 noise vectors: its choice, as `train --mechanism auto` took it "
-    "when the runs were made; cyclic Poisson sampling in its groups; balls in bins with its strategy; and b-min-sep "
-    "Poisson sampling, with the strategy of cyclic Poisson, and its number of groups as "
-    "separation. Methods that are the same one in a setting share their runs. All of it ran on two "
-    "busy CPU cores: the models are small, the seeds few, and cells without a number were not run. "
-    "The page on the command line has ten epochs of the CNN on Fashion-MNIST. Noise comes from the "
-    "seed, so that each number can be made again; so no privacy is claimed for these models."
+    "data nor model, with at most 64 noise vectors: its choice, as `train --mechanism auto` took "
+    "it when the runs were made; cyclic Poisson sampling in its groups; balls in bins with its "
+    "strategy; and b-min-sep Poisson sampling, with the strategy of cyclic Poisson, and its number "
+    "of groups as separation. Methods that are the same one in a setting share their runs. All of "
+    "it ran on two busy CPU cores: the models are small, the seeds few, and cells without a number "
+    "were not run. The page on the command line has ten epochs of the CNN on Fashion-MNIST. Noise "
+    "comes from the seed, so that each number can be made again; so no privacy is claimed for "
+    "these models."
 )
 CAPTIONS = {
     "accuracy.png": "Mean and one standard deviation.",

@@ -28,7 +28,7 @@ from rootnoise.participation.ledger import Ledger
 from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clipping import Clip, divide_
+from rootnoise.training.clipping import Clip
 from rootnoise.training.guards import ForwardGuard
 from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
@@ -359,14 +359,15 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger file may not be writable
         with torch.no_grad():
-            total, bad = self._place.noised_sum(part.size, self.stream.next(), self.t)
+            by = self.sampler.batch_size
+            mean, bad = self._place.noised_mean(part.size, self.stream.next(), self.t, by)
             try:
-                self._releases.check(self.t, total)
+                self._releases.check(self.t, mean, by)
             except RootnoiseError as refusal:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(divide_(total, self.sampler.batch_size))
+            self._place.write(mean)
             if self.decay != 1:
                 for p in self._parameters:
                     p.mul_(self.decay)

@@ -88,6 +88,11 @@ def test_a_mean_is_the_exact_sum_plus_noise_rounded_once(seed, size, by, dtype, 
     assert torch.equal(out[places], expected.to(dtype))
 
 
+def test_a_rank_may_hold_nothing():
+    nothing = torch.zeros(0)
+    Clip.fit(1.0, 4).mean_(nothing, nothing.double(), nothing, 3)
+
+
 @given(x=st.floats(-1e30, 1e30), power=st.integers(-1000, 1000), factor=st.sampled_from([1.0, 3.0]))
 def test_quotients_are_those_of_a_division(x, power, factor):
     by = factor * 2.0**power

@@ -83,7 +83,7 @@ class Clip:
             by: the divisor.
         """
         # Dividing by by / grid has the bits of multiplying by the grid, a power of two, before.
-        count, space = by / self.grid, units.new_empty(0, 0)
+        count, space = by / self.grid, units.new_empty(2, 0)
         for part, drawn, to in _parts(units, out if noise is None else noise, out):
             if space.shape[1] != len(part):
                 space = units.new_empty(2, len(part))

@@ -252,8 +252,8 @@ MUTATIONS = [
     Mutation(
         "buffers are not watched",
         "training/guards.py",
-        "        yield from self._model.named_buffers(remove_duplicate=False)\n",
-        "",
+        "(*own.items(), *module._buffers.items())",
+        "own.items()",
         "guards",
     ),
     Mutation(

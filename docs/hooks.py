@@ -40,6 +40,14 @@ def on_page_content(html: str, page: Page, **_: object) -> None:
         _shown[page.file.src_uri] = html
 
 
+def on_post_template(output_content: str, template_name: str, **_: object) -> str:
+    """Let the page of missing pages find its style beside it, as from disk, not at a root."""
+    if template_name != "404.html":
+        return output_content
+    page = re.sub(r'((?:href|src)=|"search": )"/(?!/)', r'\1"', output_content)
+    return page.replace('"base": "/"', '"base": "."')
+
+
 def on_post_build(**_: object) -> None:
     """Look for the anchor of each public class and function; an undocumented one has none."""
     pages = [html for uri, html in _shown.items() if not uri.startswith("reference/inside")]

@@ -177,17 +177,18 @@ class Words(nn.Module):
 
 
 class Sequences(nn.Module):
-    """A transformer's layer, a recurrent one and one of one number, which are run again."""
+    """A transformer's layer, two recurrent ones, and one of one number, which is run again."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed = nn.Linear(1, 4)
         self.block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
         self.recurrent, self.act = nn.GRU(4, 5, batch_first=True), nn.PReLU()
+        self.again = nn.LSTM(5, 5, 2, batch_first=True)
         self.out = nn.Linear(5, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        seen = self.recurrent(self.block(self.embed(x[..., None])))[0]
+        seen = self.again(self.recurrent(self.block(self.embed(x[..., None])))[0])[0]
         result: torch.Tensor = self.out(self.act(seen.mean(1)))
         return result
 
@@ -377,6 +378,31 @@ def refuse_together(rank: int, size: int, out: Path, until: int) -> None:
         assert p.grad is None or not gathered({"": p.grad})[""].any()
     del loss
     optimizer.zero_grad()
+    train(optimizer, rank, size, until)
+    report(optimizer, rank, out)
+    (out / f"{rank}.txt").write_text("\n".join(refused))
+
+
+def disagree(rank: int, size: int, out: Path, until: int) -> None:
+    """Ranks differ in when sums are exchanged, then in what follows the first part."""
+    join(rank, size, out)
+    model: Any = sharded(network(1), size)
+    optimizer, refused = private(privatize(model, "sum"), 1), Refusals()
+    (x, y), sent = examples(), Sent()
+    first, last = np.array_split(optimizer.sampler.batch(0)[rank::size], 2)
+    before = gathered(optimizer.module.state_dict())
+    model.set_requires_gradient_sync(rank == 0)
+    cross_entropy(optimizer.module(x[first]), y[first], reduction="sum").backward()
+    refused(partial(optimizer.accumulate, first))
+    model.set_requires_gradient_sync(True)
+    optimizer.accumulate(first)  # nothing was taken: what backward has left is still there
+    cross_entropy(optimizer.module(x[last]), y[last], reduction="sum").backward()
+    refused(partial(optimizer.step if rank else optimizer.accumulate, last))
+    assert len(sent.sizes) == 4  # those of the first part
+    assert optimizer.t == 0
+    after = gathered(optimizer.module.state_dict())
+    assert all(torch.equal(w, after[n]) for n, w in before.items())
+    optimizer.step(last)
     train(optimizer, rank, size, until)
     report(optimizer, rank, out)
     (out / f"{rank}.txt").write_text("\n".join(refused))

@@ -267,3 +267,31 @@ def test_cells_of_tables():
         "2",
         "x",
     ]
+
+
+INTERRUPTED = """
+import os, runpy, signal, sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("rootnoise", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("name", ["rootnoise.cli", "numpy", "typer", "rootnoise.cli.train"])
+def test_an_interrupt_while_python_imports_is_one_line(name):
+    """Ctrl-C, at the moment when a module is looked for."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, name],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    line = "stopped: before the command began, nothing is kept\n"
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", line)

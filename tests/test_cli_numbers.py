@@ -140,7 +140,7 @@ def test_noise_that_does_not_fit_is_refused_before_the_folder_is_made(
     monkeypatch.setattr(_limits, "_free", lambda: 1e6)
     whole = ["--micro-batch-size", "721"]
     assert main([*TRAIN.split(), *whole, "--out", str(tmp_path / "run")]) == 2
-    line = "memory must hold 1 rows of noise and 721 gradients of 650 parameters, 0.00188 GB"
+    line = "memory must hold noise and a step of 721 examples at a time, 0.0068 GB"
     assert line in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 

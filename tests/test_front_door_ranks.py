@@ -1,5 +1,7 @@
 """The unchanged loop on several processes: one run, one file, one refusal."""
 
+import random  # noqa: TID251 - its state is looked at
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from front_door_runs import data, loop, private, weights
 from parallel_runs import flat
 from processes import launch
 from rootnoise._check import RootnoiseError
-from rootnoise.front_door import evaluate
+from rootnoise.front_door import evaluate, saved
 from rootnoise.front_door.several import _contents
+from rootnoise.keys import Key
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +80,33 @@ class Record:
 def test_records_of_every_kind_are_compared(kind):
     digests = [_contents([kind(i), kind(x)]) for i, x in ((1, 2), (1, 2), (1, 3))]
     assert digests[0] == digests[1] != digests[2]
+
+
+class Draws:
+    """Records that draw from all global generators, as augmentation does."""
+
+    def __len__(self):
+        return 20
+
+    def __getitem__(self, i):
+        return random.gauss(), np.random.random(), torch.rand(2)
+
+
+def test_comparing_records_that_draw_moves_no_generator():
+    def next_numbers():
+        return random.gauss(), np.random.random(), torch.rand(1).item()
+
+    found, states = [], (random.getstate(), np.random.get_state(), torch.get_rng_state())
+    for compared in (False, True):
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if compared:
+            assert saved.identity(Draws(), Key(bytes(32)))[1] is None  # not in memory
+            digests = {_contents(Draws()) for _ in range(2)}
+            assert len(digests) == 1
+        found.append(next_numbers())
+    assert found[0] == found[1]
 
 
 def test_records_that_cannot_be_compared_are_refused():

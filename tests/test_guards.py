@@ -1,4 +1,4 @@
-"""One forward and one backward of the batch a step, which leave weights and buffers alone."""
+"""One forward and one backward of the batch a step; see `test_guards_tensors` for weights."""
 
 import copy
 import warnings
@@ -15,7 +15,7 @@ from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation.samplers import FixedCycleSampler, OwnBatches, Sampler
 from rootnoise.training import PrivateOptimizer, UnplannedOptimizerWarning, privatize
-from rootnoise.training.guards import ForwardGuard, _Seen, tensors_of
+from rootnoise.training.guards import ForwardGuard, tensors_of
 from rootnoise.workload import SGD
 
 N, BATCH = 16, 4
@@ -290,107 +290,6 @@ def test_copies_of_the_model_are_not_guarded():
     assert o.t == 2
 
 
-# ----------------------------------------------------------------------------------------- tensors
-
-
-class Changes(nn.Module):
-    def __init__(self, change, frozen=False):
-        super().__init__()
-        self.inner = nn.Linear(3, 2)
-        self.register_buffer("mean", torch.zeros(3), persistent=False)
-        self.other = nn.Parameter(torch.zeros(3), requires_grad=False)
-        self.change = change
-
-    def forward(self, x):
-        self.change(self, x)
-        return self.inner(x)
-
-
-def in_place(m, x):
-    with torch.no_grad():
-        m.mean += x.mean(0)
-
-
-def anew(m, x):
-    m.mean = 0.9 * m.mean + x.detach().mean(0)
-
-
-def frozen_weight(m, x):
-    with torch.no_grad():
-        m.other.copy_(x[0])
-
-
-def weight(m, x):
-    with torch.no_grad():
-        m.inner.weight.div_(m.inner.weight.norm())
-
-
-def data(m, x):
-    m.mean.data = x.detach()[0]
-
-
-def added(m, x):
-    m.register_buffer("extra", x.detach()[0])
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("change", "name"),
-    [
-        (in_place, "mean"),
-        (anew, "mean"),
-        (frozen_weight, "other"),
-        (weight, "weight"),
-        (data, "mean"),
-        (added, "extra"),
-    ],
-)
-def test_forward_must_not_change_tensors(change, name, training):
-    o = make(nn.Sequential(Changes(change)))
-    layer = "0.inner" if name == "weight" else "0"
-    message = (
-        rf"^layer {layer} \(\w+\) must leave its {name} as it is in forward: .*; got a change$"
-    )
-    with pytest.raises(RootnoiseError, match=message), torch.set_grad_enabled(training):
-        o.module(X[:4])
-    o._place.check = lambda rows: None
-    o.zero_grad()
-    with pytest.raises(RootnoiseError, match=message):  # it stays refused: what is done is done
-        o.step(o.sampler.batch(0))
-
-
-def test_hidden_writes_are_found_where_a_step_is_probed():
-    o = make(nn.Sequential(Changes(lambda m, x: m.mean.data.add_(x.detach()[0]))), "probed")
-    with pytest.raises(
-        RootnoiseError, match=r"^layer 0 .Changes. must leave its mean as it is in f"
-    ):
-        o.module(X[:4])
-
-
-def test_nobody_changes_tensors_between_forward_and_step():
-    o = make(nn.Sequential(Changes(lambda m, x: None)))
-    batch = o.sampler.batch(0)
-    loss_of(o, batch).backward()
-    in_place(o.module._module[0], X)
-    with pytest.raises(RootnoiseError, match="leave its mean as it is between forward and step"):
-        o.step(batch)
-
-
-def test_weights_may_change_between_steps():
-    o = make()
-    plain_step(o)
-    o.module.load_state_dict({n: 2 * v for n, v in o.module.state_dict().items()})
-    plain_step(o)
-    assert o.t == 2
-
-
-@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
-def test_max_norm_is_refused_by_name(kind):
-    message = r"^layer 1 must not rewrite its weights in forward, .*, got \w+ with max_norm=1.0$"
-    with pytest.raises(RootnoiseError, match=message):
-        privatize(nn.Sequential(nn.Identity(), kind(5, 2, max_norm=1.0)))
-
-
 # --------------------------------------------------------------------------- what Opacus cannot do
 
 
@@ -488,16 +387,6 @@ class Thing:
         self.value = value
 
 
-def test_values_that_become_nan_have_changed_and_those_that_stay_have_not():
-    t = torch.tensor([1.0, float("nan")])
-    seen = _Seen.of(t, deep=True)
-    assert seen.same(t, identical=True)
-    t.data[0] = float("nan")
-    assert not seen.same(t, identical=True)
-    t.data[:] = torch.tensor([1.0, 2.0])
-    assert not seen.same(t, identical=True)
-
-
 def test_a_model_that_is_compiled_afterwards_is_refused():
     o = make()
     compiled = torch.compile(o.module, backend="eager")
@@ -509,3 +398,56 @@ def test_a_model_that_is_compiled_afterwards_is_refused():
         compiled(X[:BATCH])
     plain_step(o)
     assert o.t == 1
+
+
+def closed_over(layer):
+    """Return what calls the compiled forward, and bears no mark of torch itself."""
+    compiled = torch.compile(layer.forward, backend="eager")
+
+    def forward(x):
+        return compiled(x)
+
+    return forward
+
+
+@pytest.mark.parametrize("name", ["", "1", "1.0"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_that_is_compiled_alone_is_refused(name, when):
+    model = nn.Sequential(nn.Tanh(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    o = make(model) if when == "after" else None
+    layer = model.get_submodule(name)
+    layer.forward = torch.compile(layer.forward, backend="eager")
+    if o is None:
+        line = f"^{f'layer {name}' if name else 'model'} must not be compiled, got (Seq|Lin)"
+        with pytest.raises(RootnoiseError, match=line):
+            make(model)
+        return
+    where, what = (f"layer {name}", "its forward") if name else ("model", "it")
+    line = rf"^{where} must run as it is, .* got {what} compiled: leave"
+    with pytest.raises(RootnoiseError, match=line):
+        o.module(X[:BATCH])
+    with torch.no_grad():  # inference may be compiled
+        o.module(X[:BATCH])
+    del layer.forward
+    plain_step(o)
+    assert o.t == 1
+
+
+@pytest.mark.parametrize("name", ["", "1"])
+def test_a_compiled_forward_without_a_mark_is_refused_by_the_layer_inside(name):
+    model = nn.Sequential(nn.Tanh(), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)))
+    o = make(model)
+    layer = model.get_submodule(name)
+    layer.forward = closed_over(layer)
+    with pytest.raises(RootnoiseError, match=r"^model must run as it is, .* got it compiled: lea"):
+        o.module(X[:BATCH])
+    del layer.forward
+    plain_step(o)
+    assert o.t == 1
+
+
+def test_a_forward_that_is_kept_from_the_compiler_may_be_trained():
+    o = make()
+    layer = o.module._module[0]
+    layer.forward = torch.compiler.disable(layer.forward)
+    goes_on(o)

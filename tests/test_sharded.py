@@ -116,6 +116,18 @@ def test_what_is_broken_off_or_refused_starts_anew(tmp_path, what):
             assert line.startswith("parameter 2.weight must be used by its own layer's call alone")
 
 
+def test_ranks_that_would_wait_for_each_other_refuse(tmp_path):
+    launch(2, sharded_runs.disagree, tmp_path, 3)
+    first, optimizer = alone(3)
+    for rank, found in enumerate(results(tmp_path, 2)):
+        assert_close(found, optimizer, first)
+        assert (tmp_path / f"{rank}.txt").read_text().splitlines() == [
+            "ranks must do the same in step 0, part for part, got accumulate, accumulate without "
+            "set_requires_gradient_sync",
+            "ranks must do the same in step 0, part for part, got accumulate, step",
+        ]
+
+
 def test_refusals(tmp_path):
     launch(1, sharded_runs.refuse, tmp_path)
     expected = [

@@ -1,7 +1,7 @@
 """rootnoise: differentially private training for PyTorch with correlated noise.
 
 One flow: Workload -> Factorization -> Mechanism -> NoiseStream -> training. Names are imported on
-first use, so `import rootnoise` needs neither torch nor the accountant.
+first use, so `import rootnoise` needs neither torch nor the accountant, nor NumPy.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rootnoise._check import RootnoiseError
-
 if TYPE_CHECKING:
+    from rootnoise._check import RootnoiseError
     from rootnoise.accounting import (
         MonteCarlo,
         PrivacyCost,
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
 
 # No public name may be that of a submodule: importing the submodule would silently replace it.
 _MODULES = {
+    "_check": ("RootnoiseError",),
     # what is computed, and who takes part when
     "workload": (
         "SGD",

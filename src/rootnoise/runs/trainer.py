@@ -22,7 +22,7 @@ from rootnoise.participation.loader import Split
 from rootnoise.participation.samplers import Indices, Sampler
 from rootnoise.runs.config import RunConfig, rates
 from rootnoise.runs.data import Dataset
-from rootnoise.runs.micro_batches import micro_batch_size
+from rootnoise.runs.micro_batches import StepMemory, free_memory
 from rootnoise.runs.models import build
 from rootnoise.runs.processes import local_device, on_device, shard
 from rootnoise.training import PrivateOptimizer, privatize, whole
@@ -75,6 +75,7 @@ class Trainer:
             ranks.same("training set", self._data)
         model = build(config.model, data.input_shape, data.n_classes, config.seed)
         self.model = model.to(self._device)
+        memory = StepMemory.of(self.model, data.train_inputs[0])
         if fsdp:
             shard(self.model, ranks, self._device)
         sgd = torch.optim.SGD(
@@ -85,14 +86,17 @@ class Trainer:
         )
         self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
         self._chosen = config.micro_batch_size is None and not fsdp
-        self._micro = config.micro_batch_size or self._fitting(config, mechanism)
+        rows = 0 if mechanism is None else 3 * mechanism.noising.state_size
+        # float32; a checkpoint holds the rows twice more, in its state and in its bytes.
+        noise = 4.0 * rows * sum(p.numel() for p in self.model.parameters())
+        self._micro = config.micro_batch_size or self._fitting(config, memory, noise)
         self.module: nn.Module
         self.optimizer: PrivateOptimizer | _PlainOptimizer
         if mechanism is None:
             self.module = self.model
             self.optimizer = _PlainOptimizer(sgd, sampler, config.decay, ranks, fsdp)
         else:
-            self._refuse_memory(config, mechanism)
+            self._refuse_memory(config, memory, noise)
             wrapped = privatize(self.model, "sum")
             self.module = wrapped
             # Planned for these settings; `_step` sets the schedule.
@@ -109,15 +113,13 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         self._seconds = 0.0
 
-    def _fitting(self, config: RunConfig, mechanism: Mechanism | None) -> int:
+    def _fitting(self, config: RunConfig, memory: StepMemory, noise: float) -> int:
         """Return the most examples that fit into memory at a time, and say if a batch does not."""
         most = self.sampler.n_examples  # under Poisson sampling, a batch may be all of them
         if not self._chosen:
             return most
-        rows = 0 if mechanism is None else 3 * mechanism.noising.state_size
-        held = 4.0 * rows * sum(p.numel() for p in self.model.parameters())
-        example = self.data.train_inputs[0]
-        fit = micro_batch_size(self.model, example, held, most, self._ranks.size)
+        free = free_memory(self._device) / self._ranks.size - noise
+        fit = memory.fitting(free, most)
         if fit < config.batch_size and self._ranks.rank == 0:
             warn(
                 f"batches of {config.batch_size} are made in micro-batches of {fit}, which fit "
@@ -125,20 +127,14 @@ class Trainer:
             )
         return fit
 
-    def _refuse_memory(self, config: RunConfig, mechanism: Mechanism) -> None:
-        """Refuse a run whose noise and clipping may not fit into memory; a GPU raises by itself.
-
-        Clipping takes at most one gradient per example, in layers whose gradients are small.
-        """
+    def _refuse_memory(self, config: RunConfig, memory: StepMemory, noise: float) -> None:
+        """Refuse a run whose noise and clipping may not fit into memory; a GPU raises by itself."""
         if self._device.type != "cpu":
             return
-        size = sum(p.numel() for p in self.model.parameters())
-        rows = mechanism.noising.state_size
-        # float32; a checkpoint holds the rows twice more, in its state and in its bytes.
         most = min(config.batch_size, self._micro)
-        needed = 4.0 * size * (3 * rows + most)
-        what = f"{rows} rows of noise and {most} gradients of {size} parameters"
-        _limits.memory(what, needed, "fewer bands or a smaller batch or micro_batch_size")
+        what = f"noise and a step of {most} examples at a time"
+        cure = "fewer bands or a smaller batch or micro_batch_size"
+        _limits.memory(what, noise + memory.bytes(most), cure)
 
     @property
     def t(self) -> int:

@@ -20,6 +20,7 @@ from torch import nn
 from torch.autograd import Variable
 
 from rootnoise._check import RootnoiseError
+from rootnoise.training.clip.taps import is_compiled
 
 _Place = tuple[nn.Module | None, str]
 """Where a tensor hangs: a module, and its name there; None and its full name if it is fixed."""
@@ -100,6 +101,7 @@ class ForwardGuard:
         self._made: list[tuple[Any, int]] = []
         # Prepended: dropping an old pass must not drop what another hook has begun to keep.
         model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+        self._parts = list(model.named_modules())
         self._layers: list[tuple[str, nn.Module]] = []
         for name, layer in model.named_modules():
             if any(p.requires_grad for p in layer.parameters(recurse=False)):
@@ -176,12 +178,8 @@ class ForwardGuard:
         if self._depth > 1:
             return
         counted = torch.is_grad_enabled() and self._in_training()
-        if counted and _compiled():
-            self._depth = 0
-            raise RootnoiseError(
-                "model must run as it is, for torch.compile skips what guards it, got it compiled: "
-                "leave torch.compile out, or compile for inference under no_grad"
-            )
+        if counted:
+            self._refuse_compiled()
         if counted:
             if self._passes and self._passes[-1].replaceable:
                 self.reset()
@@ -193,6 +191,18 @@ class ForwardGuard:
             self._before = {n: _Seen.of(t, deep) for n, t in self._tensors()}
         if counted and self._observer is not None:
             self._observer.enter(args, kwargs)
+
+    def _refuse_compiled(self) -> None:
+        """Refuse a model of which a part is compiled, or what calls it."""
+        part = next((name for name, layer in self._parts if is_compiled(layer)), None)
+        if part is None and not _within_compiled():
+            return
+        self._depth = 0
+        where, what = (f"layer {part}", "its forward") if part else ("model", "it")
+        raise RootnoiseError(
+            f"{where} must run as it is, for torch.compile skips what guards it, got {what} "
+            "compiled: leave torch.compile out, or compile for inference under no_grad"
+        )
 
     def _in_training(self) -> bool:
         """Whether the layers with trainable parameters are in training mode."""
@@ -238,6 +248,8 @@ class ForwardGuard:
                 rule = "must run once a forward: switch activation checkpointing off"
                 raise RootnoiseError(f"layer {name} {rule}, got a second run during backward")
             return
+        if torch.compiler.is_dynamo_compiling():  # within a compiled function that bears no mark
+            self._refuse_compiled()
         if not self._depth:
             rule = "must be called by the model's forward alone in training mode"
             self._fault = f"layer {name} {rule} (else under no_grad), got a call of its own"
@@ -381,7 +393,7 @@ def by_example(layer: nn.Module, index: int, t: torch.Tensor) -> torch.Tensor:
     return t
 
 
-def _compiled() -> bool:
+def _within_compiled() -> bool:
     """Whether `torch.compile` runs what called this: then its `compile_wrapper` is on the stack.
 
     The compiler does not trace this function, and torch has no public one that says the same.
@@ -396,7 +408,9 @@ def _compiled() -> bool:
     return False
 
 
-vars(_compiled)["_torchdynamo_disable"] = True  # as torch.compiler.disable, whose import is slow
+vars(_within_compiled)["_torchdynamo_disable"] = (
+    True  # as torch.compiler.disable, whose import is slow
+)
 
 
 def _version(t: Any) -> int:

@@ -222,7 +222,8 @@ class PrivateOptimizer:
 
         Raises:
             RootnoiseError: what `step` refuses; an example that is not in the batch, or was taken
-                already. With a process group only this rank raises; of a sharded model all do.
+                already. With a process group only this rank raises; of a sharded model all do, and
+                where their switches differ, or one takes a part and another steps.
 
         >>> from rootnoise.participation.samplers import FixedCycleSampler
         >>> from rootnoise.factorization import factorize
@@ -252,7 +253,7 @@ class PrivateOptimizer:
                 part = self._part(indices, batch)
             except RootnoiseError as refusal:
                 self._ranks.refuse(refusal)
-            self._ranks.agree(self.t)
+            self._ranks.agree(self.t, self._place.doing)
             if self._probe is not None:
                 self._probe_together(self._probe, part.size)
         self._taken = np.concatenate([self._taken, part])  # first, so an interrupt cannot add twice

@@ -32,6 +32,10 @@ class Place(Protocol):
     ranks: Ranks
     spans: list[tuple[int, int]]
 
+    @property
+    def doing(self) -> int:
+        """What the ranks do with the sum of a micro-batch: `ranks.SENT` or `KEPT`."""
+
     def begin(self) -> None:
         """Take over the weights of rank 0, where each process has its own."""
 

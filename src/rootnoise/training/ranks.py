@@ -22,6 +22,9 @@ Indices = NDArray[np.int64]
 
 # Sent in place of the step number.
 REFUSED, SAVING = -1, -2
+# What a rank does next, sent beside it; a sharded model's sums are exchanged by all ranks, or none.
+STEP, SENT, KEPT = range(3)
+DOING = ("step", "accumulate", "accumulate without set_requires_gradient_sync")
 
 
 class PeerError(RootnoiseError):
@@ -149,13 +152,14 @@ class Ranks:
         self.agree(t)
         return np.concatenate(self._gather(part))
 
-    def agree(self, t: int) -> None:
-        """Wait until every rank is here, at step t or `SAVING`.
+    def agree(self, t: int, doing: int = STEP) -> None:
+        """Wait until every rank is here, at step t or `SAVING`, to do the same of `DOING`.
 
         Raises:
-            RootnoiseError: on every rank, if one calls `refuse` instead or is at another step.
+            RootnoiseError: on every rank, if one calls `refuse` instead, is at another step, or
+                does something else there.
         """
-        steps = self._steps(t)
+        steps, done = self._steps(t, doing)
         if REFUSED in steps:
             raise PeerError(f"step {t} was refused by rank {steps.index(REFUSED)}")
         if SAVING in steps and len(set(steps)) > 1:
@@ -163,14 +167,20 @@ class Ranks:
             raise RootnoiseError(f"save must be called on every rank, got it on {saving}")
         if len(set(steps)) > 1:
             raise RootnoiseError(f"ranks must be at one step, got {steps}")
+        if len(set(done)) > 1:
+            rule = f"ranks must do the same in step {t}, part for part"
+            raise RootnoiseError(f"{rule}, got {', '.join(DOING[each] for each in done)}")
 
     def refuse(self, refusal: RootnoiseError) -> NoReturn:
         """Raise `refusal` here, and make `agree` raise on the ranks that wait in it."""
         self._steps(REFUSED)
         raise refusal
 
-    def _steps(self, t: int) -> list[int]:
-        return [t] if self.group is None else list(map(int, self._all_gather(torch.tensor([t]))))
+    def _steps(self, t: int, doing: int = STEP) -> tuple[list[int], list[int]]:
+        if self.group is None:
+            return [t], [doing]
+        steps, done = torch.stack(self._all_gather(torch.tensor([t, doing]))).T.tolist()
+        return steps, done
 
     def columns(self, part: torch.Tensor, n: int) -> torch.Tensor:
         """Return the (rows, n) matrix whose columns `span` the ranks hold."""

@@ -13,7 +13,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
 from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.place import own_name
-from rootnoise.training.ranks import Ranks
+from rootnoise.training.ranks import KEPT, Ranks
 
 # Largest fraction of the clip norm that rounding to the grid may cost: with 1e9 parameters and 1e6
 # records it is 2e-5.
@@ -71,6 +71,7 @@ class Copies:
     """
 
     whole = True
+    doing = KEPT
 
     def __init__(self, module: PrivateModule, ranks: Ranks, clip: Clip) -> None:
         self.ranks, self._module, self._clip = ranks, module, clip

@@ -24,7 +24,7 @@ from rootnoise.training.clip.bounds import Sum
 from rootnoise.training.clip.taps import guard_parameter, kind_of
 from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.place import own_name
-from rootnoise.training.ranks import Ranks
+from rootnoise.training.ranks import KEPT, SENT, Ranks
 from rootnoise.training.replicated import rule_within, widest
 
 
@@ -40,7 +40,6 @@ class ShardedModule(PrivateModule):
         sends: whether `add` calls it; otherwise sums are kept whole until the next `add`.
     """
 
-    unrolled = False  # its Linear layers would keep the weights of the first step
     send: Callable[[nn.Parameter, torch.Tensor], None]
 
     def __init__(self, module: nn.Module, loss_reduction: str) -> None:
@@ -64,7 +63,7 @@ class ShardedModule(PrivateModule):
 
     @property
     def reduces(self) -> bool:
-        """Whether gradients are to be exchanged now: torch's `set_requires_gradient_sync`."""
+        """Whether sums are to be exchanged now: torch's `set_requires_gradient_sync`."""
         states = [part._get_fsdp_state() for part in self._parts]
         groups = [getattr(s, "_fsdp_param_groups", None) or [s._fsdp_param_group] for s in states]
         return all(group.reduce_grads for each in groups for group in each if group is not None)
@@ -157,6 +156,11 @@ class Shards:
         self._taken = 0  # examples whose gradients are in the sums
         module.send = self._scatter
 
+    @property
+    def doing(self) -> int:
+        """See `Place`; ranks that differ would wait for each other, so `accumulate` compares it."""
+        return SENT if self._module.reduces else KEPT
+
     def begin(self) -> None:
         """Leave the weights alone: each rank has its own part of them."""
 
@@ -179,7 +183,7 @@ class Shards:
         Ranks exchange sums now, or with the last part where torch's `set_requires_gradient_sync`
         says so.
         """
-        self._take(rows, self._module.reduces)
+        self._take(rows, self.doing == SENT)
 
     def _take(self, rows: int, send: bool) -> None:
         if not rows:

@@ -12,12 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
-from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
+from rootnoise.training.clip.bounds import Sum, add_rows_, blank, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
-from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
-from rootnoise.training.clip.recurrent import Recurrent, unrolls
+from rootnoise.training.clip.layers import Kept, Row, row_of
+from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
-from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter, kind_of
+from rootnoise.training.clip.taps import (
+    Book,
+    Call,
+    Tapped,
+    Taps,
+    guard_parameter,
+    is_compiled,
+    kind_of,
+)
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
@@ -57,8 +65,6 @@ class PrivateModule(nn.Module):
     >>> model.finish()
     (tensor([0.6000, 1.3000], dtype=torch.float64), 0)
     """
-
-    unrolled = True  # whether torch's recurrent layers are tapped step by step
 
     def __init__(
         self, module: nn.Module, loss_reduction: str = "mean", *, guarded: bool = False
@@ -332,7 +338,7 @@ class PrivateModule(nn.Module):
             for name, part in parts.items():
                 self._fill(cast(nn.Module, part), f"{prefix}.{name}" if prefix else name)
             return
-        if self.unrolled and unrolls(module):
+        if unrolls(module):
             self._tap_recurrent(prefix or "model", module)
             return
         row = row_of(module, sorted(own)) if not below else None
@@ -358,25 +364,21 @@ class PrivateModule(nn.Module):
         tapped.hook()
 
     def _tap_recurrent(self, name: str, module: nn.Module) -> None:
-        """Tap a recurrent layer, and have its calls kept as those of Linear layers."""
-        layer, linears = Recurrent(name, module), {}
-        for cell in (cell for cells in layer.cells for cell in cells):
-            for linear in (cell.inputs, cell.states):
-                own = {n: p for n, p in linear.named_parameters() if p.requires_grad}
-                if own:
-                    part = Tapped(name, linear, own, ["input"], self._book, self._keep)
-                    self._rows[part] = row_of(linear, sorted(own))
-                    linears[linear] = part
+        """Tap a recurrent layer, and have its calls kept as those of its parts."""
+        layer, rows = Recurrent(name, module), {}
+        for part in layer.parts():
+            own = {n: p for n, p in part.named_parameters() if p.requires_grad}
+            if own:
+                tapped = Tapped(name, part, own, ["input"], self._book, self._keep)
+                self._rows[tapped] = rows[tapped] = Steps(part, list(own))
 
-        def keep(call: Call, inputs: Any, gradients: Any) -> None:
-            for linear, (x, g) in layer.taps(call, inputs, gradients).items():
-                if linear in linears:
-                    taps = {"input": x.transpose(0, 1)}, g.transpose(0, 1)
-                    self._check_probe(linears[linear], taps[1])
-                    self._keep_taps(linears[linear], taps)
+        def keep(found: Found) -> None:
+            for tapped, row in rows.items():
+                taps = row.taps(found)
+                self._check_probe(tapped, taps[1])
+                self._keep_taps(tapped, taps)
 
-        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        Tapped(name, module, parameters, None, self._book, keep, first=True).hook()
+        layer.tap(self._book, keep)
 
     def _find_tied(self) -> set[nn.Parameter]:
         """Return the parameters that several layers, or one layer under two names, hold."""
@@ -486,7 +488,7 @@ class PrivateModule(nn.Module):
             sizes = [q.numel() for q in alike]
             flat, self._spare = self._spare, None
             if flat is None or flat.device != p.device or len(flat) != sum(sizes):
-                flat = torch.empty(sum(sizes), dtype=torch.float64, device=p.device)
+                flat = blank([sum(sizes)], torch.float64, p.device)
             self._flat[p.device] = flat
             self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
         return self._sums[p]
@@ -496,8 +498,7 @@ def _check(model: nn.Module) -> None:
     """Refuse models that taps cannot see into, or layers that spread one example over others."""
     for name, layer in model.named_modules():
         where = f"layer {name}" if name else "model"
-        compiled = getattr(layer, "_compiled_call_impl", None) is not None
-        if compiled or type(layer).__name__ == "OptimizedModule":
+        if is_compiled(layer):
             raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
         for option in ("max_norm", "scale_grad_by_freq"):
             if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):

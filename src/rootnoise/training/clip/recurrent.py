@@ -1,31 +1,32 @@
-"""torch's recurrent layers as two Linear layers a cell, on inputs and on states.
+"""torch's recurrent layers, as Linear layers whose tokens are the steps.
 
-`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. But
-what a cell multiplies by its weights is known after forward: its inputs, and its states, which are
-its outputs. So the gates of all steps are two products, their gradients one loop back over time
-(Werbos, 1990, "Backpropagation through time"), and the gradient of each weight is that of a Linear
-layer whose tokens are the steps.
+`nn.LSTM`, `nn.GRU` and `nn.RNN` run in one kernel, with nothing to tap between their steps. Their
+forward stays that kernel, cell by cell; backward is one own loop a cell (`cells`), which finds what
+each weight has multiplied, and the gradients there.
 
-All of it is made from one example's arrays, so that its errors cost accuracy and no privacy: what
-is added is measured, as in every Linear layer (`clip.bounds`).
+Weights whose products have the same gradient g are one layer, a `Part`: in an LSTM both weights and
+both biases, whose inputs are x, h, 1 and 1. So they share the Gram matrix of g, and one product
+makes their gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_unflatten
+from torch.nn.utils.rnn import PackedSequence
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.clip.fallback import input_dims, output_dim
-from rootnoise.training.clip.taps import Call
+from rootnoise.training.clip.bounds import Sum
+from rootnoise.training.clip.cells import Back, Cell, product, wide
+from rootnoise.training.clip.products import KeptProducts, Products
+from rootnoise.training.clip.taps import Book, Call, Tapped, Taps, kind_of
 
-Steps = tuple[torch.Tensor, torch.Tensor]
-"""Of all steps, (steps, examples, width): what is multiplied, and the gradient of the product."""
+KINDS = (nn.LSTM, nn.GRU, nn.RNN)
+Found = dict[Cell, tuple[torch.Tensor, Back]]
+"""What each cell's loop back has found, beside its inputs, (steps, examples, width)."""
 
 
 def unrolls(module: nn.Module) -> bool:
@@ -33,27 +34,86 @@ def unrolls(module: nn.Module) -> bool:
 
     Its weights must be parameters of its own: those of `weight_norm` are made of others.
     """
-    kinds = nn.LSTM, nn.GRU, nn.RNN
-    if not isinstance(module, kinds) or type(module) not in kinds:
+    if not isinstance(module, KINDS) or kind_of(module) not in KINDS:
         return False
     if any(name not in module._parameters for name in module._flat_weights_names):
         return False
     return not module.proj_size and (not module.dropout or module.num_layers == 1)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One layer of one direction.
+class Part(nn.Module):
+    """Parameters of a cell whose products have the same gradient.
 
     Attributes:
-        inputs: the Linear layer on the inputs; it shares the weights of the cell.
-        states: that on the states.
-        reverse: whether it runs from the last step to the first.
+        cell: whose parameters they are.
+        right: whether that gradient is one of the states alone, as in a GRU.
+        widths: how many numbers each parameter multiplies.
+        out: the gradient's width.
     """
 
-    inputs: nn.Linear
-    states: nn.Linear
-    reverse: bool
+    def __init__(self, cell: Cell, kinds: Sequence[str], right: bool) -> None:
+        super().__init__()
+        module, self.cell, self.right = cell.module, cell, right
+        self.widths = {"bias_ih": 1, "bias_hh": 1}
+        for kind in kinds:
+            if module.bias or not kind.startswith("bias"):
+                weight = getattr(module, f"{kind}_{cell.way}")
+                self.register_parameter(kind, weight)
+                self.widths.setdefault(kind, weight.shape[-1])
+                self.out: int = len(weight)
+
+
+class Steps(Products):
+    """The table's row of a `Part`: its trainable parameters side by side, as one weight."""
+
+    def __init__(self, part: Part, trainable: Sequence[str]) -> None:
+        super().__init__(part, ["weight"])
+        self.columns = {kind: part.widths[kind] for kind in trainable}
+
+    def _widths(self) -> tuple[int, int]:
+        return sum(self.columns.values()), self.module.out
+
+    def taps(self, found: Found) -> Taps:
+        """Return what the parameters have multiplied, side by side, and its gradient."""
+        x, back = found[self.module.cell]
+        one = x.new_ones(()).expand(*x.shape[:2], 1)
+        inputs = {"weight_ih": x, "weight_hh": back.states, "bias_ih": one, "bias_hh": one}
+        used = [inputs[kind].transpose(0, 1) for kind in self.columns]
+        g = back.right if self.module.right else back.left
+        return {"input": torch.cat(used, 2)}, g.transpose(0, 1).contiguous()
+
+    def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
+        """See `Row`."""
+        made = super().per_sample(taps)["weight"].view(len(taps[1]), self.module.out, -1)
+        parts = torch.split(made, list(self.columns.values()), 2)
+        return {kind: x.flatten(1) for kind, x in zip(self.columns, parts, strict=True)}
+
+    def kept(self, taps: Sequence[Taps]) -> KeptProducts:
+        """See `Row`."""
+        return KeptSteps(self, taps)
+
+
+class KeptSteps(KeptProducts):
+    """The sum of all parameters side by side, and then each one's part of it.
+
+    Of m examples that is as many additions as one by one: the first of m to nothing rounds nothing.
+    """
+
+    row: Steps
+
+    def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
+        """See `Kept`."""
+        widths, vector = self.row.columns, next(iter(sums.values())).vector
+        whole = Sum(vector.new_empty(self.row.module.out * sum(widths.values())))
+        super().add_({"weight": whole}, scale, bad)
+        joint = whole.whole().view(self.row.module.out, -1)
+        parts = torch.split(joint, list(widths.values()), 1)
+        for kind, part in zip(widths, parts, strict=True):
+            total = sums[kind].vector.view(part.shape)
+            if sums[kind].weight():
+                total += part
+            else:
+                total.copy_(part)
 
 
 class Recurrent:
@@ -61,219 +121,161 @@ class Recurrent:
 
     def __init__(self, name: str, module: Any) -> None:
         self.name, self._module = name, module
-        ways = ("", "_reverse") if module.bidirectional else ("",)
-        self.cells = [
-            [
-                Cell(self._linear(f"ih_l{i}{way}"), self._linear(f"hh_l{i}{way}"), bool(way))
-                for way in ways
-            ]
-            for i in range(module.num_layers)
-        ]
+        ways = (False, True) if module.bidirectional else (False,)
+        self.cells = [[Cell(module, i, way) for way in ways] for i in range(module.num_layers)]
 
-    def _linear(self, place: str) -> nn.Linear:
-        weight = getattr(self._module, f"weight_{place}")
-        made = nn.Linear(weight.shape[1], weight.shape[0], self._module.bias, device="meta")
-        made.weight = weight
-        if self._module.bias:
-            made.bias = getattr(self._module, f"bias_{place}")
-        return made
+    def parts(self) -> Iterator[Part]:
+        """Yield the parameters that share a gradient."""
+        left, right = ("weight_ih", "bias_ih"), ("weight_hh", "bias_hh")
+        for cell in (cell for cells in self.cells for cell in cells):
+            if self._module.mode == "GRU":
+                yield Part(cell, left, right=False)
+                yield Part(cell, right, right=True)
+            else:
+                yield Part(cell, left + right, right=False)
 
-    def taps(
-        self,
-        call: Call,
-        inputs: Sequence[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-    ) -> dict[nn.Linear, Steps]:
-        """Return what each Linear layer has multiplied in a call, and the gradients there.
+    def tap(self, book: Book, keep: Callable[[Found], None]) -> None:
+        """Tap every call from now on; `keep` gets what its backward finds."""
 
-        Args:
-            call: of the layer.
-            inputs: its tensors, and its first output.
-            gradients: of its outputs.
+        def checked(call: Call, inputs: Sequence[torch.Tensor], gradients: Any) -> None:
+            self._check(inputs)
+            keep(call.context)
+
+        self._tapped = _Unrolled(self.name, self._module, {}, None, book, checked)
+        self._tapped.hook()
+        self._module.forward = self.forward
+
+    def _check(self, inputs: Sequence[torch.Tensor]) -> None:
+        rows, first = self._tapped.book.rows, 0 if self._module.batch_first else 1
+        names = ("input", first), ("hx", 1), ("hx", 1)
+        for x, (name, dim) in zip(inputs, names, strict=False):
+            if x.shape[dim] != rows:
+                rule = f"must take one row an example ({rows}) in dimension {dim} of {name}"
+                raise RootnoiseError(f"layer {self.name} {rule}, got {tuple(x.shape)}")
+
+    def forward(self, input: Any, hx: Any = None) -> Any:  # noqa: A002 - torch's name
+        """Return what the layer's own forward returns; tapped if the book is open.
 
         Raises:
-            RootnoiseError: arguments or outputs without one row an example; packed sequences.
+            RootnoiseError: packed sequences, or one sequence without a batch.
         """
-        structure, rest, places, mine, *_ = call.context
-        module, rows = self._module, call.layer.book.rows
-        *inputs, made = inputs
-        input_dims(call.layer, structure, rest, places, inputs)
-        outputs: list[torch.Tensor | None] = [None] * 3
-        for j, g in zip(mine, gradients, strict=True):
-            if g is not None and (g.dim() < 3 or g.shape[output_dim(module, j)] != rows):
-                rule = f"must give one row an example ({rows})"
-                raise RootnoiseError(f"layer {self.name} {rule}, got shape {tuple(g.shape)}")
-            outputs[j] = None if g is None else _wide(g)
-        leaves = list(rest)
-        for place, x in zip(places, inputs, strict=True):
-            leaves[place] = _wide(x)
-        args, kwargs = tree_unflatten(leaves, structure)
-        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        x = given["input"].transpose(0, 1) if module.batch_first else given["input"]
-        starts = given.get("hx")
-        starts = () if starts is None else starts if isinstance(starts, tuple) else (starts,)
-        y = _wide(made.transpose(0, 1) if module.batch_first else made)
-        with torch.autocast(x.device.type, enabled=False):
-            return self._unrolled(x, y, starts, outputs)
+        module, tapped = self._module, self._tapped
+        if not tapped.active:
+            return kind_of(module).forward(module, input, hx)
+        if isinstance(input, PackedSequence):
+            rule = "must get sequences padded to one length"
+            raise RootnoiseError(f"layer {self.name} {rule}, got a PackedSequence")
+        if input.dim() != 3:
+            rule, got = "must take a batch of sequences", f"{input.dim()} dimensions"
+            raise RootnoiseError(f"layer {self.name} {rule}, got {got}")
+        book, lstm = tapped.book, isinstance(module, nn.LSTM)
+        if book.rows < 0:
+            book.rows = book.given
+        if hx is None:
+            first = input.shape[0 if module.batch_first else 1]
+            places = module.num_layers * len(self.cells[0])
+            zero = input.new_zeros(places, first, module.hidden_size)
+            hx = (zero, zero) if lstm else zero
+        module.check_forward_args(input, hx, None)
+        run: Any = Loop
+        starts = hx if lstm else (hx,)
+        y, *last = run.apply(Call(tapped, book.batch), self, book.anchor, input, *starts)
+        return y, tuple(last) if lstm else last[0]
 
-    def _unrolled(
-        self, x: torch.Tensor, y: torch.Tensor, starts: Any, outputs: list[torch.Tensor | None]
-    ) -> dict[nn.Linear, Steps]:
-        module, found = self._module, {}
-        ways, width = len(self.cells[0]), module.hidden_size
-        if not starts:
-            zero = x.new_zeros(module.num_layers * ways, x.shape[1], width)
-            starts = (zero, zero) if isinstance(module, nn.LSTM) else (zero,)
-        layers = []  # inputs and states of each cell
+    def run(self, x: torch.Tensor, starts: Sequence[torch.Tensor]) -> Any:
+        """Return each layer's outputs, (steps, examples, width), and the last states."""
+        layers: list[torch.Tensor] = []
+        ends = []
         for i, cells in enumerate(self.cells):
-            if i == len(self.cells) - 1:
-                made = list(torch.split(y, width, 2))
-            else:
-                made = [
-                    _forward(module, cell, x, [s[i * ways + k] for s in starts])
-                    for k, cell in enumerate(cells)
-                ]
-            layers.append((x, made))
-            x = torch.cat(made, 2)
-        g = outputs[0]
-        if g is None:
-            g = torch.zeros_like(x)
-        elif module.batch_first:
-            g = g.transpose(0, 1)
+            made = [
+                cell.run(x, [s[i * len(cells) + k] for s in starts]) for k, cell in enumerate(cells)
+            ]
+            x = made[0][0] if len(made) == 1 else torch.cat([y for y, _ in made], 2)
+            layers.append(x)
+            ends += [last for _, last in made]
+        return layers, [torch.stack(states) for states in zip(*ends, strict=True)]
+
+    def back(
+        self,
+        x: torch.Tensor,
+        starts: Sequence[torch.Tensor],
+        layers: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        wanted: bool,
+    ) -> tuple[Found, torch.Tensor | None, list[torch.Tensor]]:
+        """Return what all cells find, and the gradients of inputs, if wanted, and first states."""
+        found: Found = {}
+        firsts: list[list[torch.Tensor]] = []
+        width = self._module.hidden_size
+        g, *ends = gradients
+        g = torch.zeros_like(layers[-1]) if g is None else g
+        below: torch.Tensor | None = None
         for i in reversed(range(len(layers))):
-            x, made = layers[i]
-            below = torch.zeros_like(x)
-            for k, (cell, y) in enumerate(zip(self.cells[i], made, strict=True)):
-                place = i * ways + k
-                ends = [None if e is None else e[place] for e in outputs[1:]]
-                own = g[:, :, k * width : (k + 1) * width]
-                steps = _backward(module, cell, x, y, [s[place] for s in starts], own, ends)
-                found[cell.inputs], found[cell.states] = steps
-                if i:
-                    below += steps[0][1] @ _wide(cell.inputs.weight)
-            g = below
-        return found
+            inputs, below = layers[i - 1] if i else x, None
+            for k, cell in reversed(list(enumerate(self.cells[i]))):
+                place, own = i * len(self.cells[i]) + k, slice(k * width, (k + 1) * width)
+                made = cell.back(
+                    inputs,
+                    layers[i][:, :, own],
+                    [s[place] for s in starts],
+                    g[:, :, own],
+                    [None if e is None else e[place] for e in ends],
+                )
+                found[cell] = inputs, made
+                firsts.insert(0, made.starts)
+                if i or wanted:
+                    turned = wide(cell.weights()[0]).t()
+                    below = product(made.left, turned, more=below)
+            g = below if below is not None else g
+        return found, below, [torch.stack(s) for s in zip(*firsts, strict=True)]
 
 
-def _forward(module: Any, cell: Cell, x: torch.Tensor, starts: list[torch.Tensor]) -> torch.Tensor:
-    """Return the outputs of a cell, (steps, examples, width), by torch's kernel."""
-    weights = [cell.inputs.weight, cell.states.weight]
-    if module.bias:
-        weights += [cell.inputs.bias, cell.states.bias]
-    first = [s[None].contiguous() for s in starts]
-    start: Any = first if isinstance(module, nn.LSTM) else first[0]
-    kernel: Any = getattr(torch, module.mode.lower())
-    x = x.flip(0) if cell.reverse else x
-    weights = [_wide(w.detach()) for w in weights]
-    y = kernel(x.contiguous(), start, weights, module.bias, 1, 0.0, False, False, False)[0]
-    return cast(torch.Tensor, y.flip(0) if cell.reverse else y)
+class Loop(torch.autograd.Function):
+    """A recurrent layer whose backward hands over what its cells find."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        call: Call,
+        layer: Recurrent,
+        anchor: torch.Tensor,
+        x: torch.Tensor,
+        *starts: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Return the outputs, a copy that what follows may change, and the last states."""
+        ctx.call, ctx.layer, ctx.starts = call, layer, len(starts)
+        first = layer._module.batch_first
+        layers, last = layer.run(x.transpose(0, 1) if first else x, starts)
+        ctx.save_for_backward(x, *starts, *layers)
+        ctx.set_materialize_grads(False)
+        y = layers[-1]
+        return (y.transpose(0, 1) if first else y).clone(), *last
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        """Hand over what the cells find, and return the gradients of inputs and first states."""
+        call, layer = ctx.call, ctx.layer
+        x, *others = ctx.saved_tensors
+        starts, layers = others[: ctx.starts], others[ctx.starts :]
+        made: list[torch.Tensor | None] = [None if g is None else wide(g) for g in gradients]
+        inputs, first = wide(x), layer._module.batch_first
+        wanted = ctx.needs_input_grad[3]
+        if first:
+            inputs = inputs.transpose(0, 1)
+            made[0] = None if made[0] is None else made[0].transpose(0, 1)
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            outputs = [wide(y) for y in layers]
+            states = [wide(s) for s in starts]
+            found, below, firsts = layer.back(inputs, states, outputs, made, wanted)
+            call.context = found
+            call.layer.take(call, (x, *starts), gradients)
+            call.context = None
+        below = below.transpose(0, 1) if first and below is not None else below
+        return None, None, None, below, *firsts
 
 
-def _backward(
-    module: Any,
-    cell: Cell,
-    x: torch.Tensor,
-    y: torch.Tensor,
-    starts: list[torch.Tensor],
-    g: torch.Tensor,
-    ends: list[torch.Tensor | None],
-) -> tuple[Steps, Steps]:
-    """Return the steps of a cell's inputs and states, for the gradients of outputs and ends."""
-    if cell.reverse:
-        x, y, g = x.flip(0), y.flip(0), g.flip(0)
-    before = torch.cat([starts[0][None], y[:-1]])
-    weight = _wide(cell.states.weight)
-    zero = torch.zeros_like(starts[0])
-    late = [zero if e is None else e for e in ends]
-    if isinstance(module, nn.LSTM):
-        a, b = _products(cell, x, before)
-        left = right = _lstm(a.add_(b), starts[1], weight, g, late[0], late[1])
-    elif isinstance(module, nn.GRU):
-        left, right = _gru(*_products(cell, x, before), before, weight, g, late[0])
-    else:
-        slope = 1 - y.square() if module.mode == "RNN_TANH" else (y > 0).to(y.dtype)
-        left = right = _plain(slope, weight, g, late[0])
-    steps = (x, left), (before, right)
-    return tuple((p.flip(0), q.flip(0)) for p, q in steps) if cell.reverse else steps  # type: ignore[return-value]
+class _Unrolled(Tapped):
+    """A recurrent layer, whose own forward taps it."""
 
-
-def _products(cell: Cell, x: torch.Tensor, before: torch.Tensor) -> Steps:
-    return _product(cell.inputs, x), _product(cell.states, before)
-
-
-def _product(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    bias = None if linear.bias is None else _wide(linear.bias)
-    return nn.functional.linear(x, _wide(linear.weight), bias)
-
-
-def _lstm(
-    gates: torch.Tensor,
-    c: torch.Tensor,
-    weight: torch.Tensor,
-    g: torch.Tensor,
-    dh: torch.Tensor,
-    dc: torch.Tensor,
-) -> torch.Tensor:
-    """Make gradients of the gates i, f, g, o, in place: c' = f c + i g and h' = o tanh(c')."""
-    i, f, new, o = (x.contiguous() for x in gates.chunk(4, 2))
-    i.sigmoid_(), f.sigmoid_(), new.tanh_(), o.sigmoid_()
-    cells, made = torch.empty(len(f) + 1, *c.shape, dtype=f.dtype, device=f.device), i * new
-    cells[0] = c
-    for t in range(len(f)):
-        torch.addcmul(made[t], f[t], cells[t], out=cells[t + 1])
-    before, tanh = cells[:-1], cells[1:].tanh()
-    slopes = gates.view(*gates.shape[:2], 4, -1)  # of c' by the first three, of h' by the last
-    slopes[:, :, 0] = torch.addcmul(made, made, i, value=-1)
-    slopes[:, :, 1] = before * torch.addcmul(f, f, f, value=-1)
-    slopes[:, :, 2] = torch.addcmul(i, made, new, value=-1)
-    slopes[:, :, 3] = tanh * torch.addcmul(o, o, o, value=-1)
-    through = torch.addcmul(o, o, tanh.square_(), value=-1)
-    for t in reversed(range(len(f))):
-        dh = dh + g[t]
-        dc = torch.addcmul(dc, dh, through[t])
-        slopes[t, :, :3] *= dc[:, None]
-        slopes[t, :, 3] *= dh
-        dh, dc = gates[t] @ weight, dc * f[t]
-    return gates
-
-
-def _gru(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    before: torch.Tensor,
-    weight: torch.Tensor,
-    g: torch.Tensor,
-    dh: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of both products: n = tanh(a_n + r b_n) and h' = (1 - z) n + z h."""
-    (ar, az, an), (br, bz, bn) = a.chunk(3, 2), b.chunk(3, 2)
-    r, z = (ar + br).sigmoid_(), (az + bz).sigmoid_()
-    n = torch.addcmul(an, r, bn).tanh_()
-    by_n = (1 - z) * (1 - n.square())
-    by_r, by_z = by_n * bn * r * (1 - r), (before - n) * z * (1 - z)
-    slopes = torch.stack([by_r, by_z, by_n * r], 2)
-    left, right = torch.empty_like(a), torch.empty_like(b)
-    parts = right.view(*b.shape[:2], 3, -1)
-    own = left.view_as(parts)
-    for t in reversed(range(len(a))):
-        dh = dh + g[t]
-        torch.mul(slopes[t], dh[:, None], out=parts[t])
-        torch.mul(by_n[t], dh, out=own[t, :, 2])
-        dh = torch.addcmul(right[t] @ weight, dh, z[t])
-    own[:, :, :2] = parts[:, :, :2]
-    return left, right
-
-
-def _plain(
-    slope: torch.Tensor, weight: torch.Tensor, g: torch.Tensor, dh: torch.Tensor
-) -> torch.Tensor:
-    """Return the gradients of the products of h' = tanh or ReLU of their sum."""
-    found = torch.empty_like(slope)
-    for t in reversed(range(len(slope))):
-        torch.mul(slope[t], dh + g[t], out=found[t])
-        dh = found[t] @ weight
-    return found
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    def _tap_whole(self, call: Call, args: Any, kwargs: Any, output: Any) -> Any:
+        return None

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rootnoise._check import RootnoiseError
 
+Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
+
 
 @dataclass
 class Call:
@@ -30,12 +32,14 @@ class Call:
         batch: number of the micro-batch.
         context: how to repeat the call: structure of its arguments, those that are not tensors,
             and autocast's dtype.
+        shape: the output's shape, where what is tapped has another; or None.
         seen: whether backward has passed through.
     """
 
     layer: Tapped
     batch: int
     context: Any = None
+    shape: torch.Size | None = None
     seen: bool = False
 
 
@@ -202,7 +206,6 @@ class Tapped:
     names: Sequence[str] | None
     book: Book
     keep: Callable[[Call, Sequence[torch.Tensor], Sequence[torch.Tensor | None]], None]
-    first: bool = False  # whether the first output is handed over as the last input
     active: bool = False
     held: Sequence[nn.Parameter] = ()  # parameters excluded from autograd during the call
 
@@ -259,7 +262,14 @@ class Tapped:
             self._check_rows(output)
         call.context = tuple(tensors)
         tap: Any = Tap
-        return tap.apply(call, self.book.anchor, output, *tensors.values())
+        whole = output._base
+        alike = whole is not None and whole.numel() == output.numel()
+        if not (alike and whole.is_contiguous() and output.is_contiguous()):
+            return tap.apply(call, self.book.anchor, output, *tensors.values())
+        # A view, as Linear gives of more than two dimensions: tapped itself, it would have autograd
+        # copy its gradient. What it is a view of is tapped, and viewed again.
+        call.shape = output.shape
+        return tap.apply(call, self.book.anchor, whole, *tensors.values()).view(output.shape)
 
     def _tap_whole(self, call: Call, args: Any, kwargs: Any, output: Any) -> Any:
         if self.book.rows < 0:
@@ -268,8 +278,6 @@ class Tapped:
         arguments, structure = tree_flatten((args, kwargs))
         mine = [i for i, x in enumerate(outputs) if _differentiable(x)]
         tensors = [x.detach() for x in arguments if isinstance(x, torch.Tensor)]
-        if self.first:  # what follows gets a copy
-            tensors.append(outputs[0].detach())
         rest = [None if isinstance(x, torch.Tensor) else x for x in arguments]
         places = [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
         kind = next((x.device.type for x in tensors), "cpu")
@@ -305,6 +313,8 @@ class Tapped:
             )
         call.seen = True
         self.book.gradients = True
+        if call.shape is not None:
+            gradients = [g if g is None else g.reshape(call.shape) for g in gradients]
         with torch.no_grad():
             if self.names is not None and self.book.guarded:
                 for x in (*inputs, *gradients) if len(self.names) == 1 else gradients:
@@ -345,6 +355,22 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     """
     kind = type(module)
     return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
+
+
+def is_compiled(layer: nn.Module) -> bool:
+    """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = torch.compile(layer.forward)
+    >>> is_compiled(layer)
+    True
+    """
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        return True
+    forward = layer.forward
+    if not hasattr(forward, "_torchdynamo_orig_callable"):
+        return type(layer).__name__ == "OptimizedModule"
+    return not getattr(forward, "_torchdynamo_disable", False)  # torch.compiler.disable's
 
 
 def is_tapped(module: nn.Module) -> bool:

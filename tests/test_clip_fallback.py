@@ -66,7 +66,7 @@ def check(model: nn.Module, *inputs: torch.Tensor) -> None:
 
 def doubled(layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """Return twice what a layer's class returns, as a library's hook would change it."""
-    out = type(layer).forward(layer, *args)  # type: ignore[operator]
+    out = type(layer).forward(layer, *args)
     return 2.0 * (out[0] if isinstance(out, tuple) else out)
 
 
@@ -81,7 +81,7 @@ def test_a_layer_whose_forward_was_replaced_is_run_again(kind: str) -> None:
         "LayerNorm": lambda: nn.LayerNorm(6),
         "Bilinear": lambda: nn.Bilinear(6, 6, 2),
     }[kind]()
-    layer.forward = types.MethodType(doubled, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(doubled, layer)
     inputs = (x, x.flip(0)) if kind == "Bilinear" else (x,)
     if kind == "Embedding":
         inputs = (torch.randint(7, (5, 4), generator=generator),)
@@ -91,7 +91,7 @@ def test_a_layer_whose_forward_was_replaced_is_run_again(kind: str) -> None:
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.MultiheadAttention])
 def test_a_replaced_forward_of_a_sequence_is_never_replaced_again(kind: type[nn.Module]) -> None:
     layer = kind(6, 2, batch_first=True)
-    layer.forward = types.MethodType(doubled, layer)  # type: ignore[method-assign]
+    layer.forward = types.MethodType(doubled, layer)
     x = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(2))
     inputs = (x,) if kind is nn.LSTM else (x, x, x)
     check(layer, *inputs)

@@ -67,7 +67,8 @@ def check(model: nn.Module, *inputs: torch.Tensor) -> None:
 def doubled(layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
     """Return twice what a layer's class returns, as a library's hook would change it."""
     out = type(layer).forward(layer, *args)
-    return 2.0 * (out[0] if isinstance(out, tuple) else out)
+    whole: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return 2.0 * whole
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Embedding", "LayerNorm", "Bilinear"])

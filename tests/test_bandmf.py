@@ -11,7 +11,7 @@ import adversary
 import oracle
 from rootnoise import RootnoiseError
 from rootnoise.bounds.certificate import lower_bound
-from rootnoise.factorization import bandmf, factorize
+from rootnoise.factorization import banded_energy, factorize
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
 from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, ToeplitzWorkload, prefix_sum
 from strategies import participations
@@ -22,14 +22,16 @@ SCHEDULE = ScheduledSGD(np.linspace(1, 0.01, 23), momentum=0.9, nesterov=True)
 
 @pytest.mark.parametrize("work", [SGD(23, 0.9, 0.99), prefix_sum(23), SCHEDULE], ids=str)
 @pytest.mark.parametrize("p", [1, 2, 7, 23])
-def test_energy_and_gradient_two_ways_and_by_differences(work, p):
+@pytest.mark.parametrize("least", [1, 4, 32])
+def test_energy_and_gradient_two_ways_and_by_differences(monkeypatch, work, p, least):
+    monkeypatch.setattr(banded_energy, "LEAST", least)  # many blocks, few, and one
     rng = np.random.default_rng(p)
     diagonals = rng.normal(size=(p, 23)) / 3
     diagonals[0] = rng.uniform(1, 2, 23)
     outside = np.add.outer(np.arange(p), np.arange(23)) >= 23
     diagonals[outside] = 0.0
-    energy, gradient = bandmf._streamed_energy(work.recurrence, p)(diagonals)
-    dense = bandmf._dense_energy(work.matrix.dense(), p)
+    energy, gradient = banded_energy.by_blocks(work.recurrence, p)(diagonals)
+    dense = banded_energy.by_products(work.matrix.dense(), p)
     assert energy == pytest.approx(dense(diagonals)[0], rel=1e-12)
     scale = np.abs(gradient).max()
     np.testing.assert_allclose(gradient, dense(diagonals)[1], atol=1e-12 * scale)
@@ -37,6 +39,9 @@ def test_energy_and_gradient_two_ways_and_by_differences(work, p):
     way = np.where(outside, 0.0, rng.normal(size=diagonals.shape)) * 1e-5
     slope = (dense(diagonals + way)[0] - dense(diagonals - way)[0]) / 2
     assert np.vdot(gradient, way) == pytest.approx(slope, rel=1e-5)
+    c = sum(np.diag(diagonals[j, : 23 - j], -j) for j in range(p))
+    b = oracle.decoder(work.matrix.dense(), c)
+    assert energy == pytest.approx(np.sum(b**2), rel=1e-11)
 
 
 # JAX-Privacy 2.0, banded.optimize, column-normalised: the rmse that it reaches for prefix sums.
@@ -50,17 +55,31 @@ def test_published_errors(n, bands, rmse):
 
 
 @pytest.mark.parametrize(
-    ("who", "windows"), [(ONCE, 1), (FixedCycle(16, 4), 4), (MinSeparation(16, 4), 4)], ids=str
+    ("who", "norms"), [(ONCE, 1), (FixedCycle(16, 4), 64), (MinSeparation(16, 4), 4)], ids=str
 )
-def test_long_and_short_runs_take_different_routes_to_the_same_end(monkeypatch, who, windows):
+def test_long_and_short_runs_take_different_routes_to_the_same_end(monkeypatch, who, norms):
     work = SGD(64, 0.5)
+    by_blocks = factorize(work, who, "bandmf", bands=8)
+    monkeypatch.setattr(banded_energy, "MOST", 0)
     by_products = factorize(work, who, "bandmf", bands=8)
-    monkeypatch.setattr(bandmf, "DENSE", 0)
-    monkeypatch.setattr(bandmf, "NARROW", 1)
-    by_recursion = factorize(work, who, "bandmf", bands=8)
-    assert by_recursion.rmse(who) == pytest.approx(by_products.rmse(who), rel=1e-5)
-    norms = by_recursion.strategy.column_norms()
-    assert len(set(norms.round(12))) == windows
+    assert by_blocks.rmse(who) == pytest.approx(by_products.rmse(who), rel=1e-5)
+    assert len(set(by_blocks.strategy.column_norms().round(12))) == norms
+
+
+def test_in_a_fixed_cycle_everybody_moves_the_sum_by_as_much():
+    """The columns of one person have squares of sum 1, in a short last epoch too."""
+    who = FixedCycle(10, 4)
+    norms = factorize(SGD(37, 0.9), who, "bandmf", bands=6).strategy.column_norms()
+    squares = np.bincount(np.arange(37) % 10, norms**2)
+    np.testing.assert_allclose(squares, 1.0, rtol=1e-12)
+
+
+@pytest.mark.parametrize("rates", [np.ones(60), np.linspace(1, 0.02, 60)], ids=["steady", "fall"])
+def test_a_period_of_bands_comes_close_to_the_certified_optimum(rates):
+    who = FixedCycle(15, 4)
+    work = ScheduledSGD(rates, momentum=0.9).contracted(12)
+    made = factorize(work, who, "bandmf", tolerance=1e-3)
+    assert lower_bound(work, who, "tight").gap(made.rmse(who)) < 0.005
 
 
 def test_it_is_the_best_band_where_that_is_known():

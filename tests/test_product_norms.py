@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import oracle
 from rootnoise import causal
-from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, product_norms, series
+from rootnoise.causal import Dense, Diagonal, Product, Toeplitz, product, product_norms, series
 from rootnoise.workload import SGD, ScheduledSGD
 
 
@@ -142,3 +142,49 @@ def test_scaled_decoders_of_a_million_steps_have_no_square_array(monkeypatch):
     norms = Product(SGD(n).matrix, strategy.inverse()).row_norms()
     assert norms.shape == (n,)
     assert np.all(np.diff(norms) > 0)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 60])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("contraction", [0.0, 12.0, 50.0])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_schedules_that_forget(n, momentum, contraction, nesterov, scaled):
+    """A momentum optimizer with rates and decays of its own at every step, before any noise."""
+    rng = np.random.default_rng(n)
+    rates = rng.uniform(0.1, 1, n)
+    work = ScheduledSGD(rates, momentum, nesterov=nesterov).contracted(contraction)
+    m = series.invert(series.sgd_power(1.0, 0.3, 0.5, min(4, n)), n)
+    g = rng.uniform(0.5, 2, n) if scaled else np.ones(n)
+    noising = Product(Diagonal(g), Toeplitz(m, n)) if scaled else Toeplitz(m, n)
+    a = work.matrix.dense()
+    whole = Product(work.matrix, noising)
+    expected = np.linalg.norm(a * g @ oracle.lower_toeplitz(m, n), axis=1)
+    np.testing.assert_allclose(whole.row_norms(), expected, rtol=1e-8)
+    known = product._row_norms(causal.chain(whole))
+    if n > 3:
+        nothing_to_divide_by = contraction == 50
+        assert (known is None) == (nothing_to_divide_by or (scaled and nesterov and momentum > 0))
+    if known is not None:
+        np.testing.assert_allclose(known, expected, rtol=1e-8)
+    found = product.decaying(causal.chain(whole))
+    if found is not None:
+        blocks = np.arange(n) * 5 // n
+        blocks = np.unique(blocks, return_inverse=True)[1]
+        noise = oracle.lower_toeplitz(m, n)
+        pairs = (a.T @ a) * (noise @ noise.T) * np.outer(g, g)
+        belongs = np.eye(blocks[-1] + 1)[blocks]
+        sums = product_norms.block_sums_after_decay(*found, blocks)
+        exact = belongs.T @ pairs @ belongs
+        np.testing.assert_allclose(sums, exact, atol=1e-10 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize(("n", "size"), [(300, 4), (300, 300), (3000, 4), (3000, 3000)])
+def test_whichever_way_is_quicker_row_norms_are_the_same(monkeypatch, n, size):
+    work = ScheduledSGD(np.linspace(1, 0.1, n), 0.9).contracted(12)
+    noising = Toeplitz(work.square_root(size), n).inverse()
+    both = []
+    for pays in (False, True):
+        monkeypatch.setattr(Product, "_formula_pays", lambda *_, pays=pays: pays)
+        both.append(Product(work.matrix, noising).row_norms())
+    np.testing.assert_allclose(both[0], both[1], rtol=1e-8)

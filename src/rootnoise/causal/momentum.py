@@ -10,6 +10,11 @@ from scipy.linalg import lapack
 
 from rootnoise._check import Array, RootnoiseError, real, set_fields, vector
 from rootnoise.causal.base import MAPS, CausalMatrix
+from rootnoise.causal.elementary import Diagonal, Toeplitz
+
+# Products of decays below this are not divided by: what an FFT rounds, relative to the largest
+# factor of a step, would show in the smallest.
+FADED = 1e-6
 
 
 @MAPS.add("descent")
@@ -74,6 +79,25 @@ class Descent(CausalMatrix):
         if not plain or np.ndim(self.momentum) or np.ndim(self.decay):
             return None
         return float(self._beta[0]), float(self._alpha[0])
+
+    @property
+    def factors(self) -> tuple[CausalMatrix, ...]:
+        """Diagonal and Toeplitz maps whose product this is; itself alone where none are known.
+
+        With one momentum, no weight decay and phi_t = alpha_1 ... alpha_t, it filters gradients to
+        u, and x_t / phi_t = x_{t-1} / phi_{t-1} + (chi_t / phi_t) u_t.
+        """
+        n, beta = self.n_steps, self._beta[0]
+        kept = np.cumprod(np.append(1.0, self._alpha[1:]))
+        known = kept[-1] >= FADED and self._chi.all() and np.all(self._beta == beta)
+        if self.weight_decay or not known:
+            return (self,)
+        powers = beta ** np.arange(n)
+        if self.nesterov:  # u_t = g_t + beta m_t
+            powers *= beta
+            powers[0] += 1
+        sums, gains = Toeplitz(np.ones(n), n), Diagonal(self._chi / kept)
+        return Diagonal(kept), sums, gains, Toeplitz(powers, n)
 
     @property
     def bands(self) -> int:

@@ -11,6 +11,10 @@ import numpy as np
 from rootnoise._check import Array, RootnoiseError, set_fields
 from rootnoise.causal import product_norms, streamed_norms
 from rootnoise.causal.base import MAPS, CausalMatrix, Inverse
+from rootnoise.causal.momentum import Descent
+
+# Arguments kept, gains, beta, g, m of `product_norms.row_norms_after_decay`.
+Decaying = tuple[Array, Array, float, Array, Array]
 
 
 @MAPS.add("product", left=dict, right=dict)
@@ -48,15 +52,26 @@ class Product(CausalMatrix):
             known = self.right.base.decoder_row_norms(self.left)
             if known is not None:
                 return known
-        parts = chain(self)
-        norms = _row_norms(parts)
-        if norms is None and parts[-1][0] == "toeplitz" and self.state_size**2 > self.n_steps:
-            before = _factors(self)
-            while before[-1].is_toeplitz:
-                before.pop()
-            if sum(factor.state_size for factor in before) ** 2 <= self.n_steps:
-                return streamed_norms.row_norms_after(reduce(Product, before), parts[-1][1])
+        small = self.state_size**2 <= self.n_steps
+        norms = _row_norms(chain(self)) if self._formula_pays(small) else None
+        if norms is None and not small:
+            before, last = _factors(self), np.eye(self.n_steps, 1)[:, 0]
+            while before and before[-1].is_toeplitz:
+                last = before.pop().apply(last)
+            few = sum(factor.state_size for factor in before) ** 2 <= self.n_steps
+            if before and len(before) < len(_factors(self)) and few:
+                return streamed_norms.row_norms_after(reduce(Product, before), last)
         return super().row_norms() if norms is None else norms
+
+    def _formula_pays(self, small: bool) -> bool:
+        """Whether the formula for row norms takes less time than running the optimizer does."""
+        if not any(isinstance(factor, Descent) for factor in _factors(self)):
+            return True
+        n, (kind, last) = self.n_steps, chain(self)[-1]
+        length = product_norms.trimmed(last).size if kind == "toeplitz" else 1
+        # Seconds on one core, with the state of one row and with those of all rows at once.
+        running = n * (3e-6 + 1.3e-9 * (self.state_size**2 if small else n))
+        return 1e-5 * length + 3e-9 * length**2 <= running
 
     def column_norms(self) -> Array:
         # Reflected in its anti-diagonal a Toeplitz map stays, a diagonal turns, a product swaps.
@@ -93,7 +108,8 @@ def chain(matrix: CausalMatrix) -> list[tuple[str, Array]]:
     """Return the first columns and the diagonals that alternate in a product, in order."""
     n = matrix.n_steps
     parts: list[tuple[str, Array]] = []
-    for kind, group in groupby(_factors(matrix), key=_kind):
+    factors = [part for whole in _factors(matrix) for part in _split(whole)]
+    for kind, group in groupby(factors, key=_kind):
         vector = np.ones(n) if kind == "diagonal" else np.eye(n, 1)[:, 0]
         for factor in [] if kind == "other" else list(group)[::-1]:
             vector = factor.apply(vector)
@@ -107,6 +123,10 @@ def _factors(matrix: CausalMatrix) -> list[CausalMatrix]:
     return [matrix]
 
 
+def _split(factor: CausalMatrix) -> tuple[CausalMatrix, ...]:
+    return factor.factors if isinstance(factor, Descent) else (factor,)
+
+
 def _kind(factor: CausalMatrix) -> str:
     if factor.is_toeplitz:
         return "toeplitz"
@@ -115,6 +135,8 @@ def _kind(factor: CausalMatrix) -> str:
 
 def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
     """Return the row norms of a product of such parts, or None where no formula is known."""
+    if (found := decaying(parts)) is not None:
+        return product_norms.row_norms_after_decay(*found)
     match parts:
         case [("diagonal", g)]:
             return np.abs(g)
@@ -128,3 +150,14 @@ def _row_norms(parts: list[tuple[str, Array]]) -> Array | None:
         case [("toeplitz", a), ("diagonal", g), ("toeplitz", m)]:
             return product_norms.row_norms(a, g, m)
     return None
+
+
+def decaying(parts: list[tuple[str, Array]]) -> Decaying | None:
+    """Return what `product_norms` wants of a momentum optimizer @ diagonal @ Toeplitz, or None."""
+    kinds = [kind for kind, _ in parts]
+    if kinds != ["diagonal", "toeplitz"] * 3:
+        return None
+    kept, sums, gains, filtered, g, m = (x for _, x in parts)
+    beta = float(filtered[1]) if filtered.size > 1 else 0.0
+    missed = np.abs(sums - 1).max(), np.abs(filtered - beta ** np.arange(filtered.size)).max()
+    return (kept, gains, beta, g, m) if max(missed) <= product_norms.ROUNDING else None

@@ -57,7 +57,7 @@ def row_norms(a: Array, g: Array, m: Array) -> Array | None:
     if found is None:
         return None
     alpha, beta = found
-    n, m = g.size, _trimmed(m)
+    n, m = g.size, trimmed(m)
     # u_t = y_t + beta u_{t-1} and v_t = u_t + alpha v_{t-1} = (A y)_t: first how u_{t-1} and
     # v_{t-1} respond to y_{t-lag}, then their covariances with w_t.
     kernels = np.zeros((2, n), dtype=np.result_type(alpha, beta))
@@ -75,6 +75,31 @@ def row_norms(a: Array, g: Array, m: Array) -> Array | None:
     return np.asarray(abs(a[0]) * np.sqrt(np.maximum(vv, 0.0)))
 
 
+def row_norms_after_decay(kept: Array, gains: Array, beta: float, g: Array, m: Array) -> Array:
+    """Return the same for diag(kept) S diag(gains) F diag(g) Toeplitz(m), shape (n,).
+
+    S are the prefix sums, F the powers of beta: u = F y and v = S diag(gains) u.
+    """
+    n, m = g.size, trimmed(m)
+    # v_{t-1} responds to y_{t-lag} by K_{t-lag} - beta^lag K_t, see `block_sums_after_decay`.
+    k = _pole(beta, gains[::-1])[::-1]
+    powers = np.power(beta, np.arange(m.size))
+    kernels = _stationary(m) * np.array([np.ones(m.size), powers])
+    kernels[:, 0] = 0.0
+    past = signal.fftconvolve(kernels, np.array([k * g, g]), axes=1)[:, :n]
+    for lag, missing in _transient(m):
+        if lag:
+            rows, first = slice(lag, lag + missing.size), g[: missing.size] * missing
+            past[0, rows] -= k[: missing.size] * first
+            past[1, rows] -= powers[lag] * first
+    vy = (past[0] - k * past[1]) * g
+    uy2 = 2 * past[1] * g  # 2 beta E[u_{t-1} y_t]
+    yy = g**2 * np.cumsum(np.pad(m**2, (0, n - m.size)))
+    uu = _pole(beta**2, yy + uy2)
+    vu = _pole(beta, vy + beta * np.append(0.0, gains[:-1] * uu[:-1]))
+    return kept * np.sqrt(np.maximum(np.cumsum(gains**2 * uu + 2 * gains * vu), 0.0))
+
+
 def block_sums(a: Array, g: Array, m: Array, blocks: NDArray[np.int64]) -> Array:
     """Return the sums of g_i H_ij g_j over blocks of steps, shape (k, k) for labels 0 <= .. < k.
 
@@ -84,28 +109,67 @@ def block_sums(a: Array, g: Array, m: Array, blocks: NDArray[np.int64]) -> Array
         m: coefficients of M, at most n.
         blocks: the label of each step, shape (n,), non-decreasing from 0.
     """
-    n, k, m = g.size, int(blocks[-1]) + 1, _trimmed(m)
     found = poles(a)
     if found is None:
         return block_sums_by_lags(toeplitz_gram(a), g, m, blocks)
     # With a_{t+l} = alpha^t a_l + beta a_{t-1} beta^l, column pair (i, j = i - l) of A^T A is
     # phi_i a_l + chi_i beta^l, both of them sums over the n - i steps that are left.
     alpha, beta = found
-    powers = np.power(alpha, np.arange(n)), beta * np.append(0.0, a[:-1]) / a[0]
-    left = np.array([np.cumsum(a * f)[::-1] for f in powers]) * g * a[0]
-    kernels = np.array([a / a[0], np.power(beta, np.arange(n))])[:, : m.size]
+    powers = np.power(alpha, np.arange(g.size)), beta * np.append(0.0, a[:-1]) / a[0]
+    late = np.array([np.cumsum(a * f)[::-1] for f in powers]) * g * a[0]
+    kernels = np.array([a / a[0], np.power(beta, np.arange(g.size))])
+    return _pair_sums(late, kernels, np.array([g, g]), m, blocks)
+
+
+def block_sums_after_decay(
+    kept: Array, gains: Array, beta: float, g: Array, m: Array, blocks: NDArray[np.int64]
+) -> Array:
+    """Return the same for A = diag(kept) S diag(gains) F, S the prefix sums, F the powers of beta.
+
+    With K_j = sum_{u>=j} gains_u beta^(u-j), column j of A is
+
+        x_tj = kept_t (K_j - beta^(t+1-j) K_{t+1})
+             = kept_t (K_j - beta^(i-j) K_i) + beta^(i-j) x_ti    for j <= i <= t,
+
+    and A^T A has the entries K_j P_i + beta^(i-j) (Q_i - K_i P_i), with P_i = sum_t kept_t x_ti and
+    Q_i = sum_t x_ti^2.
+
+    Args:
+        kept: of shape (n,).
+        gains: of shape (n,).
+        beta: in [0, 1).
+        g: as in `block_sums`, like those that follow.
+        m: M.
+        blocks: labels.
+    """
+    left = np.cumsum(np.square(kept)[::-1])  # from here on everything runs from the last step back
+    back = gains[::-1]
+    k, p = _pole(beta, back), _pole(beta, back * left)
+    q = _pole(beta**2, back**2 * left + 2 * beta * back * np.append(0.0, p[:-1]))
+    late = np.array([p, q - k * p])[:, ::-1] * g
+    kernels = np.array([np.ones(g.size), np.power(beta, np.arange(g.size))])
+    return _pair_sums(late, kernels, np.array([k[::-1] * g, g]), m, blocks)
+
+
+def _pair_sums(
+    late: Array, kernels: Array, early: Array, m: Array, blocks: NDArray[np.int64]
+) -> Array:
+    """Return sums of G_ij sum_r late_ri kernels_r,i-j early_rj over blocks, and of its mirror."""
+    n, k, m = blocks.size, int(blocks[-1]) + 1, trimmed(m)
+    kernels = kernels[:, : m.size].copy()
     kernels[:, 0] /= 2  # the diagonal belongs to both triangles
     stationary = kernels * _stationary(m)
     lower = np.zeros((k, k))
     edges = np.searchsorted(blocks, np.arange(k + 1))
     for j, (first, stop) in enumerate(pairwise(edges)):
         rows = slice(first, min(n, stop + m.size - 1))
-        caused = _convolve(stationary, g[first:stop])[:, : rows.stop - first]
-        lower[:, j] = np.bincount(blocks[rows], (caused * left[:, rows]).sum(0).real, minlength=k)
+        inputs = early[:, first:stop]
+        caused = signal.fftconvolve(stationary, inputs, axes=1)[:, : rows.stop - first]
+        lower[:, j] = np.bincount(blocks[rows], (caused * late[:, rows]).sum(0).real, minlength=k)
     for lag, missing in _transient(m):
-        late, early = slice(lag, lag + missing.size), slice(0, missing.size)
-        pairs = (kernels[:, lag] @ left[:, late]).real * missing * g[early]
-        _add(lower, blocks[late], blocks[early], -pairs)
+        rows, columns = slice(lag, lag + missing.size), slice(0, missing.size)
+        pairs = (kernels[:, lag, np.newaxis] * late[:, rows] * early[:, columns]).sum(0).real
+        _add(lower, blocks[rows], blocks[columns], -pairs * missing)
     return lower + lower.T
 
 
@@ -120,7 +184,7 @@ def block_sums_by_lags(
         m: coefficients of M, at most n.
         blocks: the label of each step, shape (n,), non-decreasing from 0.
     """
-    n, k, m = g.size, int(blocks[-1]) + 1, _trimmed(m)
+    n, k, m = g.size, int(blocks[-1]) + 1, trimmed(m)
     lower = np.zeros((k, k))
     lags = zip(gram, _stationary(m), _transient(m), strict=False)
     for diagonal, covariance, (lag, missing) in lags:
@@ -162,7 +226,7 @@ def streamed_gram(matrix: Streamable) -> Iterator[Array]:
         state = np.einsum("tij,tj->ti", f[lag : n - 1], state[:-1])
 
 
-def _trimmed(m: Array) -> Array:
+def trimmed(m: Array) -> Array:
     """Trim trailing coefficients that are rounding errors."""
     magnitudes = np.abs(m)
     return m[: np.flatnonzero(magnitudes > NEGLIGIBLE * magnitudes.max())[-1] + 1]

@@ -113,7 +113,9 @@ def bsr_gamma(
         return build(real("gamma", gamma, at_least=0, at_most=1))
     search = Search(build, participation, progress)
     search(0.5)
-    with np.errstate(over="ignore"):  # too large a gamma makes C^-1 grow beyond float64: it loses
+    with np.errstate(
+        over="ignore", invalid="ignore"
+    ):  # too large a gamma makes C^-1 grow beyond float64: it loses
         minimize_scalar(search, bounds=(0.0, 1.0), method="bounded", options={"xatol": 1e-5})
     return search.best
 

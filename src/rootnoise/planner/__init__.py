@@ -11,11 +11,18 @@ from rootnoise.planner.job import (
     Planned,
     Row,
 )
-from rootnoise.planner.search import AFFORDABLE, candidates, plan, samplings
+from rootnoise.planner.search import (
+    AFFORDABLE,
+    AFFORDABLE_IN_GENERAL,
+    candidates,
+    plan,
+    samplings,
+)
 from rootnoise.planner.sizing import Fleet, Size, Speed
 
 __all__ = [
     "AFFORDABLE",
+    "AFFORDABLE_IN_GENERAL",
     "AMPLIFIED",
     "CONTRACTION",
     "MEMORY_ROWS",

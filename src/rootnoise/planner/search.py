@@ -8,6 +8,7 @@ norm.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -33,12 +34,20 @@ from rootnoise.workload import MatrixWorkload, Workload
 
 # Most steps for which a mechanism is tried: for more, it would take longer than about 10 s.
 AFFORDABLE = {
-    "dense": 256,
-    "bandmf": 256,
+    "dense": 512,
+    "bandmf": 2560,
     "tree": 4096,
 }
+# The same for workloads that are not Toeplitz: there their errors take O(n^2) time or memory.
+AFFORDABLE_IN_GENERAL = AFFORDABLE | {"workload": 4096, "square-root": 20_000, "bsr-gamma": 20_000}
+# Free bands take n p^2 time: 2 to 5 s at most for so much. Under cyclic sampling, where they gain
+# at most 1 % (docs/planning.md), they are tried up to so many steps.
+FREE, FREE_IN_CYCLES = 2**25, 512
+# Where a search over all entries ends, as a part of the error over 100 (bandmf), and a gap (dense).
+CLOSE = 1e-3
 # Beyond, only cyclic sampling near the best number of groups is tried, and columns are scaled of at
-# most so many bands: 0.5 s at 100,000 steps, where 2,000 bands of BSR took 12 s.
+# most so many bands: 0.5 s at 100,000 steps, where 2,000 bands of BSR took 12 s. So are all bands
+# where the workload is not Toeplitz.
 LONG, MOST_SCALED = 20_000, 256
 # Bands to try below the separation, for less memory.
 SMALL = (2, 4, 16, 64)
@@ -46,7 +55,7 @@ SMALL = (2, 4, 16, 64)
 BUFFERS = 6
 
 # Mechanisms without a size to choose.
-UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload", "dense")
+UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload")
 
 # A mechanism by name with its options.
 Candidate = tuple[str, dict[str, Any]]
@@ -137,8 +146,12 @@ class _Search:
 
     def all(self, who: Participation, *, quiet: bool = False) -> list[Row]:
         """Try all candidates of one participation, and return their rows."""
-        cost, found = _calibrated(self.job, who), []
-        for name, options in candidates(self.job, who):
+        cost, found, tried = _calibrated(self.job, who), [], []
+        for name, wanted in candidates(self.job, who):
+            options = _affordable(self.workload, wanted)
+            if (name, options) in tried:
+                continue
+            tried.append((name, options))
             if not quiet:
                 self._progress(len(self.rows), name)
             try:
@@ -211,7 +224,10 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
     if isinstance(participation, CyclicPoisson):
         if b == 1:
             return [("identity", {})]
-        return [(name, {"bands": b}) for name in ("bsr", "banded", "bandmf")]
+        free = (
+            [("bandmf", {"bands": b, "tolerance": CLOSE})] if job.n_steps <= FREE_IN_CYCLES else []
+        )
+        return [(name, {"bands": b}) for name in ("bsr", "banded")] + free
     memory = job.n_steps if job.memory_rows is None else job.memory_rows
     room = max(2, min(b, memory + 1))  # one band would be independent noise
     sizes = sorted({p for p in (*SMALL, room) if 1 < p <= room})
@@ -221,18 +237,29 @@ def candidates(job: Job, participation: Participation) -> list[Candidate]:
         found += [("bsr", {"bands": "auto"}), ("bisr", {"bands": "auto"})]
     found += [("banded-inverse", {"bands": p}) for p in sizes[: 3 if job.n_steps <= LONG else 1]]
     found += [("blt", {"buffers": max(1, min(BUFFERS, memory))})]
-    found += [(name, {"bands": room}) for name in ("bsr-gamma", "bandmf")]
+    found += [("bsr-gamma", {"bands": room}), ("dense", {"tolerance": CLOSE})]
+    most = max(1, min(room, math.isqrt(FREE // job.n_steps)))
+    found += [("bandmf", {"bands": most, "tolerance": CLOSE})]
     scaled = ("column-normalised", "epoch-scaled")
     room = room if job.n_steps <= LONG else min(room, MOST_SCALED)
     return found + [(name, {"bands": room, "base": "banded"}) for name in scaled]
+
+
+def _affordable(workload: Workload, options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options, with few bands in a long run of a workload that is not Toeplitz."""
+    wanted = options.get("bands")
+    if wanted is None or workload.n_steps <= LONG or workload.matrix.is_toeplitz:
+        return options
+    return options | {"bands": MOST_SCALED if wanted == "auto" else min(wanted, MOST_SCALED)}
 
 
 def _split(
     workload: Workload, job: Job, who: Participation, name: str, options: Mapping[str, Any]
 ) -> Factorization:
     """Factorize one candidate, or refuse it: too slow, not applicable, or too much memory."""
-    if job.n_steps > AFFORDABLE.get(name, job.n_steps):
-        raise RootnoiseError(f"n_steps must be at most {AFFORDABLE[name]} for an answer in seconds")
+    most = AFFORDABLE if workload.matrix.is_toeplitz else AFFORDABLE_IN_GENERAL
+    if job.n_steps > most.get(name, job.n_steps):
+        raise RootnoiseError(f"n_steps must be at most {most[name]} for an answer in seconds")
     split = factorize(workload, who, name, **options)
     if job.memory_rows is not None:
         integer("memory_rows", job.memory_rows, split.memory_rows)

@@ -75,24 +75,38 @@ MUTATIONS = [
     ),
     Mutation(
         "sums are not rounded to the grid",
+        "training/clipping.py",
+        "torch.round(part, out=sums)",
+        "sums.copy_(part)",
+        "clipping clip_steps",
+    ),
+    Mutation(
+        "a rank's sum is not rounded to the grid",
         "training/replicated.py",
-        "divide_(part, clip.grid).round_()",
-        "divide_(part, clip.grid)",
+        "            units.round_()\n",
+        "",
+        "clip_steps",
+    ),
+    Mutation(
+        "clipped sums are twice as long in units of the grid",
+        "training/replicated.py",
+        "super().factors(squares) / self.grid",
+        "super().factors(squares) / (self.grid / 2)",
         "clip_steps",
     ),
     Mutation(
         "the gradient lies in the memory of the next sum",
         "training/replicated.py",
-        "copy=written is None)",
-        "copy=False)",
+        "mean = torch.empty_like(units, dtype=self._dtype)",
+        "mean = units.to(self._dtype)",
         "clip_steps",
     ),
     Mutation(
-        "float32 noise that is overwritten is not that of the step",
+        "a rank of several adds no noise",
         "training/replicated.py",
-        "mean = written.copy_(mean)",
-        "mean = written",
-        "training",
+        "add_noise_(units[slice(*self._span)], noise)",
+        "add_noise_(units[slice(*self._span)], 0 * noise)",
+        "clip_steps",
     ),
     Mutation(
         "a recurrent layer takes any dimension for the examples",
@@ -145,30 +159,30 @@ MUTATIONS = [
     ),
     Mutation(
         "no noise",
-        "training/replicated.py",
-        "clip.noised(part, own, out=part)",
-        "clip.noised(part, 0 * own, out=part)",
-        "training",
+        "training/clipping.py",
+        "            if noise is not None:\n",
+        "            if False:\n",
+        "training clipping",
     ),
     Mutation(
         "noise scaled by the batch",
         "training/replicated.py",
-        "clip.noised(part, own, out=part)",
-        "clip.noised(part, own / max(rows, 1), out=part)",
+        "mean_(mean, units, noise if alone",
+        "mean_(mean, units, noise / max(rows, 1) if alone",
         "training",
     ),
     Mutation(
         "the divisor is the actual batch size",
         "training/optimizer.py",
-        "divide_(total, self.sampler.batch_size)",
-        "divide_(total, max(part.size, 1))",
+        "by = self.sampler.batch_size",
+        "by = max(part.size, 1)",
         "training",
     ),
     Mutation(
         "no noise on empty batches",
         "training/optimizer.py",
-        "self._place.write(divide_(total, self.sampler.batch_size))",
-        "self._place.write(total.mul_(min(part.size, 1)).div_(self.sampler.batch_size))",
+        "self._place.write(mean)",
+        "self._place.write(mean * min(part.size, 1))",
         "training",
     ),
     Mutation(
@@ -273,8 +287,8 @@ MUTATIONS = [
     Mutation(
         "buffers are not watched",
         "training/guards.py",
-        "        yield from self._model.named_buffers(remove_duplicate=False)\n",
-        "",
+        "(*own.items(), *module._buffers.items())",
+        "own.items()",
         "guards_tensors",
     ),
     Mutation(
@@ -357,8 +371,8 @@ MUTATIONS = [
     Mutation(
         "sums of shards are not rounded to the grid",
         "training/sharded.py",
-        "total.div_(self._clip.grid).round_()",
-        "total.div_(self._clip.grid)",
+        "        total.round_()\n",
+        "",
         "sharded",
     ),
     Mutation(
@@ -371,8 +385,8 @@ MUTATIONS = [
     Mutation(
         "shards without noise",
         "training/sharded.py",
-        "self._clip.noised(total, noise, out=total)",
-        "self._clip.noised(total, 0 * noise, out=total)",
+        "mean_(mean, total, mean, by)",
+        "mean_(mean, total, 0 * mean, by)",
         "sharded",
     ),
     Mutation(
@@ -429,6 +443,13 @@ MUTATIONS = [
         "training/reuse.py",
         'other not in (b"", digest)',
         "other not in (other, digest)",
+        "reuse",
+    ),
+    Mutation(
+        "the divisor of a release is not compared",
+        "training/reuse.py",
+        'struct.pack("d", by) + found',
+        "found",
         "reuse",
     ),
     Mutation(
@@ -1428,7 +1449,7 @@ MUTATIONS = [
     Mutation(
         "a stop leaves a part of the best trial",
         "runs/trials.py",
-        "            shutil.rmtree(out, ignore_errors=True)\n",
+        "            shutil.rmtree(whole, ignore_errors=True)\n",
         "",
         "trials",
     ),
@@ -1445,6 +1466,32 @@ MUTATIONS = [
         "data = load(tuning.public,",
         "data = load(config.dataset,",
         "trials_after",
+    ),
+    Mutation(
+        "a comparison of trials that fails says why",
+        "runs/trials.py",
+        "                if best is None or trial.merit > best.merit:\n"
+        "                    best = trial\n"
+        "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"
+        "                failed = True\n                break\n",
+        "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"
+        "                failed = True\n                break\n"
+        "            if best is None or trial.merit > best.merit:\n                best = trial\n",
+        "trials",
+    ),
+    Mutation(
+        "a federation shows all trials of which the best is paid for",
+        "federated/server.py",
+        "        if mechanism.trials is not None:",
+        "        if False:",
+        "federated",
+    ),
+    Mutation(
+        "a Dataset of one's own may be tested on its training part",
+        "runs/data.py",
+        "    if _is_same(*parts):",
+        "    if not whole and _is_same(*parts):",
+        "first_steps",
     ),
     Mutation(
         "one run claims to be the best of several",

@@ -26,7 +26,7 @@ from torch.nn import functional
 from rootnoise.training.clip.bounds import Sum, example_blocks, row_squares
 from rootnoise.training.clip.convolutions import CONVOLUTIONS, Convolution
 from rootnoise.training.clip.products import Products, widened
-from rootnoise.training.clip.taps import Taps, kind_of
+from rootnoise.training.clip.taps import Taps, is_replaced, kind_of
 
 
 class Row(Protocol):
@@ -67,6 +67,8 @@ class Kept(Protocol):
 
 def row_of(module: nn.Module, trainable: Sequence[str]) -> Row | None:
     """Return the table's row for a layer with these trainable parameters, if there is one."""
+    if is_replaced(module):
+        return None
     kind = kind_of(module)
     if kind in CONVOLUTIONS:
         return Convolution(module, trainable)

@@ -23,8 +23,8 @@ from rootnoise.training.clip.taps import (
     Tapped,
     Taps,
     guard_parameter,
-    is_compiled,
     kind_of,
+    refuse_unseen,
 )
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
@@ -72,7 +72,7 @@ class PrivateModule(nn.Module):
         super().__init__()
         if loss_reduction not in ("mean", "sum"):
             raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
-        _check(module)
+        refuse_unseen(module)
         self._module: Any = module
         self.loss_reduction = loss_reduction
         self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -492,14 +492,3 @@ class PrivateModule(nn.Module):
             self._flat[p.device] = flat
             self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
         return self._sums[p]
-
-
-def _check(model: nn.Module) -> None:
-    """Refuse models that taps cannot see into, or layers that spread one example over others."""
-    for name, layer in model.named_modules():
-        where = f"layer {name}" if name else "model"
-        if is_compiled(layer):
-            raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
-        for option in ("max_norm", "scale_grad_by_freq"):
-            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
-                raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

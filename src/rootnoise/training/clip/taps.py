@@ -357,6 +357,17 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
 
 
+def is_replaced(layer: nn.Module) -> bool:
+    """Return whether a layer has a `forward` of its own, not its class's: some libraries' hooks.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = lambda x: 2 * layer.weight @ x
+    >>> is_replaced(layer)
+    True
+    """
+    return "forward" in vars(layer)
+
+
 def is_compiled(layer: nn.Module) -> bool:
     """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
 
@@ -393,3 +404,20 @@ def _elsewhere(name: str) -> RootnoiseError:
 
 def _differentiable(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def refuse_unseen(model: nn.Module) -> None:
+    """Refuse models that taps cannot see into, or layers that spread one example over others.
+
+    Raises:
+        RootnoiseError: see above.
+
+    >>> refuse_unseen(nn.Linear(2, 2))
+    """
+    for name, layer in model.named_modules():
+        where = f"layer {name}" if name else "model"
+        if is_compiled(layer):
+            raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
+        for option in ("max_norm", "scale_grad_by_freq"):
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
+                raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

@@ -485,6 +485,9 @@ def test_two_means_are_a_chain_from_below():
     gram = np.array([[1.0, 0.5], [0.5, 1.0]])
     (chain,) = chains_below(gram, 1.0)
     np.testing.assert_allclose(gram_of(chain), gram, atol=1e-6)
+    inside, across = bin_fit.shared(bin_fit._loads_below(np.array([1.0, 0.5]), 1.0, 5.0)[1])
+    assert inside <= 1.0  # not by a billionth more
+    assert across <= 0.5
 
 
 def test_a_law_knows_its_mean_and_a_lower_bound_may_be_small(monkeypatch):

@@ -53,6 +53,14 @@ def plan(
             "[default: 12]."
         ),
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="<all|rates|last|tail|tail-average>",
+            help="Which iterates rows are ranked by: all, all weighted by the learning rates, the "
+            "last, the last quarter, or the average of the last quarter.",
+        ),
+    ] = "all",
     work: _workload.Options,
     devices: _options.Devices,
     top: Annotated[int, typer.Option(help="Rows of the table; JSON and HTML have all.")] = 12,
@@ -97,6 +105,7 @@ def plan(
             lambda _, name: update(next(tried), total, name),
             bins=balls_in_bins,
             contraction=pull,
+            objective=objective,
         )
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
@@ -187,6 +196,7 @@ def _values(job: Job, work: _workload.Options, made: Plan, speed: Speed | None) 
         "n_steps": job.n_steps,
         "workload": work.described(),
         "contraction": made.contraction,
+        "objective": made.objective,
         "take": made.place_to_take + 1,
         **fleet,
         **({} if speed is None else {"speed": asdict(speed)}),

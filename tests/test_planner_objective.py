@@ -127,6 +127,25 @@ def test_objectives_do_not_share_a_plan():
     assert order[0] != order[2]
 
 
+def test_numbers_of_groups_are_compared_by_it(monkeypatch):
+    asked = []
+    for name in ("region", "best"):
+        plain = getattr(groups, name)
+
+        def remember(*arguments, _plain=plain):
+            asked.append(arguments[-1])
+            return _plain(*arguments)
+
+        monkeypatch.setattr(groups, name, remember)
+    plan(SGD(28, momentum=0.3), JOB, objective="last")
+    assert asked == ["last", "last"]
+    error = groups.errors(STEADY, JOB, "last")(4)
+    who = groups.cyclic(JOB, 4)
+    sigma = accounting.noise_multiplier(who, 28, JOB.epsilon, JOB.delta, groups.TOLERANCE)
+    split = factorize(STEADY, who, "bsr", bands=4)
+    assert error == pytest.approx(sigma * dense_error(split, who, "last", np.ones(28)))
+
+
 @pytest.mark.parametrize("objective", ["last", "tail-average"])
 def test_the_number_of_groups_is_the_best_for_it(objective):
     """Within 0.5 % of every number of groups, as for all iterates."""

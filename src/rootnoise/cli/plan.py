@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -94,15 +94,11 @@ def plan(
     speed = None if fleet is None else devices.speed()
     if train_args is not None:
         _refuse_untrainable(work, train_args, json)
-    tried = count()
-    total = sum(len(planner.candidates(job, who)) for who in planner.samplings(job))
-    total += 2 * balls_in_bins
     with _progress.pieces("plan", quiet=json) as update:
-        update(0, total, "lower bounds")
         made = planner.plan(
             workload,
             job,
-            lambda _, name: update(next(tried), total, name),
+            update,
             bins=balls_in_bins,
             contraction=pull,
             objective=objective,

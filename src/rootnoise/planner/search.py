@@ -60,8 +60,8 @@ UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload")
 
 # A mechanism by name with its options.
 Candidate = tuple[str, dict[str, Any]]
-# Called with the number of rows so far, and the name of the mechanism that is tried next.
-Progress = Callable[[int, str], None]
+# Called with how many candidates were tried, of how many, and what is tried next.
+Progress = Callable[[int, int, str], None]
 
 
 def plan(
@@ -83,7 +83,9 @@ def plan(
     Args:
         workload: what the optimizer computes, of `job.n_steps` steps.
         job: data, batches, privacy and memory.
-        progress: called before each candidate; not at all where the process has made this plan.
+        progress: called before each candidate with how many were tried, of how many, and its name;
+            not at all where the process has made this plan. Of how many changes once, when the
+            numbers of groups are known.
         bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
             one with one row of memory: Monte Carlo accounting takes up to half a minute.
         contraction: strategies are optimised and ranked for `workload.contracted(it)`, as a loss
@@ -104,7 +106,7 @@ def plan(
     """
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
     objectives.check(workload, objective)
-    tell = progress or (lambda done, name: None)
+    tell = progress or (lambda done, of, name: None)
     if isinstance(workload, MatrixWorkload):  # to compare n^2 numbers takes as long as some plans
         return _made(workload, job, tell, bins, contraction, objective)
     key = json.dumps(workload.to_dict(), sort_keys=True), job, bins, contraction, objective
@@ -131,7 +133,7 @@ def _made(
     objective: str,
 ) -> Plan:
     aim = workload.contracted(contraction)
-    search = _Search(aim, job, progress, objective)
+    search = _Search(aim, job, progress, objective, bins)
     search.all(FixedCycle(job.period, job.epochs))
     search.amplified()
     if bins:
@@ -153,22 +155,21 @@ def _aimed(contraction: float, row: Row) -> Row:
 class _Search:
     """The rows found so far, and what was refused."""
 
-    def __init__(self, workload: Workload, job: Job, progress: Progress, objective: str) -> None:
+    def __init__(
+        self, workload: Workload, job: Job, progress: Progress, objective: str, bins: bool
+    ) -> None:
         self.workload, self.job, self._progress = workload, job, progress
         self._objective = objective
+        self._last = 2 * bins  # candidates that `bins` tries
+        self._done, self._of = 0, sum(map(self._number, samplings(job))) + self._last
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.refused: dict[str, str] = {}
 
-    def all(self, who: Participation, *, quiet: bool = False) -> list[Row]:
+    def all(self, who: Participation) -> list[Row]:
         """Try all candidates of one participation, and return their rows."""
-        cost, found, tried = _calibrated(self.job, who), [], []
-        for name, wanted in candidates(self.job, who):
-            options = _affordable(self.workload, wanted)
-            if (name, options) in tried:
-                continue
-            tried.append((name, options))
-            if not quiet:
-                self._progress(len(self.rows), name)
+        cost, found = _calibrated(self.job, who), []
+        for name, options in self._candidates(who):
+            self._begin(name)
             try:
                 split = _split(self.workload, self.job, who, name, options)
             except RootnoiseError as reason:
@@ -182,12 +183,13 @@ class _Search:
         job, powers = self.job, groups.powers(self.job)
         if not powers:
             return
+        self._progress(self._done, self._of, "numbers of groups")
         near = groups.region(self.workload, job, self._objective)
-        few = job.n_steps > LONG
+        if job.n_steps > LONG:
+            powers = [who for who in powers if who.groups in (1, *near)]
+        self._of = self._done + sum(map(self._number, powers)) + self._last
         gains = {}
         for who in powers:
-            if few and who.groups not in (1, *near):
-                continue
             found = self.all(who)
             if who.groups in near:
                 errors = {row.mechanism: row.rmse_per_example for row in found}
@@ -195,15 +197,34 @@ class _Search:
         number = groups.best(self.workload, job, gains, self._objective)
         best = groups.cyclic(job, number)
         if best not in powers:
-            self.all(best, quiet=True)
+            self._of += self._number(best)
+            self.all(best)
 
     def bins(self) -> None:
         """Try balls in bins with what is best in fixed cycles."""
         job, who = self.job, BallsInBins(self.job.period, self.job.epochs)
-        for twin in _best_in_cycles(_ranked(self.rows.values())):
-            self._progress(len(self.rows), f"{twin.mechanism}, balls in bins")
+        twins = _best_in_cycles(_ranked(self.rows.values()))
+        self._of = self._done + len(twins)
+        for twin in twins:
+            self._begin(f"{twin.mechanism}, balls in bins")
             split = factorize(self.workload, who, twin.mechanism, **twin.options)
             self._add(split, twin.options, who, _calibrated(job, who, split.strategy))
+
+    def _begin(self, name: str) -> None:
+        self._progress(self._done, self._of, name)
+        self._done += 1
+
+    def _candidates(self, who: Participation) -> list[Candidate]:
+        """Return the candidates as they are tried, each once."""
+        found: list[Candidate] = []
+        for name, wanted in candidates(self.job, who):
+            one = name, _affordable(self.workload, wanted)
+            if one not in found:
+                found.append(one)
+        return found
+
+    def _number(self, who: Participation) -> int:
+        return len(self._candidates(who))
 
     def _add(
         self, split: Factorization, options: Mapping[str, Any], who: Participation, cost: Cost

@@ -1,8 +1,10 @@
 """What a step of private training costs, over the same step without privacy in the same rounds.
 
-Without arguments in about ten minutes of an idle machine; writes docs/clipping.json, and of it the
-table and words of docs/clipping.md. A round times every candidate once, one after the other, so
-that a busy machine slows all of them; a cell is the median over rounds of the ratio to plain.
+Without arguments in about fifteen minutes of an idle machine; writes docs/clipping.json, and of it
+the table and words of docs/clipping.md. A round gives every candidate a turn, one after the other,
+so that a busy machine slows all of them; a cell is the median over rounds of the ratio to plain. A
+turn is as many steps as one block of our noise has: a block is made in one of them, which the
+median of single steps would leave out. A step of Opacus that takes long is its whole turn.
 Candidates: `PrivateOptimizer`, with its ledger and noise of 8 bands; Opacus's hooks, ghost clipping
 and `functorch` mode, with independent float32 noise. All make one step of SGD. Accumulated: the
 batch in micro-batches of 16; Opacus's through its optimizer's skipped steps, functorch's likewise.
@@ -39,6 +41,7 @@ from rootnoise.cli.bench.page import written
 from rootnoise.cli.bench.questions import load, processor
 from rootnoise.cli.bench.tables import Table
 from rootnoise.cli.bench.with_opacus import private_step
+from rootnoise.noise.blockplan import default_steps
 
 MICRO = 16
 STEPS = 4096  # that the noise is planned for
@@ -46,6 +49,8 @@ BATCHES = (16, 64, 256)
 LARGEST = {"resnet18": 64}  # of those, by default: its 256 alone take ten minutes
 WAYS = ("plain", "ours", "hooks", "ghost", "functorch")
 MOST = 4e9  # bytes of gradients at once
+BANDS = 8
+LONG = 0.1  # seconds of a step
 DOCS = Path(__file__).parents[1] / "docs"
 
 
@@ -167,7 +172,7 @@ def _ours(model: nn.Module, sgd: Any, parts: list[Any], n: int) -> Callable[[], 
     from rootnoise import SGD, FixedCycleSampler, Mechanism, PrivateOptimizer, factorize, privatize
 
     sampler = FixedCycleSampler(8 * n, n, epochs=STEPS // 8, seed=0)
-    split = factorize(SGD(sampler.n_steps), sampler.participation, "bsr", bands=8)
+    split = factorize(SGD(sampler.n_steps), sampler.participation, "bsr", bands=BANDS)
     who = sampler.participation
     mechanism = Mechanism.calibrate(split, who, noise_multiplier=1.0, delta=1e-6)
     private = privatize(model)
@@ -202,7 +207,9 @@ def times(
     Rounds end with the budget in seconds: one at least.
     """
     found: dict[str, float | str] = {}
-    steps: dict[str, Callable[[], None]] = {}
+    steps: dict[str, tuple[Callable[[], None], int]] = {}
+    size = sum(p.numel() for p in MODELS[name][0]().parameters())
+    block = default_steps(BANDS - 1, STEPS, size)
     for way in WAYS:
         reason = too_large(way, name, micro)
         if reason:
@@ -210,24 +217,25 @@ def times(
             continue
         try:
             step = step_of(way, name, n, micro)
-            since = time.perf_counter()
             step()  # also what the first step alone does
-            if time.perf_counter() - since < 1:
-                step()
+            since = time.perf_counter()
+            step()
+            long = time.perf_counter() - since > LONG
         except Exception as reason:  # a candidate that cannot is a cell of the table
             if way in ("plain", "ours"):
                 raise
             found[way] = f"fails: {type(reason).__name__}"
         else:
-            steps[way] = step
+            steps[way] = step, 1 if long and way not in ("plain", "ours") else block
     taken: list[dict[str, float]] = []
     start = time.perf_counter()
     while len(taken) < rounds and (not taken or time.perf_counter() - start < budget):
         taken.append({})
-        for way, step in steps.items():
+        for way, (step, turn) in steps.items():
             since = time.perf_counter()
-            step()
-            taken[-1][way] = time.perf_counter() - since
+            for _ in range(turn):
+                step()
+            taken[-1][way] = (time.perf_counter() - since) / turn
     for way in steps:
         found[way] = median(t[way] / (1 if way == "plain" else t["plain"]) for t in taken)
     return found, len(taken)

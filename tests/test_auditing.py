@@ -9,6 +9,8 @@ import pytest
 from scipy import stats
 
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting import bin_bounds
+from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.auditing import bounds, recompute
 from rootnoise.auditing.attack import Attack, Trials, sampler_of, worst_pattern
 from rootnoise.auditing.empirical import distinguish, one_run
@@ -201,6 +203,20 @@ def test_a_true_claim_stands(true):
     assert not seen.refuted
     assert not one_run(true, failure=1e-6).refuted
     assert seen.claimed == true.claimed.epsilon
+
+
+def test_no_attack_on_balls_in_bins_is_above_the_certain_upper_bound():
+    """And the certain lower one is not above it either. An attack on an eighth of the noise is."""
+    who = BallsInBins(6, 4)
+    split = factorize(prefix_sum(24), who, "bsr", bands=2)
+    m = Mechanism("bsr", split.workload, who, split.strategy, 3.0, 1e-5)
+    gram = bin_gram(m.strategy, 6) / (m.noise_multiplier * m.sensitivity.value) ** 2
+    certain = bin_bounds.bounds(gram, m.delta)
+    assert 0 < certain.lower <= certain.upper
+    # A true bound is below it but once in 10**6.
+    assert distinguish(Attack(m, MANY, 0), failure=1e-6).lower_bound <= certain.upper
+    loud = Attack(m, MANY, 0, run=replace(m, noise_multiplier=m.noise_multiplier / 8))
+    assert distinguish(loud, failure=1e-6).lower_bound > certain.upper
 
 
 @pytest.mark.parametrize("name", MECHANISMS)

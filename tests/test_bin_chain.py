@@ -16,9 +16,13 @@ from scipy.stats import norm
 from rootnoise import accounting
 from rootnoise.accounting import MonteCarlo, bin_bounds
 from rootnoise.accounting import bin_chain as chains
+from rootnoise.accounting import bin_series as series
 from rootnoise.accounting.balls_in_bins import bin_gram
-from rootnoise.accounting.bin_bounds import bounds, linked_above, linked_below
-from rootnoise.accounting.bin_chain import Chain, _Lattice, _Law
+from rootnoise.accounting.bin_bounds import bounds
+from rootnoise.accounting.bin_chain import Chain, Lattice
+from rootnoise.accounting.bin_fit import chain_below, chains_above
+from rootnoise.accounting.bin_series import Law
+from rootnoise.accounting.random_allocation import inequality_of_means
 from rootnoise.accounting.run import _search
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
@@ -27,12 +31,16 @@ from rootnoise.workload import prefix_sum
 
 
 def gram_of(chain: Chain) -> np.ndarray:
-    moving = chain.bins - chain.still
+    """Return the products, from what each mean takes of each Z."""
+    moving, q = chain.bins - chain.still, len(chain.heads)
     i = np.arange(moving)
-    gram = chain.linked * chain.decay ** np.abs(i - i[:, None]).astype(float)
-    gram *= i // chain.run == i[:, None] // chain.run
+    takes = np.zeros((moving, moving // q + 2))
+    takes[i, i // q] = np.array(chain.heads)[i % q]
+    takes[i, i // q + 1] = np.array(chain.tails)[i % q]
+    j = np.arange(takes.shape[1])
     whole = np.zeros((chain.bins, chain.bins))
-    whole[:moving, :moving] = gram + chain.alone * np.eye(moving)
+    whole[:moving, :moving] = takes @ chain.decay ** np.abs(j - j[:, None]).astype(float) @ takes.T
+    whole[i, i] += np.array(chain.alone)[i % q]
     return whole
 
 
@@ -52,11 +60,18 @@ def quadrature(chain: Chain, epsilon: float) -> tuple[float, float]:
 
 
 SMALL = [
-    Chain(2, 0.8, 0.6, 0.4, 2),
-    Chain(2, 1.0, 0.3, 0.0, 2),
-    Chain(3, 0.5, 0.8, 0.5, 3),
+    Chain.plain(2, 0.8, 0.6, 0.4),
+    Chain.plain(2, 1.0, 0.3),
+    Chain.plain(3, 0.5, 0.8, 0.5),
+    Chain(2, (0.8,), (0.8,), (0.3,), 0.0),
+    Chain(3, (0.9, 0.6), (0.3, 0.7), (0.4, 0.3), 0.0),
+    Chain(3, (0.5,), (0.6,), (0.2,), 0.5),
 ]
-BROKEN = [Chain(3, 0.8, 0.6, 0.4, 2), Chain(3, 0.8, 0.6, 0.4, 2, still=1)]
+STILL = [
+    Chain.plain(3, 0.8, 0.6, 0.4, still=1),
+    Chain(3, (0.9, 0.6), (0.3, 0.7), (0.4, 0.3), 0.0, still=1),
+    Chain(3, (0.9, 0.6), (0.3, 0.7), (0.0, 0.3), 0.0, still=2),
+]
 
 
 @pytest.mark.parametrize("chain", SMALL, ids=str)
@@ -64,16 +79,16 @@ BROKEN = [Chain(3, 0.8, 0.6, 0.4, 2), Chain(3, 0.8, 0.6, 0.4, 2, still=1)]
 def test_both_directions_are_just_above_quadrature(chain, epsilon):
     """What rounding adds is in the bound; quadrature is right to 3e-3."""
     remove, add = quadrature(chain, epsilon)
-    law = _Law.of(chain, math.exp(epsilon), 1e-5, 1.0, above=True)
+    law = chain.law(math.exp(epsilon), 1e-5, above=True)
     assert remove * (1 - 3e-3) <= law.remove(epsilon) <= remove * 1.02 + 1e-6
-    law = _Law.of(chain, math.exp(-epsilon), 1e-5, 1.0, above=True)
+    law = chain.law(math.exp(-epsilon), 1e-5, above=True)
     assert add * (1 - 3e-3) <= law.add(epsilon) <= add * 1.03 + 1e-6
 
 
-@pytest.mark.parametrize("chain", SMALL + BROKEN, ids=str)
+@pytest.mark.parametrize("chain", SMALL + STILL, ids=str)
 def test_lower_bounds_are_just_below_quadrature(chain):
     for epsilon in (0.3, 1.0):
-        law = _Law.of(chain, 1.01 * math.exp(epsilon), 1e-5, 1.0, above=False)
+        law = chain.law(1.01 * math.exp(epsilon), 1e-5, above=False)
         remove = quadrature(chain, epsilon)[0]
         assert 0.93 * remove - 1e-6 <= law.remove(epsilon) <= remove * (1 + 3e-3)
 
@@ -99,60 +114,89 @@ def test_epsilon_lies_between_and_quadrature_says_so(chain):
 )
 @settings(max_examples=6)
 def test_bounds_are_in_order_for_all_sizes(b, decay, part, own, delta):
-    chain = Chain(b, part * own, decay, (1 - part) * own, b)
-    alone = accounting.gaussian.gaussian_epsilon(own**-0.5, delta)
-    upper = chain.upper(delta, alone, chains.COARSE)
-    lower = chain.lower(delta, min(upper, alone), chains.COARSE)
-    more = replace(chain, linked=1.3 * chain.linked).upper(delta, 2 * alone, chains.COARSE)
-    assert lower <= upper
-    assert lower <= more
-    assert lower <= alone * (1 + 1e-9)
+    linked, alone = part * own, (1 - part) * own
+    for chain, larger in (
+        (Chain.plain(b, linked, decay, alone), Chain.plain(b, 1.3 * linked, decay, alone)),
+        (
+            Chain(b, (linked**0.5 * decay, 0.1), (0.2, decay), (alone, own), 0.0),
+            Chain(b, (linked**0.5 * decay, 0.1), (0.2, 1.3 * decay), (alone, own), 0.0),
+        ),
+    ):
+        longest = float(np.diag(gram_of(chain)).max())
+        known = accounting.gaussian.gaussian_epsilon(longest**-0.5, delta)
+        upper = chain.upper(delta, known, chains.COARSE)
+        lower = chain.lower(delta, min(upper, known), chains.COARSE)
+        assert lower <= upper
+        assert lower <= larger.upper(delta, 2 * known, chains.COARSE)
+        assert lower <= known * (1 + 1e-9)
 
 
 def test_the_add_direction_is_not_forgotten(monkeypatch):
     """It is seldom the larger one: here the other is said to be 0."""
     chain, delta = SMALL[0], 1e-2
-    monkeypatch.setattr(_Law, "remove", lambda self, epsilon: 0.0)
+    monkeypatch.setattr(Law, "remove", lambda self, epsilon: 0.0)
     upper = chain.upper(delta, 6.0)
     assert 0.9 * delta < quadrature(chain, upper)[1] <= delta * (1 + 5e-3)
     assert chain._geometric(upper) >= delta
 
 
-def test_what_is_smoothed_is_taken_back(monkeypatch):
-    monkeypatch.setitem(chains.SMOOTH, False, 0.1)
+@pytest.mark.parametrize("chain", SMALL + STILL, ids=str)
+def test_the_mean_of_the_logarithms_bounds_the_add_direction(chain):
+    """From its variance by the dense products."""
+    gram = gram_of(chain)
+    for epsilon in (0.1, 1.0):
+        found = chain._geometric(epsilon)
+        assert found == pytest.approx(
+            inequality_of_means(epsilon, np.diag(gram).mean(), gram.mean()), rel=1e-9
+        )
+        assert found > quadrature(chain, epsilon)[1] * (1 - 3e-3)
+
+
+@pytest.mark.parametrize("rough", [0.1, 0.3])
+def test_what_is_smoothed_is_taken_back(monkeypatch, rough):
+    """By r^2 times a density: what is above the truth without it is below it, and not by much."""
+    for name in ("SMOOTHEST", "ROUGHEST"):
+        monkeypatch.setattr(series, name, rough)
     exact = quadrature(SMALL[0], 0.5)[0]
-    law = _Law.of(SMALL[0], 2.0, 1e-5, 1.0, above=False)
-    assert law.put(math.exp(0.5)) + 1 - math.exp(0.5) > 1.003 * exact
-    assert law.remove(0.5) < 0.997 * exact
-    # E (R - t)_+ is no more than what is paid for it.
-    r, t = law.smooth / 2, 5 * law.smooth / 2
-    moved = math.exp(0.5) + t
-    slipped = law.put(moved) + 1 - moved - law.remove(0.5)
-    assert 0 < r * (norm.pdf(5) - 5 * norm.sf(5)) < slipped < 2e-6
+    law = SMALL[0].law(math.exp(0.5), 1e-5, above=False)
+    assert law.smooth == pytest.approx(rough * 2 * math.exp(0.5))
+    put = quadrature_put(SMALL[0], math.exp(0.5))
+    plain = replace(law, above=True, mean=1.0, lost=0.0).put(math.exp(0.5))
+    assert plain > put * (1 + rough**2 / 20)
+    assert put - 3 * (plain - put) - 1e-3 * put < law.put(math.exp(0.5)) < put
+    assert law.remove(0.5) < exact * (1 + 3e-3)
 
 
-def test_the_mean_on_the_lattice_is_that_of_its_masses():
-    chain = Chain(5, 1.0, 0.5, 0.7, 5)
-    lattice = _Lattice.of(chain, 1e6, 9.0, 4.0, above=True)
-    wide, law, total = len(lattice.alone), lattice.start, 0.0
-    m = len(law)
-    for _ in range(5):
-        total += sum(law @ lattice.values[j : j + m] * lattice.alone[j] for j in range(wide)) / 5
-        law = law @ lattice.steps
-    assert -1e-10 < total - chain._mean(4.0) <= 1e-14  # the next term of the series
-    assert total < 1 - 1e-6
+def quadrature_put(chain: Chain, strike: float) -> float:
+    """As remove is put + 1 - strike."""
+    return quadrature(chain, math.log(strike))[0] + strike - 1
 
 
-def test_importance_samples_lie_between():
+@pytest.mark.parametrize("chain", [Chain.plain(5, 1.0, 0.5, 0.7), SMALL[4], SMALL[5]], ids=str)
+def test_the_mean_on_the_lattice_is_that_of_its_masses(chain):
+    lattice = Lattice(chain, 9.0, 4.0, above=True)
+    # E S is the derivative of E e^{i w S} at 0, but for w^2 E S^3 / 6.
+    w = 1e-6
+    total = lattice.transform(np.array([w + 0j]), 1e9)[1][0].imag / w / chain.bins
+    assert -1e-7 < total - chain._mean(4.0) <= 1e-7
+    assert chain._mean(4.0) < 1 - 1e-7
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [Chain.plain(20, 1.5, 0.7, 0.8), Chain(20, (1.2, 0.5), (0.5, 1.2), (0.6, 0.6), 0.0)],
+    ids=str,
+)
+def test_importance_samples_lie_between(chain):
     """(1 - K / L)_+ under the mixture: 5 standard errors each way, a false alarm in 1e6."""
-    chain, epsilon = Chain(20, 1.5, 0.7, 0.8, 20), 2.2
+    epsilon = 2.2
     gram, rng, size = gram_of(chain), np.random.default_rng(1), 200_000
     noise = rng.standard_normal((size, 20)) @ np.linalg.cholesky(gram).T
     logs = noise + gram[rng.integers(20, size=size)] - np.diag(gram) / 2
     gain = np.maximum(1 - math.exp(epsilon) / np.exp(logs).mean(axis=1), 0)
     error = 5 * gain.std() / math.sqrt(size)
-    above = _Law.of(chain, math.exp(epsilon), 1e-4, 1.0, above=True).remove(epsilon)
-    below = _Law.of(chain, 1.01 * math.exp(epsilon), 1e-4, 1.0, above=False).remove(epsilon)
+    above = chain.law(math.exp(epsilon), 1e-4, above=True).remove(epsilon)
+    below = chain.law(1.01 * math.exp(epsilon), 1e-4, above=False).remove(epsilon)
     assert below <= gain.mean() + error
     assert above >= gain.mean() - error
     assert below > 0.9 * above
@@ -211,83 +255,144 @@ def test_the_kernels_of_rounding_reproduce_exponentials():
 
 
 def test_a_shift_counts_every_normal_of_a_mean():
-    chain = Chain(4, 1.0, 0.5, 1.0, 4)
-    h = chain._width(1.0)
+    chain = Chain.plain(4, 1.0, 0.5, 1.0)
+    h, fine = chain._width(1.0), chain._fine(0, 1.0)
     assert h == pytest.approx(chains.WIDTH * math.sqrt(2))
-    cubes, fourths = sum(0.125**j for j in range(30)) + 1, sum(0.0625**j for j in range(30)) + 1
-    expected = 2.45 * (h / 2 / math.pi) ** 3 * cubes + h**4 / 960 * fourths + chains.RELATIVE
+    assert fine == pytest.approx(chains.FINE * math.sqrt(2))
+    cubes = h**3 * sum(0.125**j for j in range(30)) + fine**3
+    fourths = h**4 * sum(0.0625**j for j in range(30)) + fine**4
+    expected = 2.45 * cubes / (2 * math.pi) ** 3 + fourths / 960 + chains.RELATIVE
     assert chain._shift(1.0, above=True) == pytest.approx(expected, rel=1e-9)
     assert chain._shift(1.0, above=False) == pytest.approx(
-        2 * h * chains.THETA * 3 + chains.RELATIVE, rel=1e-9
+        2 * chains.THETA * (2 * h + fine) + chains.RELATIVE, rel=1e-9
     )
-    # A slow chain needs a lattice of its short steps.
-    assert Chain(4, 1.0, 0.999, 1.0, 4)._width(1.0) ** 2 * chains.LEAST < 1 - 0.999**2
+    # A slow chain needs a lattice of its short steps, and a short normal one of its own.
+    assert Chain.plain(4, 1.0, 0.999, 1.0)._width(1.0) ** 2 * chains.LEAST < 1 - 0.999**2
+    assert Chain.plain(4, 1.0, 0.5, 1e-4)._fine(0, 1.0) ** 2 * chains.LEAST < 1e-4
+    # A mean of two Z: of the newest takes its tail, of those before what is left of both.
+    pair = Chain(4, (0.3, 0.7), (0.4, 0.2), (1.0, 0.5), 0.5)
+    h = pair._width(1.0)
+    sums = [
+        h * (new + sum(old * 0.5**k for k in range(60))) + pair._fine(u, 1.0)
+        for u, (new, old) in enumerate([(0.4, 0.3 + 0.5 * 0.4), (0.2, 0.7 + 0.5 * 0.2)])
+    ]
+    assert pair._shift(1.0, above=False) == pytest.approx(
+        2 * chains.THETA * max(sums) + chains.RELATIVE, rel=1e-9
+    )
 
 
-def paths(lattice: _Lattice, length: int, top: float) -> list[tuple[float, float]]:
-    """Return (sum, chance) of all paths whose values are all below the top."""
-    m, wide = len(lattice.start), len(lattice.alone)
-    found = []
-    for states in itertools.product(range(m), repeat=length):
+def paths(lattice: Lattice, length: int, top: float) -> list[tuple[complex, float]]:
+    """Return (sum, chance) of all paths of so many means whose values are all below the top."""
+    chain, m, found = lattice.chain, len(lattice.start), []
+    q = len(chain.heads)
+    blocks = -(-length // q)
+    for states in itertools.product(range(m), repeat=blocks + 1):
         chance = lattice.start[states[0]]
         for one, other in itertools.pairwise(states):
             chance = chance * lattice.steps[one, other]
-        for shifts in itertools.product(range(wide), repeat=length):
-            values = [lattice.values[i + j] for i, j in zip(states, shifts, strict=True)]
-            if max(values) < top:
-                weight = chance * math.prod(lattice.alone[j] for j in shifts)
-                found.append((sum(values), weight))
+        laws = []
+        for i in range(length):
+            load, (a, b) = chain._load(i % q), states[i // q : i // q + 2]
+            if load not in lattice.terms:  # a mirrored one
+                load, a, b = (load[1], load[0], load[2]), b, a
+            term = lattice.terms[load]
+            row = a * m + b if len(term.shape) == 2 else a
+            width = term.masses.shape[1]
+            if term.mix is None:
+                laws.append(
+                    [(term.values[term.first[row] + j], term.masses[row, j]) for j in range(width)]
+                )
+            else:
+                weights = np.zeros(len(term.values))
+                near = term.mix[[row], :].toarray()[0]
+                for point in np.flatnonzero(near):
+                    place = term.first[point]
+                    weights[place : place + width] += near[point] * term.masses[point]
+                laws.append(list(zip(term.values, weights, strict=True)))
+        for drawn in itertools.product(*laws):
+            if max(value for value, _ in drawn) < top:
+                weight = chance * math.prod(mass for _, mass in drawn)
+                found.append((sum(value for value, _ in drawn), weight))
     return found
 
 
-def test_transforms_are_sums_over_paths():
-    lattice = _Lattice.of(Chain(3, 1.0, 0.5, 0.6, 3), 4.0, 1.5, 12.0, above=True)
+@pytest.mark.parametrize(
+    ("chain", "length", "coarse"),
+    [
+        (Chain.plain(2, 1.0, 0.5, 0.6), 2, 12.0),
+        (Chain(2, (0.8,), (0.5,), (0.0,), 0.3), 2, 12.0),
+        (Chain(3, (0.8, 0.5), (0.5, 0.8), (0.0, 0.0), 0.0), 3, 12.0),
+        (Chain(1, (0.8, 0.5), (0.5, 0.8), (0.7, 0.7), 0.0), 1, 12.0),
+    ],
+    ids=str,
+)
+def test_transforms_are_sums_over_paths(chain, length, coarse):
+    lattice = Lattice(chain, 1.5, coarse, above=True)
     w = np.array([0.0, 0.4, 1.3])
-    errors, found = lattice.transform(w.astype(complex), 4.0, [3, 1])
-    for row, length in enumerate((3, 1)):
-        sums, weights = np.array(paths(lattice, length, 4.0)).T
-        expected = np.exp(1j * np.outer(w, sums)) @ weights
-        np.testing.assert_allclose(found[row], expected, atol=1e-13)
-    assert errors[0] == 3 * errors[1] > 3 * 128 * 2.0**-53
-    grown = lattice.transform(-1j * w, 4.0, [3])[1][0].real
-    sums, weights = np.array(paths(lattice, 3, 4.0)).T
+    error, found = lattice.transform(w.astype(complex), 4.0)
+    sums, weights = np.array(paths(lattice, length, 4.0)).T
+    np.testing.assert_allclose(found, np.exp(1j * np.outer(w, sums)) @ weights, atol=1e-13)
+    assert 1e-9 > error > length * 128 * 2.0**-53
+    grown = lattice.transform(-1j * w, 4.0)[1].real
     np.testing.assert_allclose(grown, np.exp(np.outer(w, sums)) @ weights, rtol=1e-12)
 
 
-def test_a_long_chain_becomes_steady_and_what_is_left_is_paid_for(monkeypatch):
-    lattice = _Lattice.of(Chain(400, 1.0, 0.6, 0.4, 400), 600.0, 8.0, 3.0, above=True)
+def test_means_between_points_are_polynomials_through_them():
+    """What `_between` says that it errs by, for the worst g that there is at each x."""
+    x = np.random.default_rng(0).uniform(-3, 5, 400)
+    for root in (0.3, 1.0):
+        points, mix = chains._between(x, chains.STEP * root)
+        for shift in (0.0, 0.7 * root):  # g = 1 above: the mean is a distribution function
+            found = mix @ norm.cdf((points - shift) / root)
+            assert np.abs(found - norm.cdf((x - shift) / root)).max() < 64 * 2.0**-53
+    assert 0.22 * chains.STEP**8 < 64 * 2.0**-53
+    wide = chains._between(x, 0.3)
+    error = np.abs(wide[1] @ norm.cdf(wide[0]) - norm.cdf(x)).max()
+    assert 1e-9 < error < 0.22 * 0.3**8
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        Chain.plain(400, 1.0, 0.6, 0.4),
+        Chain(401, (0.8, 0.5), (0.5, 0.8), (0.7, 0.7), 0.0),
+    ],
+    ids=str,
+)
+def test_a_long_chain_becomes_steady_and_what_is_left_is_paid_for(monkeypatch, chain):
+    lattice = Lattice(chain, 8.0, 5.0, above=True)
     w = np.linspace(0, 0.05, 12).astype(complex)
-    errors, quick = lattice.transform(w, 600.0, [400, 250])
+    error, quick = lattice.transform(w, 600.0)
     monkeypatch.setattr(chains, "STEADY", -1.0)
-    plain, slow = lattice.transform(w, 600.0, [400, 250])
-    assert np.abs(quick - slow).max() <= errors.min() < 1e-10
-    assert np.all(errors > plain)
+    plain, slow = lattice.transform(w, 600.0)
+    assert np.abs(quick - slow).max() <= error < 1e-9
+    assert error > plain
     monkeypatch.setattr(chains, "STEADY", 1e-3)
-    errors, early = lattice.transform(w, 600.0, [400, 250])
-    assert np.all(np.abs(early - slow).max(axis=1) <= errors)
-    assert errors[0] > 1e-3
+    error, early = lattice.transform(w, 600.0)
+    assert np.abs(early - slow).max() <= error
+    assert error > 1e-5
 
 
 @pytest.mark.parametrize("strike", [0.6, 1.5, 3.0])
 def test_one_series_gives_the_puts_of_a_log_normal(strike):
     """One mean, alone: the formula of Black and Scholes."""
-    chain = Chain(1, 0.9, 0.5, 0.0, 1)
+    chain = Chain.plain(1, 0.9, 0.5)
     root = math.sqrt(0.9)
     d = (math.log(strike) + 0.45) / root
     exact = strike * norm.cdf(d) - norm.cdf(d - root)
-    above = _Law.of(chain, strike, 1e-6, 1.0, above=True).put(strike)
-    below = _Law.of(chain, strike, 1e-6, 1.0, above=False).put(strike)
+    above = chain.law(strike, 1e-6, above=True).put(strike)
+    below = chain.law(strike, 1e-6, above=False).put(strike)
     assert exact < above < exact * 1.01
-    assert 0.99 * exact < below
+    assert 0.99 * exact < below < exact
     for law_above in (True, False):
-        law = _Law.of(chain, strike, 1e-6, 1.0, above=law_above)
+        law = chain.law(strike, 1e-6, above=law_above)
         assert law.put(0.0) == 0
 
 
 def test_each_error_of_a_law_is_paid_for():
-    chain, more, strike = Chain(3, 0.5, 0.8, 0.5, 3), 1e-4, 1.5
-    above = _Law.of(chain, strike, 1e-5, 1.0, above=True)
-    below = _Law.of(chain, strike, 1e-5, 1.0, above=False)
+    chain, more, strike = Chain.plain(3, 0.5, 0.8, 0.5), 1e-4, 1.5
+    above = chain.law(strike, 1e-5, above=True)
+    below = chain.law(strike, 1e-5, above=False)
     for name, law, sign, least in (
         ("error", above, 1, strike / 4 * more),
         ("lost", above, 1, strike * more),
@@ -303,18 +408,24 @@ def test_each_error_of_a_law_is_paid_for():
 
 
 def test_what_lies_beyond_the_period_is_bounded():
-    """By samples: three means seldom add up to more than six times the largest strike."""
-    chain = Chain(3, 0.5, 0.8, 0.5, 3)
+    """By samples: three means seldom add up to more than so many times the largest strike."""
+    chain = Chain.plain(3, 0.5, 0.8, 0.5)
+    rng = np.random.default_rng(0)
+    logs = rng.standard_normal((10**6, 3)) @ np.linalg.cholesky(gram_of(chain)).T - 0.5
+    values = np.exp(logs)
     for room in (1.2, 2.0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(chains.ROOM, False, room)
-            law = _Law.of(chain, 1.5, 1e-5, 1.0, above=False)
-        rng = np.random.default_rng(0)
-        logs = rng.standard_normal((10**6, 3)) @ np.linalg.cholesky(gram_of(chain)).T - 0.5
-        values = np.exp(logs)
+            patch.setattr(series, "ROOMS", (room,))
+            law = chain.law(1.5, 1e-5, above=False)
+        assert law.period == pytest.approx(room * 4.5 + 2 * series.FAR * law.smooth)
         beyond = (values.max(axis=1) < 4.5) & (values.sum(axis=1) >= room * 4.5)
-        assert beyond.mean() <= law.beyond < 1
-        assert law.beyond > 1e-6
+        assert 0 < beyond.mean() <= law.beyond < 1
+    # The first period that costs a little part of delta, over the strike, is taken.
+    law = chain.law(1.5, 1e-5, above=False)
+    assert law.beyond <= 1e-3 * 1e-5 / 1.5
+    # And a chain so strong that its sums overflow is bounded by a short one of the tilts, or by 1.
+    strong = Chain.plain(3000, 20.0, 0.9)
+    assert 0 < strong.law(1.5, 1e-5, chains.COARSE, above=False).beyond <= 1
 
 
 # ------------------------------------------------------------------------------- any Gram matrix
@@ -326,27 +437,36 @@ def test_chains_lie_entrywise_on_their_side(b, epochs, bands, epsilon):
     who = BallsInBins(b, epochs)
     n = b * epochs
     gram = bin_gram(factorize(prefix_sum(n), who, "bsr", bands=min(bands, n)).strategy, b)
-    chain = linked_above(gram, epsilon)
-    if chain is not None:
-        assert chain.run == chain.bins
+    for chain in chains_above(gram, epsilon):
         assert chain.still == 0
         larger = gram_of(chain) * (1 + 1e-9) + 1e-12
         for start in range(b):  # every row of so many neighbours in the circle
             i = (start + np.arange(chain.bins)) % b
             assert np.all(gram[np.ix_(i, i)] <= larger)
-    chain = linked_below(gram, epsilon)
-    if chain is not None:
-        assert chain.bins == b
-        assert np.all(gram_of(chain) <= gram * (1 + 1e-9) + 1e-12)
+    found = chain_below(gram, epsilon)
+    if found is not None:
+        assert found.bins == b
+        assert np.all(gram_of(found) <= gram * (1 + 1e-9) + 1e-12)
+
+
+def test_two_bands_are_a_chain_of_their_own():
+    """Each mean takes of two Z, and has the product of two bands with the next, no more."""
+    gram = np.eye(12) + 0.4 * (np.eye(12, k=1) + np.eye(12, k=-1))
+    ring = gram.copy()
+    ring[0, -1] = ring[-1, 0] = 0.4
+    np.testing.assert_allclose(gram_of(chain_below(ring, 1.0)), gram, atol=1e-6)
+    blocks = chains_above(ring, 1.0)[1]
+    np.testing.assert_allclose(gram_of(blocks), gram[:11, :11], atol=2e-3)
 
 
 def test_bins_without_neighbours_or_gaps_are_left_to_other_bounds():
-    assert linked_above(np.eye(5), 1.0) is None
-    assert linked_above(np.eye(3) + 1, 1.0).bins == 2
-    assert linked_above(np.eye(2) + 1, 1.0) is None
-    assert linked_above(np.ones((5, 5)), 1.0) is None
-    assert linked_below(np.eye(1), 1.0) is None
-    assert linked_below(np.eye(3) - 0.1, 1.0) is None
+    assert chains_above(np.eye(5), 1.0) == []
+    assert [chain.bins for chain in chains_above(np.eye(3) + 1, 1.0)] == [2, 2]
+    assert chains_above(np.eye(2) + 1, 1.0) == []
+    assert chains_above(np.ones((5, 5)), 1.0) == []
+    assert chain_below(np.eye(1), 1.0) is None
+    assert chain_below(np.eye(3) - 0.1, 1.0) is None
+    assert chain_below(np.eye(3), 1.0) is None
 
 
 @pytest.mark.parametrize("bands", [2, 4])
@@ -437,15 +557,23 @@ def test_no_mean_of_a_chain_is_shorter_than_one_of_those_that_it_bounds():
     gram = np.eye(6)
     for i in range(6):
         gram[i, (i + 1) % 6] = gram[(i + 1) % 6, i] = 0.02 * (1 - 5e-10)
-    chain = linked_above(gram, 1.0)
-    assert chain.alone == 0
-    assert chain.linked + chain.alone >= 1
-    assert chain.linked * chain.decay >= gram[0, 1]
+    plain, blocks = chains_above(gram, 1.0)
+    assert plain.alone == (0.0,)
+    assert plain.heads[0] ** 2 >= 1 - 1e-15
+    assert plain.heads[0] ** 2 * plain.decay >= gram[0, 1]
+    for chain in (plain, blocks):
+        assert np.diag(gram_of(chain)).min() >= 1 - 1e-15
+    # Whose means take all of their length from the Z are longer rather than shorter.
+    full = np.eye(9) + 0.5 * (np.eye(9, k=1) + np.eye(9, k=-1))
+    full[0, -1] = full[-1, 0] = 0.5
+    blocks = chains_above(full, 1.0)[1]
+    assert 1 <= np.diag(gram_of(blocks)).max() < 1.01
+    assert blocks.alone[0] >= 1e-3
 
 
 def test_what_is_no_number_bounds_nothing(monkeypatch):
     assert chains._least(lambda epsilon: math.nan, 1e-5, 0.0, 3.0) == math.inf
-    monkeypatch.setattr(_Law, "put", lambda self, strike: math.nan)
+    monkeypatch.setattr(Law, "put", lambda self, strike: math.nan)
     assert SMALL[0].upper(1e-3, 6.0) == math.inf
     assert SMALL[0].lower(1e-3, 6.0) == 0
 
@@ -472,7 +600,7 @@ def test_strategies_of_equal_magnitudes_share_no_bounds():
 
 def test_rounding_is_paid_for_where_the_parts_of_a_term_cancel():
     """A wave that is long compared with the strike, to 40 digits."""
-    law = _Law.of(SMALL[0], 1.5, 1e-5, 1.0, above=True)
+    law = SMALL[0].law(1.5, 1e-5, above=True)
     for w in (1e-2, 1e-4, 1e-6):
         one = replace(
             law,
@@ -483,7 +611,7 @@ def test_rounding_is_paid_for_where_the_parts_of_a_term_cancel():
         )
         with mpmath.workdps(40):
             k = mpmath.mpf(1.5) * 2
-            u = k + chains.FAR * mpmath.mpf(law.smooth)
+            u = k + series.FAR * mpmath.mpf(law.smooth)
             e = mpmath.expj(w * u)
             part = u * e / (1j * mpmath.mpf(w)) + (e - 1) / mpmath.mpf(w) ** 2
             term = mpmath.expj(-w * k) * part * mpmath.mpc(0.7, 0.2)

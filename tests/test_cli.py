@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,14 +12,15 @@ import pytest
 
 import oracle
 import rootnoise
+from rootnoise.accounting import Trials, tuned_noise_multiplier, tuned_privacy_cost
 from rootnoise.cli import main
 from rootnoise.cli._report import text
 from rootnoise.factorization import factorize, mechanisms
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import FixedCycle
+from rootnoise.participation import FixedCycle, SingleParticipation
 from rootnoise.workload import prefix_sum
 
-COMMANDS = ("plan", "factorize", "account", "diagnose", "train", "audit", "demo")
+COMMANDS = ("plan", "factorize", "account", "diagnose", "train", "tune", "audit", "demo")
 
 
 def run(capsys, *arguments):
@@ -125,6 +127,37 @@ def test_account_to_rho_and_mu(capsys):
     assert account(capsys, "--noise-multiplier", "2")["rho"] == 0.125
 
 
+def test_account_of_the_best_of_several_trials(capsys, tmp_path):
+    """A file of a tuning brings its trials along: its price cannot be left out."""
+    for shape, words in ((1.0, ()), (math.inf, ("--trials-shape", "poisson"))):
+        trials = Trials(10, shape)
+        few = ("--trials", "10", *words)
+        found = account(capsys, "--noise-multiplier", "2", *few)
+        whole = tuned_privacy_cost(SingleParticipation(), 1, 2.0, 1e-5, trials)
+        assert (found["epsilon"], found["method"]) == (whole.epsilon, whole.method)
+        assert (found["epsilon_exact"], found["mu"], found["rho"]) == (False, None, None)
+        assert ", of the best of several trials and nothing else; noise" in found["claim"]
+        back = account(capsys, "--epsilon", "3", *few)
+        assert back["noise_multiplier"] == tuned_noise_multiplier(
+            SingleParticipation(), 1, 3.0, 1e-5, trials
+        )
+        cycle = FixedCycle(6, 4)
+        split = factorize(prefix_sum(24), cycle, "bsr")
+        made = Mechanism.calibrate(split, cycle, epsilon=3, delta=1e-5, trials=trials)
+        path = tmp_path / f"{shape}.json"
+        made.save(path)
+        sigma = f"{made.noise_multiplier!r}"
+        for flags in ((), few):
+            own = ("--noise-multiplier", sigma, "--mechanism-file", str(path), *flags)
+            assert account(capsys, *own)["epsilon"] == made.epsilon
+        line = f"{ACCOUNT} --epsilon 1 --mechanism-file {path} --trials 9"
+        status, _, err = run(capsys, *line.split())
+        assert status == 2
+        assert err.startswith(f"error: trials must be the file's, {trials}, or left out, got trunc")
+    plain = account(capsys, "--noise-multiplier", "2")
+    assert "trials" not in plain["claim"]
+
+
 def test_account_of_random_steps_takes_a_strategy_from_a_file(capsys, tmp_path):
     cycle = FixedCycle(6, 4)
     bsr = factorize(prefix_sum(24), cycle, "bsr")
@@ -190,6 +223,13 @@ REFUSALS = {
     + "--epsilon 1 --min-sep 2 --groups 2 --sampling-probability 0.1 --steps 4": "groups must be 1",
     ACCOUNT + "--epsilon 1 --bins 2 --steps 4 --samples 10": "samples must be >= 1000, got 10",
     ACCOUNT + "--epsilon 1 --mechanism-file /none": "path must be readable, got /none",
+    ACCOUNT + "--epsilon 1 --trials 0": "trials: mean must be a finite number >= 1.01",
+    ACCOUNT + "--epsilon 1 --trials 2 --trials-shape x": "trials: shape must be a number, got 'x'",
+    ACCOUNT + "--epsilon 1 --trials-shape 1": "trials-shape must come with --trials, got 1 alone",
+    ACCOUNT + "--mu 1 --trials 2": "rho and mu must be left out with trials, which have neither",
+    ACCOUNT + "--rho 1 --trials 2": "rho and mu must be left out with trials, which have neither",
+    ACCOUNT
+    + "--epsilon 1 --trials 2 --bins 2 --steps 4": "participation must have steps that are not ran",
     ACCOUNT + "--epsilon -1": "epsilon must be a finite number > 0, got -1.0",
     ACCOUNT + "--epsilon nan": "epsilon must be a finite number > 0, got nan",
     ACCOUNT + "--noise-multiplier 0": "noise_multiplier must be a finite number > 0, got 0.0",

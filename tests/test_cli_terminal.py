@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,6 +15,7 @@ import sys
 import termios
 
 import pytest
+from rich.console import Console
 
 from rootnoise.cli import _progress, _report, main
 from rootnoise.factorization import mechanisms
@@ -79,6 +81,20 @@ def test_no_epsilon_is_shown_where_none_is_claimed(tmp_path):
     assert not any("epsilon" in line for line in shown)
 
 
+def test_secret_trials_show_neither_time_nor_count(monkeypatch):
+    shown = io.StringIO()
+
+    def console(**_):
+        return Console(file=shown, force_terminal=True, width=80)
+
+    monkeypatch.setattr(_progress, "Console", console)
+    with _progress.waiting("private trials", quiet=False):
+        pass
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    assert "private trials" in text
+    assert not re.search(r"\d", text)
+
+
 def test_a_bar_says_what_it_was_told_and_before_that_the_accuracy():
     seen = []
     bar = _progress.Steps(lambda *step: seen.append(step), shown=True)
@@ -93,6 +109,7 @@ def test_a_bar_says_what_it_was_told_and_before_that_the_accuracy():
     ("words", "offered"),
     [
         ("rootnoise pre", {"predict"}),
+        ("rootnoise tune --tri", {"--trials", "--trials-shape"}),
         ("rootnoise train --conf", {"--config"}),
         ("rootnoise train --mo", {"--model", "--momentum"}),
         ("rootnoise plan --ht", {"--html"}),

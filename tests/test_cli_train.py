@@ -13,10 +13,12 @@ import pytest
 
 from commands import refused
 from rootnoise.cli.train import train
+from rootnoise.cli.tune import tune
 from rootnoise.runs import demo as demo_module
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run, stored
 from rootnoise.runs.settings import resuming
+from rootnoise.runs.tuning import TUNED
 
 BASE = ["--dataset", "digits", "--model", "logistic", "--batch-size", "200", "--epochs", "2"]
 PRIVATE = [*BASE, "--epsilon", "4"]
@@ -210,13 +212,18 @@ def test_a_disk_that_fills_up_names_the_command_that_goes_on(call, tmp_path, mon
     assert call("audit", out)[0] == 0
 
 
-def test_defaults_are_those_of_the_library():
-    options = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+@pytest.mark.parametrize("command", [train, tune])
+def test_defaults_are_those_of_the_library(command):
+    options = {name: p.default for name, p in inspect.signature(command).parameters.items()}
     for field in dataclasses.fields(RunConfig):
-        assert options[field.name] == field.default, field.name
+        if field.name == "tuning":
+            continue
+        text = command is tune and field.name in TUNED  # of one or several values
+        found = float(options[field.name]) if text else options[field.name]
+        assert found == field.default, field.name
 
 
-@pytest.mark.parametrize("command", ["train", "demo"])
+@pytest.mark.parametrize("command", ["train", "tune", "demo"])
 def test_help_explains(call, command):
     status, out, err = call(command, "--help")
     assert (status, err) == (0, "")

@@ -27,7 +27,7 @@ from rootnoise.training.clip.bounds import (
     gram_squares,
     single,
 )
-from rootnoise.training.clip.layers import Products
+from rootnoise.training.clip.products import Products
 
 
 def worst(a: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ def test_float32_products_make_no_norm_too_small(
         a = a * (1 + 10**cancel * torch.randn(a.shape, generator=source))
         g = g * (1 + 10**cancel * torch.randn(g.shape, generator=source))
         score = worst(a, g)
-        assert single(a, g)
+        assert single(a, g, tokens)
         assert (score <= 0).all()
         best = int(score.argmax())
         a, g = a[best].expand(8, *a.shape[1:]), g[best].expand(8, *g.shape[1:])
@@ -159,7 +159,8 @@ def test_float32_products_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -
             total = Sum(torch.empty(22500, dtype=torch.float64))
             with torch.autocast("cpu", torch.bfloat16, enabled=cast):
                 squares = gram_squares(a, g, True, False)
-                add_each_(total, a, g, None, torch.ones(2).double(), squares)
+                make = Products(nn.Linear(150, 150), ["weight"]).maker(a, g)
+                add_each_(total, make, None, torch.ones(2).double(), squares)
             found.append(torch.cat([squares, total.vector]))
     finally:
         torch.set_float32_matmul_precision(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import types
 import warnings
 
 import pytest
@@ -61,6 +62,40 @@ def check(model: nn.Module, *inputs: torch.Tensor) -> None:
         ours.add(Flat(clip))
         expected = ((clip / norms).clamp(max=1)[:, None] * truth).sum(0)
         assert (ours.finish()[0] - expected).norm() <= 1e-3 * expected.norm()
+
+
+def doubled(layer: nn.Module, *args: torch.Tensor) -> torch.Tensor:
+    """Return twice what a layer's class returns, as a library's hook would change it."""
+    out = type(layer).forward(layer, *args)
+    whole: torch.Tensor = out[0] if isinstance(out, tuple) else out
+    return 2.0 * whole
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Embedding", "LayerNorm", "Bilinear"])
+def test_a_layer_whose_forward_was_replaced_is_run_again(kind: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5, 4, 6, generator=generator)
+    layer: nn.Module = {
+        "Linear": lambda: nn.Linear(6, 3),
+        "Conv1d": lambda: nn.Conv1d(4, 3, 2),
+        "Embedding": lambda: nn.Embedding(7, 3),
+        "LayerNorm": lambda: nn.LayerNorm(6),
+        "Bilinear": lambda: nn.Bilinear(6, 6, 2),
+    }[kind]()
+    layer.forward = types.MethodType(doubled, layer)
+    inputs = (x, x.flip(0)) if kind == "Bilinear" else (x,)
+    if kind == "Embedding":
+        inputs = (torch.randint(7, (5, 4), generator=generator),)
+    check(layer, *inputs)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.MultiheadAttention])
+def test_a_replaced_forward_of_a_sequence_is_never_replaced_again(kind: type[nn.Module]) -> None:
+    layer = kind(6, 2, batch_first=True)
+    layer.forward = types.MethodType(doubled, layer)
+    x = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(2))
+    inputs = (x,) if kind is nn.LSTM else (x, x, x)
+    check(layer, *inputs)
 
 
 def test_a_layer_that_cannot_run_all_examples_at_once() -> None:

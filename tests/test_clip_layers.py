@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from rootnoise import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clip.layers import Convolution
+from rootnoise.training.clip.convolutions import Convolution
 from test_clip_engine import First, check, private
 
 KINDS = ("embedding", "bag", "layer", "rms", "group", "instance", "prelu", "attention", "lstm")

@@ -33,8 +33,25 @@ KEY = Key.from_seed(1)
 # ------------------------------------------------------------------------ what one record can move
 
 
-def place(model, clip):
-    return Copies(privatize(model, "sum"), Ranks(), clip)
+class Two(Ranks):
+    """The last of two ranks, whose other one holds nothing; or the first, without noise."""
+
+    def __init__(self, noise=True):
+        super().__init__()
+        self.rank, self.size = int(noise), 2
+
+    def span(self, n):
+        return (0, n) if self.rank else (0, 0)
+
+    def add_(self, total):
+        """Add the other one's, which is zero; whole numbers alone add up exactly."""
+        assert torch.equal(total, total.round())
+
+
+def place(model, clip, ranks=None):
+    copies = Copies(privatize(model, "sum"), ranks or Ranks(), clip)
+    copies._dtype = torch.float64  # so that a mean shows every bit of its sum
+    return copies
 
 
 def units(copies, x, g, cuts=()):
@@ -45,7 +62,7 @@ def units(copies, x, g, cuts=()):
         copies.take(len(a))
         copies._module.discard()
     size = sum(copies._sizes)
-    total, _ = copies.noised_sum(0, torch.zeros(size), 0)
+    total, _ = copies.noised_mean(0, torch.zeros(size), 0, 1)
     whole = [int(v) for v in (total / copies._clip.grid).tolist()]
     assert whole == (total / copies._clip.grid).tolist()
     return np.array(whole, dtype=object)
@@ -114,21 +131,36 @@ def test_gradients_of_any_size(norm):
         assert moved(copies, x, g, 0) == 0
 
 
-@pytest.mark.parametrize("alone", [True, False], ids=["all of the noise", "none of it"])
+@pytest.mark.parametrize("ranks", [Ranks(), Two(), Two(noise=False)], ids=["one", "last", "first"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gradient_never_lies_where_the_next_sum_is_made(alone, dtype):
+def test_a_gradient_never_lies_where_the_next_sum_is_made(ranks, dtype):
     """Else the raw sum would stand in it; a rank of several may draw none of the noise."""
-    copies = place(nn.Linear(2, 3, bias=False).to(dtype), Clip.fit(1.0, 2, 1.0))
+    model = nn.Linear(2, 3, bias=False).to(dtype)
+    copies = Copies(privatize(model, "sum"), ranks, Clip.fit(1.0, 2, 1.0))
     x = torch.ones(2, 2, dtype=dtype)
     for _ in range(2):
-        total, _ = copies.noised_sum(0, torch.ones(6 if alone else 0), 0)
-        copies.write(total)
+        drawn = ranks.span(6)[1]
+        mean, _ = copies.noised_mean(0, torch.ones(drawn), 0, 1)
+        assert mean.tolist() == [float(drawn > 0)] * 6
+        copies.write(mean)
         before = [p.grad.clone() for p in copies._parameters.values()]
         copies._module(x).sum().backward()
         copies.take(2)
         after = [p.grad for p in copies._parameters.values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert {p.grad.dtype for p in copies._parameters.values()} == {dtype}
         copies.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gradient_has_its_parameters_digits(dtype):
+    """In the memory of float32 noise it would have no more than those."""
+    model = nn.Linear(1, 4, bias=False).to(dtype)
+    copies = Copies(privatize(model, "sum"), Ranks(), Clip.fit(1.0, 2, 1.0))
+    third = torch.full((4,), 1 / 3)
+    copies.write(copies.noised_mean(0, third.clone(), 0, 7)[0])
+    gradient = torch.cat([p.grad for p in copies._parameters.values() if p.grad is not None])
+    assert torch.equal(gradient[:, 0], (third.double() / 7).to(dtype))
 
 
 def test_many_rows_of_one_direction():
@@ -157,15 +189,16 @@ def test_rounding_to_the_grid_is_paid_for():
         place(nn.Linear(1, d, bias=False), Clip(1.0, 2.0**-9))
 
 
-def test_ranks_and_noise_add_up_exactly():
+@pytest.mark.parametrize("ranks", [Ranks(), Two()], ids=["one", "two"])
+def test_ranks_and_noise_add_up_exactly(ranks):
     rng = np.random.default_rng(1)
     x, g = (rng.normal(size=(8, 2, n)).astype(np.float32) for n in (5, 7))
     clip = Clip.fit(1.0, 8, 2.0)
-    copies = place(nn.Linear(5, 7), clip)
+    copies = place(nn.Linear(5, 7), clip, ranks)
     noise = torch.from_numpy(rng.normal(size=42)).float()
     exact = units(copies, x, g)
     (copies._module(torch.from_numpy(x)) * torch.from_numpy(g)).sum().backward()
-    noised, bad = copies.noised_sum(8, noise, 0)
+    noised, bad = copies.noised_mean(8, noise, 0, 1)
     assert bad == 0
     expected = [
         int(s) + round(Fraction(z) / Fraction(clip.grid))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from itertools import product
 
@@ -204,6 +205,9 @@ def test_amplification_wins_at_small_epsilon_only():
     assert ratio > 1.01
     assert diagnose(make(work, CYCLE, epsilon=8), batch_size=16, n_examples=256) == []
     assert diagnose(dpsgd, batch_size=16, n_examples=256) == []
+    tuned = dataclasses.replace(ours, trials=accounting.Trials(10))  # no trials of random steps
+    names = {finding.name for finding in diagnose(tuned, batch_size=16, n_examples=256)}
+    assert "amplification-would-win" not in names
 
 
 # --------------------------------------------------------------------------------------- refusals

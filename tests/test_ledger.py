@@ -348,3 +348,23 @@ def test_a_full_disk_stops_the_run(tmp_path, monkeypatch):
     with pytest.raises(RootnoiseError, match=r"^ledger file must be writable, got a full disk at "):
         ledger.admit(1, [1])
     assert ledger.t == 1
+
+
+def test_the_file_can_be_written_afterwards_from_the_same_batches(tmp_path):
+    batches = [[0, 5], [], [1, 2, 3], [4]]
+    ledger = Ledger(MinSeparation(3, 2), 6)
+    for t, batch in enumerate(batches):
+        ledger.admit(t, batch)
+    arrays = [np.array(batch, dtype=np.int64) for batch in batches]
+    path = tmp_path / "ledger.bin"
+    ledger.write_again(path, arrays)
+    assert replayed(path) == batches
+    assert path.stat().st_mode & 0o777 == 0o600
+    header = json.loads(path.read_bytes().splitlines()[0])
+    assert digest_of(path, bytes.fromhex(header["salt"])) == ledger.digest
+    for others in (arrays[:-1], [*arrays, arrays[0]], [*arrays[:-1], np.array([3])]):
+        (tmp_path / "other").unlink(missing_ok=True)
+        with pytest.raises(RootnoiseError, match=r"^batches must be those of the 4 steps that wer"):
+            ledger.write_again(tmp_path / "other", others)
+    with pytest.raises(RootnoiseError, match=r"^ledger file must be new and writable"):
+        ledger.write_again(path, arrays)

@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^(?:```(?P<language>\w*)|<!-- given)\n(?P<text>.*?)^(?:```|
 # Code that is refused, and the line that refuses it, wherever the page breaks it.
 RAISES = re.compile(r"^<!-- raises\n(?P<code>.*?)^-->\n```text\n(?P<line>.*?)^```$", re.M | re.S)
 # Too slow to run here, or in need of a folder that no page makes: tested elsewhere, parsed here.
-PARSED = {"audit", "bench", "demo", "epoch-scaled", "plan", "reproduce"}
+PARSED = {"audit", "bench", "demo", "epoch-scaled", "plan", "reproduce", "tune"}
 # Shows as much in less time: of two equal options the last one counts.
 SHORTER = {"train": ["--epochs", "1"], "factorize": ["--effort", "none"]}
 

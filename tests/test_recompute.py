@@ -120,7 +120,9 @@ def test_streaming_by_blocks_is_the_map():
 @pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
 def test_integration_agrees_with_the_analytic_gaussian(sigma, delta):
     cost = privacy_cost(SingleParticipation(), 9, sigma, delta)
-    m = SimpleNamespace(noise_multiplier=sigma, participation=SingleParticipation(), n_steps=9)
+    m = SimpleNamespace(
+        noise_multiplier=sigma, participation=SingleParticipation(), n_steps=9, trials=None
+    )
     (found,) = recompute.epsilon_ranges(m, {delta: cost.epsilon})
     assert found.low == pytest.approx(cost.epsilon, rel=1e-8)
     assert found.holds(cost.epsilon, 1e-8)
@@ -146,7 +148,7 @@ def test_epsilon_is_rounded_to_the_private_side(sigma, delta):
 def test_convolution_agrees_with_dp_accounting(q, n, groups, sigma):
     p = CyclicPoisson(groups, q)
     claimed = {delta: privacy_cost(p, n, sigma, delta).epsilon for delta in (1e-3, 1e-5, 1e-7)}
-    m = SimpleNamespace(noise_multiplier=sigma, participation=p, n_steps=n)
+    m = SimpleNamespace(noise_multiplier=sigma, participation=p, n_steps=n, trials=None)
     for (_, epsilon), found in zip(
         claimed.items(), recompute.epsilon_ranges(m, claimed), strict=True
     ):
@@ -171,7 +173,7 @@ def test_balls_in_bins_lie_between_plain_samples_and_no_amplification(name):
 def test_a_probability_of_one_is_composition():
     p = CyclicPoisson(1, 1.0)
     exact = privacy_cost(SingleParticipation(), 9, 4.0 / math.sqrt(9), 1e-5).epsilon
-    m = SimpleNamespace(noise_multiplier=4.0, participation=p, n_steps=9)
+    m = SimpleNamespace(noise_multiplier=4.0, participation=p, n_steps=9, trials=None)
     (found,) = recompute.epsilon_ranges(m, {1e-5: exact})
     assert found.low < exact < found.high
 

@@ -255,7 +255,7 @@ def test_a_report_that_cannot_be_drawn_keeps_no_run_from_its_end(tmp_path, monke
     def broken(*_):
         raise ValueError("no ink")
 
-    monkeypatch.setattr("rootnoise.runs.run.page", broken)
+    monkeypatch.setattr("rootnoise.runs.release.page", broken)
     with pytest.warns(UserWarning, match=r"report.html is left out \(no ink\): rootnoise report"):
         run(SMALL, tmp_path / "run", report=True)
     assert (tmp_path / "run/result.json").exists()

@@ -17,6 +17,7 @@ from rootnoise.runs import settings_file
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.folder import RunFolder
 from rootnoise.runs.run import run
+from rootnoise.runs.tuning import BESIDE, Tuning
 
 SMALL = """
 dataset = "digits"
@@ -72,7 +73,10 @@ def test_both_spellings_of_a_name_are_read(tmp_path):
         "resume = true": "run.toml must hold settings of `train`, such as ",
         "[train]\nlr = 1": "run.toml must hold settings of `train`, such as ",
         "batch_size = 3": "run.toml must name batch-size once, got it twice",
-        "lr = [1, 2]": "lr in run.toml must be a number or a text, got [1, 2]",
+        "seed = [1, 2]": "seed in run.toml must be a number or a text, got [1, 2]",
+        "lr = [1, 2]": "run.toml must be of one run, got a tuning's lr: rootnoise tune --config",
+        "trials = 3": "run.toml must be of one run, got a tuning's trials: rootnoise tune",
+        "public-dir = 'a'": "run.toml must be of one run, got a tuning's public-dir: rootnoise",
         "lr = true": "lr in run.toml must be a number or a text, got True",
         "seed = 1.5": "Invalid value for '--seed'",
         "lr = 'much'": "Invalid value for '--lr'",
@@ -126,7 +130,9 @@ def test_what_is_written_is_read(tmp_path_factory, text, number, whole):
 
 def test_every_setting_has_a_name_in_the_file_and_no_secret_has_one():
     names = {field.name for field in dataclasses.fields(RunConfig)}
-    assert set(settings_file.NAMES) == names | {"out", "checkpoint_every"}
+    assert set(settings_file.NAMES) == names - {"tuning"} | {"out", "checkpoint_every"}
+    parts = {field.name for field in dataclasses.fields(Tuning)}
+    assert set(BESIDE) == parts - {"grid"}
     assert not [name for name in names if "key" in name]
 
 

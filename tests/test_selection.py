@@ -299,7 +299,7 @@ def test_calibration_inverts_the_cost(trials, epsilon):
         ),
         (
             lambda: tuned_noise_multiplier(BallsInBins(5, 4), 20, 1.0, DELTA, Trials(2)),
-            "participation must have steps that are not random|strategy must",
+            "participation must have steps that are not random .* got balls-in-bins",
         ),
         (
             lambda: tuned_noise_multiplier(ONCE, 20, 0.0, DELTA, Trials(2)),

@@ -67,17 +67,17 @@ def test_a_private_step_holds_what_is_counted(monkeypatch, dtype):
     optimizer = make(model, bands=3)
     n = sum(p.numel() for p in model.parameters())
     seen, sent = [], []
-    noised, add = Clip.noised, Ranks.add_
+    mean, add = Clip.mean_, Ranks.add_
 
-    def watch(self, units, noise, out=None):
+    def watch(self, out, units, noise, by):
         seen.append((units, noise))
-        return noised(self, units, noise, out)
+        mean(self, out, units, noise, by)
 
     def count(self, total):
         sent.append(total.element_size() * total.numel())
         add(self, total)
 
-    monkeypatch.setattr(Clip, "noised", watch)
+    monkeypatch.setattr(Clip, "mean_", watch)
     monkeypatch.setattr(Ranks, "add_", count)
     x, y = examples(7)
     x = x.to(getattr(torch, dtype))
@@ -92,7 +92,7 @@ def test_a_private_step_holds_what_is_counted(monkeypatch, dtype):
         return sum(t.element_size() * t.numel() for t in tensors)
 
     assert size.noise_bytes == held(optimizer.stream._memory, noise)
-    assert size.sum_bytes == held(units, noise.double())
+    assert size.sum_bytes == held(units)
     assert size.gradient_bytes == held(*(p.grad for p in model.parameters()))
     inner = optimizer.optimizer.state.values()
     momentum = [state["momentum_buffer"] for state in inner]
@@ -108,13 +108,13 @@ def test_large_fleets_by_hand(n, ranks):
     part = n / ranks
     copies = Fleet(n, ranks, dtype="bfloat16").size(1000, 15, shared=True)
     assert copies.noise_bytes == pytest.approx(16 * 4 * part)
-    assert copies.sum_bytes == pytest.approx(8 * (n + part))
-    assert copies.total == pytest.approx(64 * part + 8 * (n + part) + 2 * n + 4 * n)
+    assert copies.sum_bytes == pytest.approx(8 * n)
+    assert copies.total == pytest.approx(64 * part + 8 * n + 2 * n + 4 * n)
     assert copies.traffic == pytest.approx(16 * (n - part))
     shards = Fleet(n, ranks, sharded=True, dtype="bfloat16").size(1000, 15, shared=True)
-    assert shards.total == pytest.approx(64 * part + 16 * part + 6 * part)
+    assert shards.total == pytest.approx(64 * part + 8 * part + 6 * part)
     assert shards.traffic == pytest.approx((8 + 2 * 2) * (n - part))
-    assert Fleet(n, 2, sharded=True).size(9, 0, shared=True).sum_bytes == 16 * n / 2
+    assert Fleet(n, 2, sharded=True).size(9, 0, shared=True).sum_bytes == 8 * n / 2
 
 
 def test_a_row_that_does_not_fit_is_not_chosen(made):
@@ -132,7 +132,7 @@ def test_a_row_that_does_not_fit_is_not_chosen(made):
     least = min(size.total for size in sizes)
     assert replace(made, job=replace(job, fleet=Fleet(10**9, device_memory=least))).first()
     none = replace(made, job=replace(job, fleet=Fleet(10**9, device_memory=least - 1)))
-    with pytest.raises(RootnoiseError, match=r"^device_memory must hold the least row, 36 GB \(mo"):
+    with pytest.raises(RootnoiseError, match=r"^device_memory must hold the least row, 28 GB \(mo"):
         none.best()
 
 

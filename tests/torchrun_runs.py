@@ -24,6 +24,7 @@ from rootnoise.runs import run as whole_run
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.folder import DIGEST_SIZE, RunFolder
+from rootnoise.runs.release import Trained
 from rootnoise.runs.trainer import Trainer
 from rootnoise.training.ranks import Ranks
 
@@ -57,7 +58,7 @@ def command(
     if size > 1:
         os.environ |= {name: str(value) for name, value in where.items()}
     curves.learning_curves = lambda *_: None  # pictures take longest
-    whole_run._report = lambda *_: None
+    Trained._report = lambda *_: None  # type: ignore[method-assign]
     torch.set_num_threads(1)
     written: list[str] = []
 

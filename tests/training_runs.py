@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from processes import kill_at_line, kill_at_state, kill_inside_write
+from rootnoise.accounting import Trials
 from rootnoise.runs import curves
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.run import run
+from rootnoise.runs.trials import release_best
+from rootnoise.runs.tuning import Tuning
 
 CONFIG = RunConfig(
     dataset="digits",
@@ -37,10 +41,11 @@ RUN = (
     "training/optimizer.py",
     "training/resume.py",
     "runs/folder.py",
+    "runs/release.py",
     "runs/trainer.py",
     "runs/run.py",
 )
-FOLDER = ("_files.py", "runs/folder.py", "runs/run.py")
+FOLDER = ("_files.py", "runs/folder.py", "runs/release.py", "runs/run.py")
 
 
 def train(out: Path, every: int | None, config: RunConfig = CONFIG) -> None:
@@ -66,6 +71,16 @@ def train_killed_at_state(out: Path, every: int, fuse: int) -> None:
 def train_killed_inside_write(out: Path, every: int, fuse: int) -> None:
     kill_inside_write(fuse)
     train(out, every)
+
+
+def tune_killed_at_state(out: Path, fuse: int) -> None:
+    """Die in a state of the folder that `out` is made in; two trials are made."""
+    curves.learning_curves = _nothing  # type: ignore[assignment]
+    Trials.draw = lambda self: 2  # type: ignore[method-assign,assignment,misc]
+    tuning = Tuning({"lr": [0.1, 0.2]}, trials=5.0)
+    kill_at_state(fuse, out.parent, (*FOLDER, "runs/trials.py"))
+    config = replace(CONFIG, lr=0.1, epochs=1, insecure_noise_seed=None, tuning=tuning)
+    release_best(config, out)
 
 
 def train_and_wait(out: Path, at: Connection) -> None:

@@ -194,3 +194,31 @@ def _array(name: str, value: ArrayLike, ndim: int) -> Array:
         raise RootnoiseError(f"{name} must be finite, got {bad} NaN or infinite entries")
     result.flags.writeable = False
     return result
+
+
+def refuse_edits(expected: Any, found: Any, where: str = "") -> None:
+    """Compare a recomputed tree with the stored one; machines may round floats differently.
+
+    Args:
+        expected: computed from the definition in `found`.
+        found: as it was stored.
+        where: the place of both in the file.
+
+    Raises:
+        RootnoiseError: something differs.
+    """
+    if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
+        for key, value in expected.items():
+            refuse_edits(value, found[key], f"{where}.{key}" if where else key)
+        return
+    # The definition was read from this very file, so that it is compared with itself.
+    same = found == expected and type(found) is type(expected)
+    # Of the optimality only the gap is computed anew, by IEEE arithmetic that is the same anywhere.
+    exact = where.startswith("optimality")
+    if not same and not exact and isinstance(expected, float) and isinstance(found, int | float):
+        same = math.isclose(expected, found, rel_tol=1e-9)
+    if not same:
+        raise RootnoiseError(
+            f"{where or 'file'} must match what its definition gives, "
+            f"{expected!r:.80}, got {found!r:.80}"
+        )

@@ -269,7 +269,7 @@ def _noise_swamps_gradient(m: Mechanism, batch_size: int, d: int, norm: float) -
 def _amplification_would_win(m: Mechanism, probability: float) -> Finding | None:
     who = m.participation
     is_dpsgd = isinstance(who, CyclicPoisson) and who.groups == 1
-    if is_dpsgd or m.epsilon == 0:
+    if is_dpsgd or m.epsilon == 0 or m.trials is not None:  # no trials of random steps
         return None
     poisson = CyclicPoisson(1, probability)
     sigma = accounting.noise_multiplier(poisson, m.n_steps, m.epsilon, m.delta, SLIGHT)

@@ -9,52 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from rootnoise import accounting, causal, participation, workload
-from rootnoise._check import RootnoiseError, clip_range, integer, real, set_fields
+from rootnoise._check import RootnoiseError, clip_range, integer, real, refuse_edits, set_fields
 from rootnoise._files import write_whole
-from rootnoise.accounting import PrivacyCost
+from rootnoise.accounting import PrivacyCost, Trials
 from rootnoise.bounds.certificate import Certificate, Effort, lower_bound
+from rootnoise.bounds.optimality import Optimality
 from rootnoise.causal import CausalMatrix, Toeplitz
 from rootnoise.factorization import Factorization, error
-from rootnoise.participation import (
-    CyclicPoisson,
-    FixedCycle,
-    Participation,
-    PoissonSampling,
-    SingleParticipation,
-)
+from rootnoise.participation import Participation, PoissonSampling, first_steps
 from rootnoise.participation.sensitivity import Sensitivity, sensitivity
 from rootnoise.workload import Workload
 
 SCHEMA = 1
-# By so much the ascent behind a lower bound may end elsewhere on another machine.
-REPEATS = 1e-3
-
-
-@dataclass(frozen=True)
-class Optimality:
-    """How good a mechanism is; not a privacy number.
-
-    Attributes:
-        rmse: expected approximation error at noise multiplier 1 and clip norm 1.
-        lower_bound: no factorization has a smaller rmse, by `Mechanism.certificate`.
-    """
-
-    rmse: float
-    lower_bound: float
-
-    @property
-    def gap(self) -> float:
-        """Return rmse / lower_bound - 1: no factorization can be better by more than this."""
-        return self.rmse / self.lower_bound - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +43,12 @@ class Mechanism:
         noise_multiplier: sigma > 0, the standard deviation of Z over clip_norm * sensitivity.
         delta: in (0, 1).
         clip_norm: largest l2 norm of one person's gradient.
+        trials: how many runs of it, of different hyperparameters, the one that is released is the
+            best of; None if it is the only one.
 
     Attributes:
         sensitivity: of C for gradients of norm at most 1.
-        privacy: what it costs at `delta`.
+        privacy: what it costs at `delta`, all trials included.
 
     Raises:
         RootnoiseError: a value out of range, or parts that do not fit each other.
@@ -85,6 +61,7 @@ class Mechanism:
     noise_multiplier: float
     delta: float
     clip_norm: float = 1.0
+    trials: Trials | None = None
     sensitivity: Sensitivity = field(init=False)
     privacy: PrivacyCost = field(init=False)
 
@@ -101,16 +78,16 @@ class Mechanism:
                 f"got {self.strategy.n_steps}"
             )
         sens = sensitivity(self.strategy, self.participation)
-        cost = accounting.privacy_cost(
-            self.participation,
-            self.n_steps,
-            self.noise_multiplier,
-            self.delta,
-            strategy=self.strategy,
-        )
+        cost = self._cost(self.delta)
         if cost.exact and not sens.exact:  # nobody may move C G as far as the noise is scaled for
             cost = replace(cost, lower_bound=None)
         set_fields(self, sensitivity=sens, privacy=cost)
+
+    def _cost(self, delta: float) -> PrivacyCost:
+        who, n, sigma = self.participation, self.n_steps, self.noise_multiplier
+        if self.trials is not None:
+            return accounting.tuned_privacy_cost(who, n, sigma, delta, self.trials)
+        return accounting.privacy_cost(who, n, sigma, delta, strategy=self.strategy)
 
     @classmethod
     def calibrate(
@@ -124,14 +101,17 @@ class Mechanism:
         rho: float | None = None,
         mu: float | None = None,
         clip_norm: float = 1.0,
+        trials: Trials | None = None,
     ) -> Mechanism:
         """Return the mechanism that spends `epsilon` at `delta`, or that uses `noise_multiplier`.
 
         Or the one that is `rho`-zero-concentrated or `mu`-Gaussian differentially private, where
-        steps are not random; `privacy` tells all of them.
+        steps are not random; `privacy` tells all of them. With `trials`, the one with which the
+        best of so many runs spends `epsilon`.
 
         Raises:
-            RootnoiseError: none or several of the four, or a value out of range.
+            RootnoiseError: none or several of the four, a value out of range, or trials with random
+                steps, rho or mu.
 
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.participation import FixedCycle
@@ -145,13 +125,16 @@ class Mechanism:
         given = {name: value for name, value in goals.items() if value is not None}
         if len(given) != 1:
             raise RootnoiseError(f"give exactly one of {', '.join(goals)}, got {given or 'none'}")
-        if epsilon is not None:
+        n, strategy = factorization.n_steps, factorization.strategy
+        if trials is not None and (rho, mu) != (None, None):
+            raise RootnoiseError(f"rho and mu must be left out with trials, got {given}")
+        if epsilon is not None and trials is not None:
+            noise_multiplier = accounting.tuned_noise_multiplier(
+                participation, n, epsilon, delta, trials
+            )
+        elif epsilon is not None:
             noise_multiplier = accounting.noise_multiplier(
-                participation,
-                factorization.n_steps,
-                epsilon,
-                delta,
-                strategy=factorization.strategy,
+                participation, n, epsilon, delta, strategy=strategy
             )
         elif noise_multiplier is None:
             noise_multiplier = accounting.noise_multiplier_for(participation, mu=mu, rho=rho)
@@ -159,10 +142,11 @@ class Mechanism:
             factorization.mechanism,
             factorization.workload,
             participation,
-            factorization.strategy,
+            strategy,
             noise_multiplier,
             delta,
             clip_norm,
+            trials,
         )
         vars(mechanism)["_factorization"] = factorization  # it may know its decoder
         return mechanism
@@ -174,7 +158,7 @@ class Mechanism:
 
     @property
     def epsilon(self) -> float:
-        """Privacy loss of the whole run at `delta`, one person added or removed."""
+        """Privacy loss of what is released at `delta`, one person added or removed."""
         return self.privacy.epsilon
 
     def epsilon_spent(self, t: int, delta: float | None = None) -> float:
@@ -182,8 +166,8 @@ class Mechanism:
 
         If the strategy is Toeplitz and the sampling is by fixed cycles or (cyclic) Poisson, the
         bound is for these steps alone: C restricted to them is again such a strategy. Otherwise it
-        is that of the whole run. It holds for a number of steps that was fixed in advance: a run
-        that stops early because of its results costs as much as the whole run.
+        is that of the whole run, and of all trials. It holds for a number of steps that was fixed
+        in advance: a run that stops early because of its results costs as much as the whole run.
 
         Args:
             t: steps released, in [0, n_steps].
@@ -197,8 +181,10 @@ class Mechanism:
             delta = self.delta
         if t == 0:
             return 0.0
+        if self.trials is not None:
+            return self._cost(delta).epsilon
         strategy, who, sigma = self.strategy, self.participation, self.noise_multiplier
-        c, so_far = strategy.coefficients, _so_far(who, t)
+        c, so_far = strategy.coefficients, first_steps(who, t)
         if t < self.n_steps and c is not None and so_far is not None:
             strategy, who = Toeplitz(c[:t], t), so_far
             sigma = self.noise_std / (self.clip_norm * sensitivity(strategy, who).value)
@@ -278,6 +264,7 @@ class Mechanism:
     def settings(self) -> dict[str, Any]:
         """Return plain values by name that tell mechanisms apart, as people set them.
 
+        >>> from rootnoise import SingleParticipation
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.workload import SGD
         >>> who = SingleParticipation()
@@ -286,16 +273,19 @@ class Mechanism:
         ('bsr', '1')
         """
         split = {"mechanism": self.name, "bands": self.strategy.bands}
-        goal = {"delta": self.delta, "clip_norm": self.clip_norm}
+        goal: dict[str, Any] = {"delta": self.delta, "clip_norm": self.clip_norm}
         work = self.workload.to_dict()
         who = participation.to_dict(self.participation)
         parts = {"workload": work.pop("type")} | work | {"participation": who.pop("type")} | who
         spent = {"epsilon": accounting.round_up(self.epsilon, 4)}
+        if self.trials is not None:
+            goal["trials"] = str(self.trials)
         return split | spent | goal | parts | {"noise_multiplier": self.noise_multiplier}
 
     def unlike(self, saved: Mapping[str, Any] | None) -> str:
         """Say how this mechanism differs from one with those `settings`, in one line.
 
+        >>> from rootnoise import SingleParticipation
         >>> from rootnoise.factorization import factorize
         >>> from rootnoise.workload import SGD
         >>> who = SingleParticipation()
@@ -330,17 +320,25 @@ class Mechanism:
         bound = "exact" if cost.exact and sens.exact else "an upper bound"
         # Private side: what costs rounds up, noise down; machines differ by less than 1e-12.
         norm = accounting.round_up(sens.value * (1 - 1e-12), 9)
+        every, uncovered = "Every", ""
+        if self.trials is not None:
+            every = (
+                f"What is released is the best of a random number of trials ({self.trials}), each "
+                "with a key of its own; of the others, and of their number, nothing is. In each "
+                "trial every"
+            )
+            uncovered = ", the data that trials were scored on"
         return (
             f"({accounting.round_up(cost.epsilon)}, {number(cost.delta)})-differential privacy for "
-            f"one record {relation}. Every record takes part {self.participation}, in "
+            f"one record {relation}. {every} record takes part {self.participation}, in "
             f"{self.n_steps} steps. "
             f"Per-record gradients are clipped to l2 norm {number(self.clip_norm)} and summed; the "
             f"strategy is {self.name} with {self.strategy.bands} band(s) and {sens_name} "
             f"{norm} ({kind}: {sens.method}); Gaussian noise Z has standard deviation "
             f"{accounting.round_down(self.noise_std)}: noise multiplier "
             f"{number(self.noise_multiplier)} x clip norm x {sens_name}. Epsilon is {bound} "
-            f"({cost.method}). Not covered: floating-point effects, and choices made by looking at "
-            f"the data outside this run."
+            f"({cost.method}). Not covered: floating-point effects{uncovered}, and choices made by "
+            f"looking at the data outside this run."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -349,7 +347,7 @@ class Mechanism:
         And the `optimality` of a mechanism that knows it, from its file or by `certify`.
         """
         known = vars(self).get("optimality")
-        optimality = {"optimality": asdict(known) | {"gap": known.gap}} if known else {}
+        optimality = {"optimality": known.to_dict()} if known else {}
         return {
             "schema": SCHEMA,
             "definition": self._definition(),
@@ -383,6 +381,8 @@ class Mechanism:
             raise RootnoiseError(f"schema must be {SCHEMA}, got {fields.get('schema')!r}")
         try:
             definition = dict(fields["definition"])
+            if "trials" in definition:
+                definition["trials"] = Trials.from_dict(definition["trials"])
             mechanism = cls(
                 name=str(definition.pop("name")),
                 workload=workload.from_dict(definition.pop("workload")),
@@ -395,8 +395,8 @@ class Mechanism:
                 f"definition must hold exactly a mechanism's fields, got {reason}"
             ) from None
         if "optimality" in fields:
-            vars(mechanism)["optimality"] = _held(fields["optimality"])
-        _refuse_edits(mechanism.to_dict(), fields, "")
+            vars(mechanism)["optimality"] = Optimality.from_dict(fields["optimality"])
+        refuse_edits(mechanism.to_dict(), fields)
         return mechanism
 
     def verify(self) -> None:
@@ -409,14 +409,7 @@ class Mechanism:
         """
         if "optimality" not in vars(self):
             return
-        again = Optimality(self.rmse, self.certificate().value)
-        for name, tolerance in (("rmse", 1e-6), ("lower_bound", REPEATS)):
-            expected, held = getattr(again, name), getattr(self.optimality, name)
-            if not math.isclose(expected, held, rel_tol=tolerance):
-                raise RootnoiseError(
-                    f"optimality.{name} must match what its definition gives, "
-                    f"{expected!r}, got {held!r}"
-                )
+        self.optimality.refuse_other(Optimality(self.rmse, self.certificate().value))
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the mechanism as JSON, atomically; with its optimality after `certify`.
@@ -452,6 +445,8 @@ class Mechanism:
         return cls.from_dict(fields)
 
     def _definition(self) -> dict[str, Any]:
+        # Without trials nothing is added: fingerprints of older files stay what they are.
+        trials = {} if self.trials is None else {"trials": self.trials.to_dict()}
         return {
             "name": self.name,
             "workload": self.workload.to_dict(),
@@ -460,6 +455,7 @@ class Mechanism:
             "noise_multiplier": self.noise_multiplier,
             "delta": self.delta,
             "clip_norm": self.clip_norm,
+            **trials,
         }
 
 
@@ -468,46 +464,3 @@ def _short(value: Any) -> str:
     if value is None:
         return "none"
     return f"{len(value)} numbers" if isinstance(value, list | tuple) else f"{value}"
-
-
-def _so_far(who: Participation, t: int) -> Participation | None:
-    """Return the participation in the first t steps, or None if it is not of the same kind."""
-    match who:
-        case FixedCycle(period, _):
-            return FixedCycle(period, -(-t // period))
-        case SingleParticipation():
-            return who
-        case CyclicPoisson(groups, _) if groups <= t:
-            return who
-    return None
-
-
-def _held(fields: Any) -> Optimality:
-    """Return what a file holds about the error; `_refuse_edits` compares its gap."""
-    if not isinstance(fields, dict):
-        raise RootnoiseError(f"optimality must be an object, got {fields!r:.80}")
-    rmse, bound = fields.get("rmse"), fields.get("lower_bound")
-    if not isinstance(rmse, float) or not isinstance(bound, float) or not min(rmse, bound) > 0:
-        raise RootnoiseError(
-            f"optimality must hold rmse and lower_bound > 0, got {rmse!r} and {bound!r}"
-        )
-    return Optimality(rmse, bound)
-
-
-def _refuse_edits(expected: Any, found: Any, where: str) -> None:
-    """Compare a recomputed tree with the stored one; machines may round floats differently."""
-    if isinstance(expected, dict) and isinstance(found, dict) and expected.keys() == found.keys():
-        for key, value in expected.items():
-            _refuse_edits(value, found[key], f"{where}.{key}" if where else key)
-        return
-    # The definition was read from this very file, so that it is compared with itself.
-    same = found == expected and type(found) is type(expected)
-    # Of the optimality only the gap is computed anew, by IEEE arithmetic that is the same anywhere.
-    exact = where.startswith("optimality")
-    if not same and not exact and isinstance(expected, float) and isinstance(found, int | float):
-        same = math.isclose(expected, found, rel_tol=1e-9)
-    if not same:
-        raise RootnoiseError(
-            f"{where or 'mechanism'} must match what its definition gives, "
-            f"{expected!r:.80}, got {found!r:.80}"
-        )

@@ -22,9 +22,9 @@ STYLES = {
     "AOF": 2, "AOF (dense)": 2, "BandInvMF": 2,
     "A·Id amplified": 3, "square root": 3,
     "Id·A": 4, "tree": 4,
-    "bsr-gamma": 5, "BLT": 5,
-    "epoch-scaled bsr-gamma": 6,
-    "BandMF (Toeplitz)": 7,
+    "bsr-gamma": 5, "BLT": 5, "cyclic Poisson": 5,
+    "epoch-scaled bsr-gamma": 6, "planner's choice": 6,
+    "BandMF (Toeplitz)": 7, "balls in bins": 7,
 }  # fmt: skip
 
 

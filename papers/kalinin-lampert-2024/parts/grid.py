@@ -16,8 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from parts.methods import METHODS
 from parts.part import Report
-from parts.studies import LABELS, METHODS, Study
+from parts.studies import Study
 from rootnoise import Mechanism, RootnoiseError
 from rootnoise.runs.config import RunConfig, make_key, make_mechanism, make_sampler
 from rootnoise.runs.data import Dataset, load
@@ -43,47 +44,63 @@ class Grid:
         device: str = "cpu",
     ) -> None:
         self.path, self._data_dir, self._on_run, self._device = path, data_dir, on_run, device
-        self._done = {RunConfig(**run["config"]): run for run in read(path)}
+        runs = read(path)
+        self._done = {RunConfig(**run["config"]): run for run in runs}
+        self._told = {(run["method"], RunConfig(**run["config"])) for run in runs}
 
     def run(self, study: Study) -> None:
         """Tune and train every cell of a study that is not yet in the file."""
-        exponents = dict(METHODS.values())
+        exponents = {method: METHODS[method].start for method in study.methods}
         cells = list(study.cells(self._device))
-        self._least = len(cells) * (3 * study.tuning + study.seeds)
+        self._least = len(cells) * len(study.methods) * (3 * study.tuning + study.seeds)
         self._count = 0
         for cell in cells:
-            best = self._tune(study, cell, exponents[cell.mechanism])
-            exponents[cell.mechanism] = best
-            for seed in range(study.seeds):
-                self._accuracy(study, cell, best, seed)
+            n_examples = find_data(cell.dataset, self._data_dir).n_train
+            rates: dict[RunConfig, int] = {}  # the planner's choice may be another method
+            for method in study.methods:
+                own = METHODS[method].settled(cell, n_examples)
+                if own not in rates:
+                    rates[own] = self._tune(study, method, own, exponents[method])
+                exponents[method] = rates[own]
+                for seed in range(study.seeds):
+                    self._accuracy(study, method, own, rates[own], seed)
 
-    def _tune(self, study: Study, cell: RunConfig, start: int) -> int:
-        tried = {start: self._tried(study, cell, start)}
+    def _tune(self, study: Study, method: str, cell: RunConfig, start: int) -> int:
+        tried = {start: self._tried(study, method, cell, start)}
         while True:
             best = min(tried, key=lambda e: (-tried[e], e))
             new = [e for e in (best - 1, best + 1) if e not in tried]
             if not new or len(tried) >= TRIES:
                 return best
-            tried[new[0]] = self._tried(study, cell, new[0])
+            tried[new[0]] = self._tried(study, method, cell, new[0])
 
-    def _tried(self, study: Study, cell: RunConfig, exponent: int) -> float:
+    def _tried(self, study: Study, method: str, cell: RunConfig, exponent: int) -> float:
         """Return the mean accuracy on the tuning seeds."""
         seeds = range(TUNING_SEED, TUNING_SEED + study.tuning)
-        return sum(self._accuracy(study, cell, exponent, seed) for seed in seeds) / study.tuning
+        found = [self._accuracy(study, method, cell, exponent, seed) for seed in seeds]
+        return sum(found) / study.tuning
 
-    def _accuracy(self, study: Study, cell: RunConfig, exponent: int, seed: int) -> float:
-        """Return the final test accuracy of one run, from the file if it is there."""
+    def _accuracy(
+        self, study: Study, method: str, cell: RunConfig, exponent: int, seed: int
+    ) -> float:
+        """Return the final test accuracy of one run, from the file if it is there.
+
+        A run that another method has made is told again under this one's name.
+        """
         config = replace(cell, lr=2.0**exponent, seed=seed, insecure_noise_seed=seed)
-        if config not in self._done:
-            run = {"study": study.name, "config": asdict(config), **self._train(config)}
+        made = self._done.get(config)
+        if (method, config) not in self._told:
+            label = {"study": study.name, "method": method, "config": asdict(config)}
+            made = (made or self._train(config)) | label
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a") as lines:
-                lines.write(json.dumps(run) + "\n")
-            self._done[config] = run
+                lines.write(json.dumps(label | made) + "\n")
+            self._told.add((method, config))
+            self._done[config] = made
         self._count += 1
         if self._on_run is not None:
-            label = f"{study.name}, epsilon {cell.epsilon:g}, {LABELS[cell.mechanism]}"
-            self._on_run(self._count, max(self._least, self._count), label)
+            said = f"{study.name}, epsilon {cell.epsilon:g}, {method}"
+            self._on_run(self._count, max(self._least, self._count), said)
         return float(self._done[config]["accuracy"])
 
     def _train(self, config: RunConfig) -> dict[str, Any]:
@@ -133,6 +150,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         try:
             run = json.loads(line)
             run["config"], run["accuracy"] = dict(run["config"]), float(run["accuracy"])
+            run["method"] = str(run["method"])
         except (ValueError, KeyError, TypeError):
             raise RootnoiseError(f"{path} line {number} must be a run, got {line:.60}") from None
         runs.append(run)

@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from parts.figures import Panels, line, plain
+from parts.methods import AMPLIFIED
 from parts.part import FULL, Claim, Report, Settings, counted, gap, judged
-from parts.studies import AMPLIFIED
 from parts.tables import Row, Tables, column, percent, where
 from rootnoise import (
     SGD,

@@ -21,6 +21,8 @@ SMALLER = "reproduced at smaller scale"
 PARTLY = "reproduced in part"
 NOT = "not reproduced"
 BEYOND = "ours, not in the paper"
+PARTLY_OURS = "ours, in most settings"
+NOT_OURS = "ours, not so"
 
 # Period of the fixed cycle for repeated participation, where every sensitivity is exact and the
 # dense optimum is known. For p <= b sensitivities equal those of minimal separation, as in the

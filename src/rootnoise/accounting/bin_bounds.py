@@ -12,11 +12,9 @@ be computed, and the better comparison counts. With equal products, v on the dia
   many equally likely means with v the least entry of any two that are less than m apart, and c the
   least entry off the diagonal. (Unequal weights would only hide less.) m is free.
 
-With a Markov chain (`bin_chain`), where neighbours are correlated and distant means are not:
-
-* from above: the average over rotations of b - g neighbours, g the largest distance in the circle
-  of means that are not orthogonal; those left are a row, no more a circle.
-* from below: runs of m neighbours, orthogonal to each other; some bins may count as of length 0.
+With a Markov chain (`bin_chain`), where neighbours are correlated and distant means are not: from
+above with the average over rotations of b - g neighbours, which are a row, no more a circle; from
+below with blocks of neighbours. `bin_fit` chooses the chains.
 
 Bins whose means are orthogonal and equally long, as those of independent noise, are compared with
 themselves: the bounds are tight. docs/accounting.md has the proofs.
@@ -31,21 +29,19 @@ import numpy as np
 from rootnoise._check import Array
 from rootnoise.accounting.bin_chain import COARSE as COARSER
 from rootnoise.accounting.bin_chain import Chain
+from rootnoise.accounting.bin_fit import chain_below, chains_above, diagonals
 from rootnoise.accounting.gaussian import gaussian_epsilon
 from rootnoise.accounting.random_allocation import SIZES, Allocation, Interval
 
 # Distances m that are tried, and the grids that choose among them.
 DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 COARSE = SIZES[:2]
+# Rounding costs chains some 1e-12 e^epsilon of delta: beyond delta e^27 they state nothing.
+REACH = 27.0
 # Grids for a first look at a noise multiplier.
 QUICK = SIZES[:3]
-# Decays of chains that are tried, and lengths of runs in lower bounds.
-DECAYS = tuple(np.linspace(0.02, 0.98, 97).tolist())
 # The part of the bins that a chain must keep, or means far apart are tried as well.
 LEFT = 0.75
-RUNS = (2, 3, 4, 6, 8, 12, 16, 24, 32)
-# Logarithms that chains do not go beyond: their exponentials are known to `RELATIVE` up to here.
-HIGHEST = 150.0
 
 
 def bounds(
@@ -66,20 +62,29 @@ def bounds(
         found = _best(above, delta, sizes, above=True)
         return Interval(max(lower, found.lower), found.upper)
     coarse = COARSER if len(sizes) < len(SIZES) else 1.0
-    upper = _any(gram, delta)
-    chain = linked_above(gram, upper)
-    linked = math.inf if chain is None else chain.upper(delta, upper, COARSER)
-    upper = min(upper, linked)
-    if chain is None or math.isinf(linked) or chain.bins < LEFT * len(gram):
+    upper, chain = _linked(gram, delta, _any(gram, delta))
+    if chain is None or chain.bins < LEFT * len(gram):
         upper = min(upper, _best(above, delta, sizes, above=True).upper)
-    chain = linked_above(gram, upper)
+    upper, again = _linked(gram, delta, upper)
+    chain = again or chain
     if chain is not None and coarse < COARSER:
         upper = min(upper, chain.upper(delta, upper, coarse))
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
-    chain = linked_below(least, upper)
+    stop = min(upper, math.log(delta) + REACH)
+    chain = chain_below(least, stop) if stop > 0 else None
     if chain is not None:
-        lower = max(lower, chain.lower(delta, upper, coarse))
+        lower = max(lower, chain.lower(delta, stop, coarse))
     return Interval(lower, upper)
+
+
+def _linked(gram: Array, delta: float, upper: float) -> tuple[float, Chain | None]:
+    """Return the least bound of chains in a first look, at most `upper`, and which has it."""
+    best, start = None, min(upper, math.log(delta) + REACH)
+    for chain in chains_above(gram, start) if start > 0 else []:
+        found = chain.upper(delta, start, COARSER)
+        if found < upper or (best is None and math.isfinite(found)):
+            upper, best = min(found, upper), chain
+    return upper, best
 
 
 def _best(
@@ -97,7 +102,7 @@ def _best(
 
 def _spaced(gram: Array) -> list[Allocation]:
     """Return what hides at most as well, from above."""
-    b, largest = len(gram), _diagonals(gram).max(axis=1)
+    b, largest = len(gram), diagonals(gram).max(axis=1)
     found: dict[float, Allocation] = {}
     for m in DISTANCES:
         if m > 1 and b // m < 2:
@@ -111,7 +116,7 @@ def _spaced(gram: Array) -> list[Allocation]:
 
 def _merged(gram: Array) -> list[Allocation]:
     """Return what hides at least as well, from below."""
-    b, least = len(gram), _diagonals(gram).min(axis=1)
+    b, least = len(gram), diagonals(gram).min(axis=1)
     shared = float(least[1:].min(initial=math.inf)) if b > 1 else 0.0
     found = []
     for m in DISTANCES:
@@ -122,78 +127,6 @@ def _merged(gram: Array) -> list[Allocation]:
             break
         found.append(Allocation(-(-b // m), own, shared))
     return found
-
-
-def linked_above(gram: Array, epsilon: float) -> Chain | None:
-    """Return a chain that hides at most as well, chosen for an epsilon like this one."""
-    b, largest = len(gram), _diagonals(gram).max(axis=1)
-    ring = np.maximum(0.0, largest[: b // 2 + 1])
-    far = int(np.flatnonzero(ring)[-1])
-    left = b - far
-    if far == 0 or left < 2:
-        return None
-    own, products = float(ring[0]), ring[1 : far + 1]
-    # A mean that stands out alone has log l = level; the others are seen through it.
-    level = math.log(b) + epsilon + own / 2
-    if not level <= HIGHEST:
-        return None
-    best = None
-    for decay in DECAYS:
-        linked = float((products / decay ** np.arange(1, far + 1)).max())
-        if linked > own * (1 + 1e-9):
-            continue
-        cost = _seen(min(linked, own) * decay ** np.arange(1, left), own, level)
-        if best is None or cost < best[0]:
-            best = cost, linked, float(decay)
-    if best is None:
-        return None
-    _, linked, decay = best
-    alone = _rest(own, linked)
-    # What is too little to be alone is linked: no mean of the chain is shorter than one of these.
-    return Chain(left, linked if alone > 0 else max(linked, own), decay, alone, left)
-
-
-def linked_below(gram: Array, epsilon: float) -> Chain | None:
-    """Return a chain that hides at least as well, chosen for an epsilon like this one."""
-    b, best = len(gram), None
-    longest = float(np.diag(gram).max())
-    if b < 2 or gram.min() < 0:
-        return None
-    level = math.log(b) + epsilon + longest / 2
-    if not level <= HIGHEST:
-        return None
-    # The last steps of a run cut means short: those bins may count as none.
-    short = np.flatnonzero(np.diag(gram) < (1 - 1e-3) * longest)
-    for moving in {b, int(short[0]) if len(short) else b}:
-        if moving < 2:
-            continue
-        part = gram[:moving, :moving]
-        own = float(np.diag(part).min())
-        least = np.array([np.diag(part, d).min() for d in range(min(moving, RUNS[-1]))])
-        for run in RUNS:
-            if run > moving or least[1:run].min() <= 0:
-                break
-            d = np.arange(1, run)
-            for decay in DECAYS:
-                linked = min(float((least[1:run] / decay**d).min()), own)
-                gain = _seen(linked * decay**d, own, level, 1 - d / run)
-                gain = moving / b * (math.exp(level * math.sqrt(own / longest) - own / 2) + gain)
-                if best is None or gain > best[0]:
-                    best = gain, linked, float(decay), own, run, moving
-    if best is None:
-        return None
-    _, linked, decay, own, run, moving = best
-    return Chain(b, linked, decay, _rest(own, linked), run, b - moving)
-
-
-def _seen(products: Array, own: float, level: float, weights: Array | float = 1.0) -> float:
-    """Return what neighbours of a mean of this log l have on average, less 1, on both sides."""
-    grown = np.expm1(products / own * level - np.square(products) / (2 * own))
-    return float(2 * np.sum(weights * grown))
-
-
-def _rest(own: float, linked: float) -> float:
-    return own - linked if own - linked > 1e-9 * own else 0.0
 
 
 def _any(gram: Array, delta: float) -> float:
@@ -209,10 +142,3 @@ def _alone(gram: Array, delta: float) -> float:
     # Known to 1e-11 of delta, from above.
     alone = gaussian_epsilon(1 / math.sqrt(longest), min(b * delta * (1 + 1e-9), 1 - 1e-9))
     return max(0.0, alone * (1 - 1e-9) - math.log(b) - 1e-9)
-
-
-def _diagonals(gram: Array) -> Array:
-    """Return gram[i, (i + d) % b] at place [d, i]."""
-    i = np.arange(len(gram))
-    products: Array = gram[i, (i + i[:, None]) % len(gram)]
-    return products

@@ -187,12 +187,12 @@ def tuned_privacy_cost(
     >>> round(alone.epsilon, 3), round(tuned.epsilon, 3)
     (1.0, 1.625)
     """
-    alone = privacy_cost(participation, n_steps, noise_multiplier, delta)
-    if alone.mu is None:
+    if participation.amplified:
         raise RootnoiseError(
             "participation must have steps that are not random for tuning (a fixed cycle, say), "
             f"got {participation.type}"
         )
+    alone = privacy_cost(participation, n_steps, noise_multiplier, delta)
     if trials.shape == math.inf:
         epsilon = _poisson(noise_multiplier, delta, trials.mean)
         method = "private selection, Papernot & Steinke 2022, Theorem 6"

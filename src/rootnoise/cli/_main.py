@@ -24,6 +24,7 @@ from rootnoise.cli.plan import plan
 from rootnoise.cli.predict import predict
 from rootnoise.cli.report import compare, report
 from rootnoise.cli.train import train
+from rootnoise.cli.tune import tune
 
 # Boxes need this many columns, or they cut the names of options short.
 BOXES = 70
@@ -62,8 +63,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(plan, factorize, account, diagnose, train, predict),
-    *(report, compare, audit, bench, demo),
+    *(plan, factorize, account, diagnose, train, tune),
+    *(predict, report, compare, audit, bench, demo),
 )
 for command in COMMANDS:
     first = " ".join((command.__doc__ or "").split("\n\n")[0].split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
@@ -17,6 +18,7 @@ from rootnoise.participation import FixedCycle, MinSeparation, SingleParticipati
 from rootnoise.runs.settings import Options
 
 if TYPE_CHECKING:
+    from rootnoise.accounting import Trials
     from rootnoise.mechanism import Mechanism
     from rootnoise.planner import Fleet, Speed
 
@@ -39,7 +41,7 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
     """Let a command take dataclasses of options: each field becomes an option.
 
     The `panel` of such a class is the heading of its options in the help; a run's settings have
-    their own.
+    their own. In a class with `several`, settings for tuning are texts, read by `numbers`.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {n: hint for n, hint in hints.items() if is_dataclass(hint)}
@@ -67,15 +69,18 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     parameters = []
     for f in fields(group):
-        hint, how = hints[f.name], dict(f.metadata)
+        hint, default, how = hints[f.name], f.default, dict(f.metadata)
         if how:  # a setting
             hint = how.pop("kind", hint)
+            if how.pop("tuned", False) and getattr(group, "several", False):
+                hint, default = str, f"{default:g}"
+                how |= {"metavar": "<float,...>", "help": f"{how['help']} Several are tried."}
             hint = Annotated[hint, typer.Option(*how.pop("flags", ()), **how)]
         else:
             (info,) = hint.__metadata__
             info.rich_help_panel = group.panel
         kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(f.name, kind, default=f.default, annotation=hint))
+        parameters.append(inspect.Parameter(f.name, kind, default=default, annotation=hint))
     return parameters
 
 
@@ -175,6 +180,46 @@ class Devices:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """The options that say of how many trials the best is released."""
+
+    panel: ClassVar[str] = "The best of several trials"
+
+    trials: Annotated[
+        float | None,
+        typer.Option(
+            help="Expected number of trials, of which the best alone is released; how many there "
+            "are is drawn at random, and stays secret."
+        ),
+    ] = None
+    trials_shape: Annotated[
+        str | None,
+        typer.Option(
+            help="How their number varies: 0 (most), 1 (geometric), more, or poisson (least), and "
+            "the less it does, the more it costs [default: 1]."
+        ),
+    ] = None
+
+    def value(self, default: float | None = None) -> Trials | None:
+        """Return the distribution of their number, None where none is given nor the default."""
+        from rootnoise.accounting import Trials
+
+        mean = default if self.trials is None else self.trials
+        if mean is None:
+            if self.trials_shape is not None:
+                rule = "trials-shape must come with --trials"
+                raise RootnoiseError(f"{rule}, got {self.trials_shape} alone")
+            return None
+        shape: Any = "1" if self.trials_shape is None else self.trials_shape
+        with suppress(ValueError):
+            shape = float(shape)
+        try:
+            return Trials.from_dict({"mean": mean, "shape": shape})
+        except RootnoiseError as reason:
+            raise RootnoiseError(f"trials: {reason}") from None
+
+
+@dataclass(frozen=True)
 class Split(Options):
     """The options of all mechanisms, as typed on the command line."""
 
@@ -190,3 +235,16 @@ def bands(typed: str | int | None) -> str | int | None:
         return typed if typed in (None, "auto") else int(typed)
     except ValueError:
         raise RootnoiseError(f"bands must be an integer or auto, got {typed!r}") from None
+
+
+def numbers(name: str, typed: str) -> list[float]:
+    """Return the numbers in a text, with commas between.
+
+    >>> numbers("lr", "0.1, 0.5")
+    [0.1, 0.5]
+    """
+    try:
+        return [float(part) for part in typed.split(",")]
+    except ValueError:
+        rule = f"{name} must be numbers with commas between"
+        raise RootnoiseError(f"{rule}, got {typed!r:.60}") from None

@@ -46,6 +46,18 @@ def busy(title: str, quiet: bool) -> Iterator[None]:
 
 
 @contextmanager
+def waiting(title: str, quiet: bool) -> Iterator[None]:
+    """Show that something goes on, but neither for how long nor how far; only at a terminal."""
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(
+        *columns, console=console, transient=True, disable=quiet or not console.is_terminal
+    ) as line:
+        line.add_task(title)
+        yield
+
+
+@contextmanager
 def pieces(
     title: str, quiet: bool, keep: bool = False
 ) -> Iterator[Callable[[int, int, str], None]]:

@@ -14,6 +14,7 @@ from rootnoise.cli import _options, _progress
 from rootnoise.cli._report import show
 
 if TYPE_CHECKING:
+    from rootnoise.accounting import Trials
     from rootnoise.causal import CausalMatrix
     from rootnoise.participation import Participation
 
@@ -73,8 +74,8 @@ class Sampling:
     mechanism_file: Annotated[
         Path | None,
         typer.Option(
-            help="mechanism.json whose strategy is used, and its participation if none is given "
-            "[default: independent noise]."
+            help="mechanism.json whose strategy and trials are used, and its participation if none "
+            "is given [default: independent noise]."
         ),
     ] = None
     samples: Annotated[
@@ -82,29 +83,29 @@ class Sampling:
     ] = None
     mc_seed: Annotated[int, typer.Option(help="Seed of the Monte Carlo samples.")] = 0
 
-    def value(self) -> tuple[Participation, int, CausalMatrix | None]:
-        """Return the participation, the steps, and the strategy if there is one."""
+    def value(self) -> tuple[Participation, int, CausalMatrix | None, Trials | None]:
+        """Return participation and steps, and the strategy and trials of the file if there are."""
         import numpy as np
 
         from rootnoise.causal import Toeplitz
 
-        strategy, own = self._file()
+        strategy, own, trials = self._file()
         n = self.steps if strategy is None else strategy.n_steps
         if self.steps is not None and n != self.steps:
             raise RootnoiseError(f"steps must be the file's {n} or left out, got {self.steps}")
         who = self._participation(n)
         if who is None:
-            return own, 1 if n is None else n, strategy
+            return own, 1 if n is None else n, strategy, trials
         assert n is not None  # noqa: S101 - a random participation has steps
-        return who, n, strategy or Toeplitz(np.ones(1), n)
+        return who, n, strategy or Toeplitz(np.ones(1), n), trials
 
-    def _file(self) -> tuple[CausalMatrix | None, Participation]:
+    def _file(self) -> tuple[CausalMatrix | None, Participation, Trials | None]:
         from rootnoise.participation import SingleParticipation
 
         if self.mechanism_file is None:
-            return None, SingleParticipation()
+            return None, SingleParticipation(), None
         mechanism = _options.saved(self.mechanism_file)
-        return mechanism.strategy, mechanism.participation
+        return mechanism.strategy, mechanism.participation, mechanism.trials
 
     def _participation(self, n: int | None) -> Participation | None:
         from rootnoise.participation import BallsInBins, CyclicPoisson, MinSepPoisson
@@ -138,6 +139,7 @@ def account(
     delta: Annotated[float, typer.Option(help="Failure probability, in (0, 1).")],
     goal: Goal,
     sampling: Sampling,
+    best: _options.Tried,
     json: _options.Json = False,
 ) -> None:
     """Convert between epsilon and the noise multiplier, or rho, or mu.
@@ -146,16 +148,25 @@ def account(
     participation: they differ only in the sensitivity, which scales the noise. With Poisson
     sampling the steps are composed, and epsilon is an upper bound. With balls in bins and b-min-sep
     Poisson it is for the strategy in --mechanism-file: a certain upper bound, or an upper
-    confidence bound by Monte Carlo, as the method says.
+    confidence bound by Monte Carlo, as the method says. With --trials, or for the mechanism of a
+    tuning, it is for the release of the best trial.
     """
     from rootnoise import accounting
 
     up = accounting.round_up
-    who, n, strategy = sampling.value()
+    who, n, strategy, trials = sampling.value()
+    given = best.value()
+    if trials not in (None, given) and given is not None:
+        raise RootnoiseError(f"trials must be the file's, {trials}, or left out, got {given}")
+    trials = trials or given
     samples = accounting.MonteCarlo.samples if sampling.samples is None else sampling.samples
     settings = accounting.MonteCarlo(samples, sampling.mc_seed)
     sigma = goal.noise_multiplier
-    if goal.epsilon is not None:
+    if trials is not None and (goal.rho, goal.mu) != (None, None):
+        raise RootnoiseError("rho and mu must be left out with trials, which have neither")
+    if goal.epsilon is not None and trials is not None:
+        sigma = accounting.tuned_noise_multiplier(who, n, goal.epsilon, delta, trials)
+    elif goal.epsilon is not None:
         with _progress.search("noise multiplier", quiet=json) as update:
             tried = count(1)
             sigma = accounting.noise_multiplier(
@@ -170,9 +181,12 @@ def account(
     elif sigma is None:
         sigma = accounting.noise_multiplier_for(who, mu=goal.mu, rho=goal.rho)
     with _progress.busy("epsilon", quiet=json):
-        cost = accounting.privacy_cost(
-            who, n, sigma, delta, strategy=strategy, monte_carlo=settings
-        )
+        if trials is not None:
+            cost = accounting.tuned_privacy_cost(who, n, sigma, delta, trials)
+        else:
+            cost = accounting.privacy_cost(
+                who, n, sigma, delta, strategy=strategy, monte_carlo=settings
+            )
     bound = "exact" if cost.exact else "an upper bound"
     relation = (
         "added or removed (its slot of the public number of records stays, empty or filled)"
@@ -183,9 +197,10 @@ def account(
     epsilon = up(cost.epsilon or goal.epsilon or 0.0)
     # A given noise multiplier is shown exactly; a computed one is rounded up.
     noise = accounting.exactly(sigma) if goal.noise_multiplier is not None else up(sigma, 9)
+    tuned = "" if trials is None else ", of the best of several trials and nothing else"
     claim = (
         f"({epsilon}, {accounting.exactly(delta)})-differential privacy for one record "
-        f"{relation}; noise multiplier {noise} times clip norm times "
+        f"{relation}{tuned}; noise multiplier {noise} times clip norm times "
         f"sensitivity; epsilon is {bound} ({cost.method})."
     )
     values = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,12 +19,20 @@ if TYPE_CHECKING:
     from rootnoise.runs.trainer import Trainer
 
 
-def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+def settings_from(*, tuning: bool) -> Callable[[typer.Context, Path | None], Path | None]:
     """Let a file give the defaults: its values go through the checks of the flags, as text."""
-    if path is not None:
-        values = settings_file.read(path)
-        context.default_map = {name: str(value) for name, value in values.items()}
-    return path
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            values = settings_file.read(path, tuning)
+            context.default_map = {name: _typed(value) for name, value in values.items()}
+        return path
+
+    return read
+
+
+def _typed(value: settings_file.Value) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
 @_options.grouped
@@ -34,7 +43,7 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            callback=_from_file,
+            callback=settings_from(tuning=False),
             is_eager=True,
             help="TOML file of these options, such as batch-size = 500; a flag overrides it. Every "
             "run leaves its own as run.toml.",

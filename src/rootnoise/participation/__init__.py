@@ -9,6 +9,7 @@ from rootnoise.participation.kinds import (
     Participation,
     PoissonSampling,
     SingleParticipation,
+    first_steps,
     from_dict,
     to_dict,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "Participation",
     "PoissonSampling",
     "SingleParticipation",
+    "first_steps",
     "from_dict",
     "to_dict",
 ]

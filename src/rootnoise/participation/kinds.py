@@ -216,6 +216,22 @@ def to_dict(participation: Participation) -> dict[str, Any]:
     return KINDS.to_dict(participation)
 
 
+def first_steps(participation: Participation, t: int) -> Participation | None:
+    """Return the participation in the first t steps, or None if it is not of the same kind.
+
+    >>> first_steps(FixedCycle(period=100, epochs=10), 250)
+    FixedCycle(period=100, epochs=3)
+    """
+    match participation:
+        case FixedCycle(period, _):
+            return FixedCycle(period, -(-t // period))
+        case SingleParticipation():
+            return participation
+        case CyclicPoisson(groups, _) if groups <= t:
+            return participation
+    return None
+
+
 def _set_counts(participation: Any, *names: str) -> None:
     counts = {name: integer(name, getattr(participation, name), 1) for name in names}
     set_fields(participation, **counts)

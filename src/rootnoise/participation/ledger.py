@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,27 @@ each, at least 2 apart): steps so far 1, the last one 0
             )
         journal.cut()
         self._journal, self._ahead = journal, records
+
+    def write_again(self, path: str | os.PathLike[str], batches: Iterable[Indices]) -> None:
+        """Write the file that `keep` would have written, from the same batches again.
+
+        Args:
+            path: a new file.
+            batches: one for each step so far, as the sampler draws them.
+
+        Raises:
+            RootnoiseError: other batches than were admitted, or a file that cannot be written.
+        """
+        journal, digest = Journal.create(Path(path), self._header()), self._first_digest()
+        for batch in batches:
+            record = pack(batch)
+            journal.append(record)
+            digest = chain(digest, record, self._salt)
+        journal.sync()
+        if digest != self.digest:
+            raise RootnoiseError(
+                f"batches must be those of the {self.t} steps that were admitted, got others"
+            )
 
     def admit(self, t: int, indices: ArrayLike, drawn: Indices | None = None) -> None:
         """Record that the examples `indices` take part in step t; nothing is recorded on refusal.

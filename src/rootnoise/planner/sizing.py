@@ -101,11 +101,11 @@ class Fleet:
         )
 
     def _sums(self) -> int:
-        """Return the most bytes of float64 at a time: the sum, and the noise to be added to it.
+        """Return the bytes of the float64 sum; noise is added to it part by part.
 
         FSDP2 has one layer's whole sum at a time, which is not counted, and adds it to the shards.
         """
-        return SUM * ((self.columns if self.sharded else self.n_params) + self.columns)
+        return SUM * self.held
 
     def _traffic(self, unit: int) -> int:
         """Return bytes that one rank sends in a step, by ring algorithms.
@@ -152,8 +152,7 @@ class Size:
         noise_rows: float32 rows of the rank's part of the parameters: what the noise stream holds,
             and the noise of the step.
         noise_bytes: of these.
-        sum_bytes: float64 sum of clipped gradients, whole on each rank or in shards, and the rank's
-            part of the noise as it is added.
+        sum_bytes: float64 sum of clipped gradients, whole on each rank or in shards.
         gradient_bytes: what the inner optimizer reads.
         parameter_bytes: parameters, and the inner optimizer's momentum.
         traffic: sent a step.

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,7 +96,8 @@ def empirical(
     from rootnoise.auditing.attack import Attack
     from rootnoise.auditing.empirical import distinguish, one_run
 
-    mechanism = RunFolder(Path(out)).mechanism()
+    # One trial is attacked: what the best of several is not, no attack here can make.
+    mechanism = replace(RunFolder(Path(out)).mechanism(), trials=None)
     made, total = count(1), ATTACKS * mechanism.n_steps
     report: Progress = progress or (lambda step, steps, what: None)
     on_step = lambda: report(next(made), total, "steps of the attacks")  # noqa: E731
@@ -198,8 +199,8 @@ class _Audit:
         """Check that people read the same settings in run.toml as the run had."""
         path = self.folder.path / "run.toml"
         if path.exists():  # older runs left none
-            said = {name: value for name, value in vars(config).items() if value is not None}
-            yield _fields("run.toml agrees", settings_file.read(path), said)
+            said = settings_file.flat(vars(config))
+            yield _fields("run.toml agrees", settings_file.read(path, tuning=True), said)
 
     def _finished(self, stated: Statement) -> Iterator[Check]:
         made, n = stated["steps_made"], stated["sampler"]["n_steps"]
@@ -219,6 +220,9 @@ class _Audit:
         sampler, p = stated["sampler"], m.participation
         chosen = {"delta": m.delta, "clip_norm": m.clip_norm, "batch_size": sampler["batch_size"]}
         yield _fields("config.json agrees", vars(config), vars(config) | chosen)
+        tried = None if config.tuning is None else config.tuning.number
+        if (tried, m.trials) != (None, None):
+            yield _same("number of trials", f"{m.trials}", f"{tried}")
         yield _same("n_steps", sampler["n_steps"], m.n_steps)
         if isinstance(p, CyclicPoisson):  # set by the batch size, not by the number of batches
             drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
@@ -25,6 +26,7 @@ from rootnoise.participation.samplers import (
 )
 from rootnoise.planner import MEMORY_ROWS, Job, Row, plan
 from rootnoise.runs.settings import Options, Settings
+from rootnoise.runs.tuning import Tuning
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 
 # Largest learning rate, clip norm, and 1 / clip norm: weights and noise then fit into float32.
@@ -46,6 +48,9 @@ PLANNED = {
 class RunConfig(Settings):
     """The settings of a run, checked; `run` documents them.
 
+    Attributes:
+        tuning: how some of them were chosen, where several were tried.
+
     Raises:
         RootnoiseError: a value outside its range, whatever the data set.
 
@@ -53,10 +58,15 @@ class RunConfig(Settings):
     'poisson'
     """
 
+    tuning: Tuning | None = None
+
     def __post_init__(self) -> None:
+        if isinstance(self.tuning, Mapping):  # from config.json
+            object.__setattr__(self, "tuning", Tuning.from_dict(self.tuning))
         one_of("mechanism", self.mechanism, ("none", "dpsgd", *mechanisms(), "auto"))
         one_of("sampling", self.sampling, ("auto", *SAMPLINGS))
-        if self.sampling == "auto" and self.mechanism != "auto":
+        paid = self.tuning is not None and self.tuning.public is None
+        if self.sampling == "auto" and (paid or self.mechanism != "auto"):
             kind = "poisson" if self.mechanism == "dpsgd" else "fixed-cycle"
             object.__setattr__(self, "sampling", kind)
         self._check_numbers()
@@ -65,6 +75,7 @@ class RunConfig(Settings):
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
         self._check_bands_of_poisson()
         self._check_planned()
+        self._check_tuned()
 
     @property
     def split(self) -> dict[str, Any]:
@@ -102,6 +113,29 @@ class RunConfig(Settings):
         one_of("sampling", self.sampling, ("auto", *PLANNED), " for mechanism auto")
         if self.memory_rows is not None:
             integer("memory_rows", self.memory_rows, 0)
+
+    def _check_tuned(self) -> None:
+        """Refuse what was not tried, and trials whose best is not accounted for."""
+        tuning = self.tuning
+        if tuning is None:
+            return
+        for name, values in tuning.grid.items():
+            if getattr(self, name) not in values:
+                rule = f"{name} must be one that was tried, {', '.join(map(str, values))}"
+                raise RootnoiseError(f"{rule}, got {getattr(self, name)}")
+        if tuning.public is not None:
+            if tuning.public == self.dataset:
+                rule = "public must be another data set than the private one"
+                raise RootnoiseError(f"{rule}, got {tuning.public}")
+            return
+        if self.mechanism == "none":
+            raise RootnoiseError("mechanism must be private for trials that are paid for, got none")
+        if self.sampling != "fixed-cycle":
+            rule = "sampling must be fixed-cycle for trials (identity is dpsgd's noise there)"
+            raise RootnoiseError(f"{rule}, got {self.sampling}")
+        if self.insecure_noise_seed is not None:
+            rule = "insecure_noise_seed must be left out for trials, each of which has its own key"
+            raise RootnoiseError(f"{rule}, got {self.insecure_noise_seed}")
 
     def _check_numbers(self) -> None:
         if self.mechanism == "none":
@@ -253,6 +287,7 @@ def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
         epsilon=config.epsilon,
         delta=config.delta,
         clip_norm=config.clip_norm,
+        trials=None if config.tuning is None else config.tuning.number,
     )
 
 
@@ -266,9 +301,12 @@ def claim(config: RunConfig, mechanism: Mechanism | None) -> str:
     """Return what the run may say about privacy."""
     if mechanism is None:
         return "No privacy is claimed: the run neither clips gradients nor adds noise."
+    said = mechanism.claim()
+    if config.tuning is not None:
+        said += f" {config.tuning.claim(config.dataset)}"
     if config.insecure_noise_seed is not None:
         return (
             "No privacy is claimed: the noise is reproducible, from the insecure noise seed "
-            f"{config.insecure_noise_seed}. With a secret key it would be: {mechanism.claim()}"
+            f"{config.insecure_noise_seed}. With a secret key it would be: {said}"
         )
-    return mechanism.claim()
+    return said

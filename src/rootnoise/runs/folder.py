@@ -39,6 +39,7 @@ import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +107,56 @@ class RunFolder:
             RootnoiseError: it is in use or cannot be written.
         """
         settings, readable = as_json(config), settings_file.text(config)
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._acquire()
-            self.refuse_used()
-            write_whole(self.path / "run.toml", readable)
-            write_whole(self.path / "claim.txt", stated["claim"].encode() + b"\n")
-            self._write_privacy(stated)
-            if mechanism is not None:
-                mechanism.save(self.path / "mechanism.json")
+        with self._writing():
+            self.take()
+            self._describe(readable, stated, mechanism)
             key.save(self.path / "noise.key")
             self._bound = self._hashes() | {"config.json": _hash(settings)}
             self.save_checkpoint(state)
             write_whole(self.path / "metrics.jsonl", b"")
             # Last: if it exists, everything that a resumed run needs is on disk.
             write_whole(self.path / "config.json", settings)
+
+    def take(self) -> None:
+        """Make the folder, unless there is an empty one, and keep other processes out.
+
+        Raises:
+            RootnoiseError: it is in use, not free for a new run, or cannot be written.
+        """
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+        self.refuse_used()
+
+    def describe(
+        self,
+        config: Mapping[str, Any],
+        stated: Statement,
+        mechanism: Mechanism,
+        history: Sequence[Mapping[str, Any]],
+    ) -> None:
+        """Write what `create` does for a run that has taken its last step: no checkpoint, no key.
+
+        Raises:
+            RootnoiseError: it cannot be written.
+        """
+        with self._writing():
+            self._describe(settings_file.text(config), stated, mechanism)
+            lines = [as_json(entry, indent=None) + b"\n" for entry in history]
+            write_whole(self.path / "metrics.jsonl", b"".join(lines))
+            write_whole(self.path / "config.json", as_json(config))
+
+    def _describe(self, readable: bytes, stated: Statement, mechanism: Mechanism | None) -> None:
+        write_whole(self.path / "run.toml", readable)
+        write_whole(self.path / "claim.txt", stated["claim"].encode() + b"\n")
+        self._write_privacy(stated)
+        if mechanism is not None:
+            mechanism.save(self.path / "mechanism.json")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as reason:
             raise RootnoiseError(
                 f"out must be writable, got {self.path}: {reason.strerror}"

@@ -18,7 +18,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.accounting.rounding import round_up
 from rootnoise.diagnostics import diagnose
 from rootnoise.mechanism import Mechanism
-from rootnoise.runs import pages, pictures, statement
+from rootnoise.runs import pages, pictures, settings_file, statement
 from rootnoise.runs.config import RunConfig
 from rootnoise.runs.settings import as_of_today
 
@@ -40,6 +40,15 @@ TRUST = (
         "Is not in the claim",
         "the test accuracy, which is computed on other people's data; the pictures, which are "
         "drawn from the plan; and this page, which proves nothing by itself.",
+    ),
+)
+
+TRUST_TUNED = (
+    *TRUST,
+    (
+        "Rests on whoever tuned it",
+        "that nobody saw how long the tuning took; that it was not started again because of "
+        "anything seen; that no record of the test part is in the training set.",
     ),
 )
 
@@ -101,13 +110,14 @@ def page(run: Run) -> str:
         "<h2>What could be better</h2>",
         _findings(run),
         "<h2>What to trust</h2>",
-        pages.definitions(TRUST),
+        pages.definitions(TRUST if c.tuning is None or c.tuning.number is None else TRUST_TUNED),
         "<h2>In numbers</h2>",
         pages.table(("what", "value"), _rows(run)),
         "<h2>Make it again</h2>",
         f"<pre>{escape(command(c))}</pre>",
-        "<p>Or, with the run.toml of its folder, <code>rootnoise train --config run.toml --out "
-        "again</code>. Noise is drawn anew, and so the accuracy will not be quite the same.</p>",
+        f"<p>Or, with the run.toml of its folder, <code>rootnoise {_program(c)} --config run.toml "
+        "--out again</code>. Noise is drawn anew, and so the accuracy will not be quite the same."
+        "</p>",
     ]
     return pages.document(f"{c.mechanism} on {c.dataset}: a private run", parts)
 
@@ -143,13 +153,18 @@ def comparison(runs: Sequence[Run]) -> str:
 
 def command(config: RunConfig) -> str:
     """Return the command for a run with these settings, leaving out those at their defaults."""
-    words = ["rootnoise", "train"]
-    for field in fields(config):
-        value = getattr(config, field.name)
-        said = field.default if field.name != "sampling" else _sampling(config)
-        if value != said and value is not None:
-            words += [f"--{field.name.replace('_', '-')}", f"{value}"]
+    words = ["rootnoise", _program(config)]
+    usual = {field.name: field.default for field in fields(config)}
+    usual |= {"sampling": _sampling(config)}
+    for name, value in settings_file.flat(vars(config)).items():
+        if value != usual.get(name):
+            said = ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
+            words += [f"--{name.replace('_', '-')}", said]
     return shlex.join([*words, "--out", "again"])
+
+
+def _program(config: RunConfig) -> str:
+    return "train" if config.tuning is None else "tune"
 
 
 def _sampling(config: RunConfig) -> str:
@@ -239,6 +254,8 @@ def _findings(run: Run) -> str:
 def _rows(run: Run) -> Iterator[tuple[str, str]]:
     for field in fields(run.config):
         value = getattr(run.config, field.name)
+        if field.name == "tuning" and value is not None:
+            value = value.claim(run.config.dataset)
         if value is not None:
             yield field.name.replace("_", " "), f"{value}"
     if run.mechanism is not None:
@@ -247,7 +264,7 @@ def _rows(run: Run) -> Iterator[tuple[str, str]]:
         yield "standard deviation of Z", f"{m.noise_std:.9g}"
         yield "fingerprint", m.fingerprint
         yield "memory", f"{m.noising.state_size} noise vectors of the model's size"
-    if run.result is not None:
+    if run.result is not None and run.result["seconds"] is not None:
         yield "seconds of training", f"{run.result['seconds']:.1f}"
     if "files" in run.stated:  # the page in the folder is under the seal, and cannot tell it
         yield "seal of the folder", str(run.stated["seal"])

@@ -6,23 +6,20 @@ computed from raw data, and epsilon would not cover them.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rootnoise._check import RootnoiseError, integer
-from rootnoise._files import write_whole
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation.ledger_file import Journal, pack
-from rootnoise.runs import curves, inference
+from rootnoise.runs import curves
 from rootnoise.runs.config import (
     OPTIONS,
     RunConfig,
-    claim,
     make_key,
     make_mechanism,
     make_sampler,
@@ -30,7 +27,7 @@ from rootnoise.runs.config import (
 )
 from rootnoise.runs.data import load
 from rootnoise.runs.folder import RunFolder
-from rootnoise.runs.report import Run, page
+from rootnoise.runs.release import Result, Trained
 from rootnoise.runs.statement import Statement, begun, refuse_other, statement
 from rootnoise.runs.trainer import OnStep, Trainer
 from rootnoise.training import PrivateOptimizer
@@ -38,39 +35,6 @@ from rootnoise.training.ranks import Ranks
 
 # Called when a checkpoint is on disk: what depends on the steps so far may be shown from then on.
 OnCheckpoint = Callable[[Trainer], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a run; privacy fields are None without privacy.
-
-    `accuracy` is on the test set after the last step, `private` says whether `epsilon` is claimed,
-    and `seconds` is the training time over all resumptions.
-    """
-
-    dataset: str
-    model: str
-    mechanism: str
-    sampling: str
-    accuracy: float
-    private: bool
-    epsilon: float | None
-    delta: float | None
-    noise_multiplier: float | None
-    clip_norm: float | None
-    sensitivity: float | None
-    rmse: float | None
-    n_steps: int
-    epochs: int
-    batch_size: int
-    lr: float
-    momentum: float
-    decay: float
-    bands: int | None
-    memory_rows: int | None
-    seconds: float
-    claim: str
-    out: str
 
 
 def run(
@@ -115,6 +79,9 @@ def run(
     ranks = ranks or Ranks()
     how = {"data_dir": data_dir, "resume": resume, "fsdp": fsdp}
     ranks.all_same(how | {"checkpoint_every": checkpoint_every} | asdict(config))
+    if config.tuning is not None and config.tuning.number is not None:
+        rule = "run must be one run, and the best of several trials is made by rootnoise tune"
+        raise RootnoiseError(f"{rule}, got {config.tuning.number}")
     if checkpoint_every is not None:
         integer("checkpoint_every", checkpoint_every, 1)
     curves.check()
@@ -193,37 +160,8 @@ def _to_the_end(
         ranks.by_first(commit)  # before any rank tells of these steps
         if on_checkpoint is not None:
             on_checkpoint(trainer)
-    result = _result(config, trainer, folder.path)
-    weights = trainer.weights()
-    if not first:
-        return result
-    title = f"{config.mechanism} on {config.dataset}"
-    curve = [entry["test_accuracy"] for entry in trainer.history]
-    curves.learning_curves(folder.path / "curves.png", {config.mechanism: [curve]}, title)
-    optimizer = trainer.optimizer
-    ledger = optimizer.ledger if isinstance(optimizer, PrivateOptimizer) else None
-    if report:
-        _report(folder, config, stated, trainer, result)
-    about = inference.about(config, trainer.data.input_shape, trainer.data.n_classes)
-    folder.finish(weights, about, asdict(result), stated, ledger)
-    return result
-
-
-def _report(
-    folder: RunFolder, config: RunConfig, stated: Statement, trainer: Trainer, result: Result
-) -> None:
-    """Write the page, or warn: no picture is worth a run that cannot end."""
-    name, mechanism = folder.path.resolve().name, trainer.mechanism
-    made = Run(name, config, stated, mechanism, trainer.history, asdict(result))
-    try:
-        text = page(made)
-    except Exception as reason:  # noqa: BLE001 - whatever it was, the run is whole
-        line = " ".join(f"{reason}".split())
-        warnings.warn(
-            f"report.html is left out ({line:.120}): rootnoise report may say more", stacklevel=2
-        )
-    else:
-        write_whole(folder.path / "report.html", text.encode())
+    trained = Trained.of(config, trainer)
+    return trained.release(folder, stated, report) if first else trained.result(folder.path)
 
 
 def _begin(
@@ -313,35 +251,3 @@ def _refuse_other_future(path: Path, trainer: Trainer) -> None:
             )
         if record != pack(sampler.batch(step)):
             raise RootnoiseError(f"ledger.bin must hold the run's own batches, got others {path}")
-
-
-def _result(config: RunConfig, trainer: Trainer, out: Path) -> Result:
-    optimizer, last = trainer.optimizer, trainer.history[-1]
-    rows, mechanism = None, None
-    if isinstance(optimizer, PrivateOptimizer):
-        rows, mechanism = optimizer.stream.memory_rows, optimizer.mechanism
-    return Result(
-        dataset=config.dataset,
-        model=config.model,
-        mechanism=config.mechanism,
-        sampling=config.sampling,
-        accuracy=last["test_accuracy"],
-        private=mechanism is not None and config.insecure_noise_seed is None,
-        epsilon=mechanism.epsilon if mechanism else None,
-        delta=mechanism.delta if mechanism else None,
-        noise_multiplier=mechanism.noise_multiplier if mechanism else None,
-        clip_norm=mechanism.clip_norm if mechanism else None,
-        sensitivity=mechanism.sensitivity.value if mechanism else None,
-        rmse=mechanism.rmse if mechanism else None,
-        n_steps=trainer.sampler.n_steps,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        momentum=config.momentum,
-        decay=config.decay,
-        bands=mechanism.strategy.bands if mechanism else None,
-        memory_rows=rows,
-        seconds=last["seconds"],
-        claim=claim(config, mechanism),
-        out=str(out),
-    )

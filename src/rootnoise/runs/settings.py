@@ -19,7 +19,11 @@ DEFAULT_LR = 0.5
 
 
 def setting(default: Any, text: str, **how: Any) -> Any:
-    """Return a field; `how` goes to `typer.Option`, except `flags` and `kind`, its input type."""
+    """Return a field; `how` goes to `typer.Option`, except the following.
+
+    `flags` are its names, `kind` its input type, and `tuned` says that `rootnoise tune` takes
+    several values.
+    """
     return field(default=default, metadata={"help": text, **how})
 
 
@@ -92,13 +96,19 @@ class Settings(Options):
     micro_batch_size: int | None = setting(
         None, "Examples processed at a time [default: as many as fit into the free memory]."
     )
-    lr: float = setting(DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.")
-    momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).")
-    decay: float = setting(1.0, "Factor alpha on the parameters at each step; 1 is no decay.")
-    clip_norm: float = setting(
-        1.0, "Largest l2 norm of one gradient.", flags=("--clip-norm", "--clip")
+    lr: float = setting(
+        DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.", tuned=True
     )
-    weight_decay: float = setting(0.0, "Multiple of the parameters added to the gradient (L2).")
+    momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).", tuned=True)
+    decay: float = setting(
+        1.0, "Factor alpha on the parameters at each step; 1 is no decay.", tuned=True
+    )
+    clip_norm: float = setting(
+        1.0, "Largest l2 norm of one gradient.", flags=("--clip-norm", "--clip"), tuned=True
+    )
+    weight_decay: float = setting(
+        0.0, "Multiple of the parameters added to the gradient (L2).", tuned=True
+    )
     schedule: str | None = setting(
         None,
         "cosine, linear, exponential or step [default: constant].",

@@ -144,6 +144,7 @@ def described(mechanism: Mechanism, *, with_bound: bool = True) -> dict[str, Any
         "sensitivity": asdict(sens),
         "noise_multiplier": mechanism.noise_multiplier,
         "noise_std": mechanism.noise_std,
+        **({} if mechanism.trials is None else {"trials": mechanism.trials.to_dict()}),
         "privacy": [_upper(cost) for cost in costs],
         "error": error_of(mechanism) if with_bound else None,
     }

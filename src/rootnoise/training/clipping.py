@@ -11,6 +11,7 @@ also how Mironov (2012) and Balcer & Vadhan (2018) make sums exact.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from rootnoise._check import clip_range, warn
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
 
-PART = 2**16  # float64 numbers of a vector processed at a time, on the CPU
+# Numbers of a vector processed at a time: in the cache of a CPU, in little memory of a GPU.
+PART = {"cpu": 2**16, "cuda": 2**24}
 
 # How many standard deviations of noise the grid leaves room for.
 ROOM = 2**8
@@ -61,18 +63,45 @@ class Clip:
         """Return the clip of a mechanism for a data set of n_examples."""
         return cls.fit(mechanism.clip_norm, n_examples, mechanism.noise_std)
 
-    def noised(
-        self, units: torch.Tensor, noise: torch.Tensor, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Return the sum in units plus the noise in whole units, float64; `out` may be `units`."""
-        total = torch.empty_like(units) if out is None else out
-        size = max(1, PART if units.device.type == "cpu" else len(units))
-        space = units.new_empty(min(size, len(units)))
-        for i in range(0, len(units), size):
-            drawn = noise[i : i + size]
-            part = divide_(space[: len(drawn)].copy_(drawn), self.grid).round_()
-            torch.add(units[i : i + size], part, out=total[i : i + size])
-        return total
+    def add_noise_(self, units: torch.Tensor, noise: torch.Tensor) -> None:
+        """Add noise, in whole units, to whole units in place."""
+        for part, drawn in _parts(units, noise):
+            part.add_(self._whole(drawn, torch.empty_like(part)))
+
+    def mean_(
+        self, out: torch.Tensor, units: torch.Tensor, noise: torch.Tensor | None, by: float
+    ) -> None:
+        """Write (sum + noise) / by, the sum given in units and both rounded to whole ones.
+
+        One pass over vectors that fit into no cache: of a million numbers each takes 0.5 ms out of
+        memory, and 0.1 ms out of a cache.
+
+        Args:
+            out: float32 or float64; may be the noise itself, or the sum.
+            units: float64.
+            noise: None where it is in the sum.
+            by: the divisor.
+        """
+        # Dividing by by / grid has the bits of multiplying by the grid, a power of two, before.
+        count, space = by / self.grid, units.new_empty(2, 0)
+        for part, drawn, to in _parts(units, out if noise is None else noise, out):
+            if space.shape[1] != len(part):
+                space = units.new_empty(2, len(part))
+            sums, draws = space
+            torch.round(part, out=sums)
+            if noise is not None:
+                sums.add_(self._whole(drawn, draws))
+            to.copy_(divide_(sums, count))
+
+    def _whole(self, noise: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Write the noise in whole units, float64."""
+        return divide_(out.copy_(noise), self.grid).round_()
+
+
+def _parts(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Yield the vectors' parts of `PART` numbers."""
+    size = PART.get(vectors[0].device.type, PART["cuda"])
+    return zip(*(torch.split(x, size) for x in vectors), strict=True)
 
 
 def divide_(x: torch.Tensor, by: float) -> torch.Tensor:

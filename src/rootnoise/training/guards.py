@@ -22,6 +22,9 @@ from torch.autograd import Variable
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip.taps import is_compiled
 
+_Place = tuple[nn.Module | None, str]
+"""Where a tensor hangs: a module, and its name there; None and its full name if it is fixed."""
+
 
 class Observer(Protocol):
     """Is notified of the passes that a guard counts."""
@@ -94,7 +97,7 @@ class ForwardGuard:
         self._rows: dict[str, tuple[str, int]] = {}
         self._fault = ""
         self._changed = ""
-        self._before: dict[str, _Seen] = {}
+        self._before: dict[_Place, _Seen] = {}
         self._made: list[tuple[Any, int]] = []
         # Prepended: dropping an old pass must not drop what another hook has begun to keep.
         model.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
@@ -299,24 +302,35 @@ class ForwardGuard:
 
     # ----------------------------------------------------------------------------------- tensors
 
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        if self._fixed is None:
-            yield from self._model.named_parameters(remove_duplicate=False)
-        else:
-            yield from self._fixed.items()
-        yield from self._model.named_buffers(remove_duplicate=False)
+    def _tensors(self) -> Iterator[tuple[_Place, torch.Tensor]]:
+        """Yield each parameter and buffer with its module and name there.
+
+        torch's own walk, which makes full names and is done three times a micro-batch, took four
+        times as long.
+        """
+        for name, p in (self._fixed or {}).items():
+            yield (None, name), p
+        for module in self._model.modules():
+            own = module._parameters if self._fixed is None else {}
+            for name, t in (*own.items(), *module._buffers.items()):
+                if t is not None:
+                    yield (module, name), t
 
     def _compare(self, when: str) -> None:
         """Record the first parameter or buffer that has changed."""
         now = dict(self._tensors())
-        for name in self._before | now:
-            then = self._before.get(name)
-            if then is not None and name in now and then.same(now[name], self._fixed is None):
+        for place in self._before | now:
+            then = self._before.get(place)
+            if then is not None and place in now and then.same(now[place], self._fixed is None):
                 continue
-            layer, _, leaf = name.rpartition(".")
-            kind = type(self._model.get_submodule(layer)).__name__ if self._fixed is None else ""
+            module, leaf = place
+            names = (n for n, m in self._model.named_modules() if m is module)
+            layer = next(names, "")
+            if module is None:
+                layer, _, leaf = leaf.rpartition(".")
+            kind = type(module).__name__ if self._fixed is None else "sharded"
             self._changed = (
-                f"layer {layer or 'model'} ({kind or 'sharded'}) must leave its {leaf} as it is "
+                f"layer {layer or 'model'} ({kind}) must leave its {leaf} as it is "
                 f"{when}: data would reach it without noise; got a change"
             )
             return

@@ -9,15 +9,13 @@ post-processing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike
-from opacus.optimizers import DPOptimizer
 
 from rootnoise._check import RootnoiseError, integer, real, warn
 from rootnoise.diagnostics import mismatch
@@ -28,15 +26,14 @@ from rootnoise.participation.ledger import Ledger
 from rootnoise.participation.samplers import OwnBatches, Sampler, check_sampler
 from rootnoise.training import resume
 from rootnoise.training.clip import PrivateModule
-from rootnoise.training.clipping import Clip, divide_
-from rootnoise.training.guards import ForwardGuard
+from rootnoise.training.clipping import Clip
 from rootnoise.training.place import Place
 from rootnoise.training.probe import Probe
 from rootnoise.training.ranks import Indices, Ranks
 from rootnoise.training.replicated import Copies
 from rootnoise.training.reuse import Releases
 from rootnoise.training.sharded import ShardedModule, Shards
-from rootnoise.training.wrapping import check_layers, held_parameters
+from rootnoise.training.wrapping import Held, check_layers, watched
 
 
 class UnplannedOptimizerWarning(UserWarning):
@@ -121,21 +118,12 @@ class PrivateOptimizer:
     ) -> None:
         if independence not in ("probed", "assumed"):
             raise RootnoiseError(f"independence must be probed or assumed, got {independence!r}")
-        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
-            optimizer, DPOptimizer | torch.optim.LBFGS
-        ):
-            kind = type(optimizer).__name__
-            raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
-        if not isinstance(module, PrivateModule):
-            kind = type(module).__name__
-            raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
+        self._held = Held(optimizer, module)
         check_layers(module)
         check_sampler(sampler, mechanism.participation, mechanism.n_steps)
         self.optimizer, self.module, self.sampler = optimizer, module, sampler
         self.decay = real("decay", decay, above=0, at_most=1)
         self._mechanism = mechanism
-        self._parameters = held_parameters(optimizer, module)
-        self._layout = self._current_layout()
         clip = Clip.of(mechanism, sampler.n_examples)
         self._place: Place
         if isinstance(module, ShardedModule):
@@ -143,9 +131,12 @@ class PrivateOptimizer:
         else:
             self._place = Copies(module, Ranks(process_group), clip)
         self._ranks = self._place.ranks
-        self._watch(independence, integer("probe_every", probe_every, 0))
+        every = integer("probe_every", probe_every, 0)
+        self._guard, self._probe = watched(module, every if independence == "probed" else None)
         self.ledger = Ledger(mechanism.participation, sampler.n_examples)
-        self._stream = self._new_stream(self._follow_first(Key.fresh() if key is None else key))
+        self._stream = self._new_stream(
+            resume.follow_first(self, Key.fresh() if key is None else key)
+        )
         self._releases = Releases(self.stream.key.id, mechanism.fingerprint)
         if not planned:
             self._advise()
@@ -176,36 +167,6 @@ class PrivateOptimizer:
         """Refuse copies: two optimizers would add the same noise to two gradients."""
         raise RootnoiseError(
             "private optimizer must not be copied or pickled, got an attempt: save its state_dict"
-        )
-
-    def _watch(self, independence: str, every: int) -> None:
-        """Attach the guard of passes, and the probe if requested, to the model.
-
-        The garbage collector does not see the hooks that autograd's graph keeps alive. So they hold
-        references to the model and its parameters, but none to this optimizer.
-        """
-        module = self.module
-        model, sharded = module._module, isinstance(module, ShardedModule)
-
-        @contextmanager
-        def quiet() -> Iterator[None]:
-            guard.off = True
-            try:
-                with module.paused():
-                    yield
-            finally:
-                guard.off = False
-
-        self._probe: Probe | None = None
-        if independence == "probed":
-            self._probe = Probe(model, quiet, sharded=sharded, every=every)
-        self._guard = guard = ForwardGuard(
-            model,
-            module.discard,
-            observer=self._probe,
-            left=lambda: module.left,
-            fixed=dict(model.named_parameters()) if sharded else None,
-            again=lambda: module.running_again,
         )
 
     def claim(self) -> str:
@@ -360,16 +321,17 @@ class PrivateOptimizer:
             self._ranks.refuse(refusal)
         self._ranks.agree(self.t)  # one rank's ledger file may not be writable
         with torch.no_grad():
-            total, bad = self._place.noised_sum(part.size, self.stream.next(), self.t)
+            by = self.sampler.batch_size
+            mean, bad = self._place.noised_mean(part.size, self.stream.next(), self.t, by)
             try:
-                self._releases.check(self.t, total)
+                self._releases.check(self.t, mean, by)
             except RootnoiseError as refusal:
                 self._ranks.refuse(refusal)
             self._ranks.agree(self.t)
             self.non_finite += bad
-            self._place.write(divide_(total, self.sampler.batch_size))
+            self._place.write(mean)
             if self.decay != 1:
-                for p in self._parameters:
+                for p in self._held.parameters:
                     p.mul_(self.decay)
         self._guard.reset()
         if self._probe is not None:
@@ -421,12 +383,7 @@ class PrivateOptimizer:
         self._check_whole()
         check_sampler(self.sampler, self.mechanism.participation, self.mechanism.n_steps)
         integer("sampler's n_examples", self.sampler.n_examples, *[self.ledger.n_examples] * 2)
-        parameters = held_parameters(self.optimizer, self.module)
-        same = len(parameters) == len(self._parameters) and all(
-            p is q for p, q in zip(parameters, self._parameters, strict=True)
-        )
-        if not same or self._current_layout() != self._layout:
-            raise RootnoiseError("trainable parameters must stay those of the first step")
+        self._held.check(self.optimizer, self.module)
         if isinstance(indices, torch.Tensor):
             indices = indices.numpy(force=True)
         rows = np.size(indices)
@@ -478,28 +435,9 @@ class PrivateOptimizer:
         resume.load(self, state)
 
     def _new_stream(self, key: Key) -> NoiseStream:
-        size = sum(p.numel() for p in self._parameters)
-        where = self._parameters[0].device
+        size = sum(p.numel() for p in self._held.parameters)
+        where = self._held.parameters[0].device
         return NoiseStream(self.mechanism, size, key, spans=self._place.spans, device=where)
-
-    def _follow_first(self, key: Key) -> Key:
-        """Adopt rank 0's weights, sampler seed and ledger salt, and return its key."""
-        if self._ranks.size == 1:
-            return key
-        self._ranks.same("mechanism", self.mechanism.fingerprint)
-        self._ranks.same("parameters", self._layout)
-        self._ranks.same("decay", self.decay)
-        states = [self.sampler.state_dict(), self.ledger.state_dict(), key.secret]
-        sampler, ledger, secret = self._ranks.first(states)
-        self.sampler.load_state_dict(sampler)
-        self.ledger.load_state_dict(ledger)
-        self._place.begin()
-        return Key(secret)
-
-    def _current_layout(self) -> list[list[Any]]:
-        """Return [name, shape] of each trainable parameter, which fixes its place in the noise."""
-        named = self.module.named_parameters()
-        return [[name, list(p.shape)] for name, p in named if p.requires_grad]
 
     def _check_whole(self) -> None:
         admitted = self.t + (self._batch is not None)

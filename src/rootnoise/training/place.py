@@ -48,8 +48,13 @@ class Place(Protocol):
     def take(self, rows: int) -> None:
         """Add what one backward of `rows` examples has left, clipped, to the sum of the step."""
 
-    def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return the clipped sum plus noise of step t, flattened, float64; and the bad rows."""
+    def noised_mean(
+        self, rows: int, noise: torch.Tensor, t: int, by: float
+    ) -> tuple[torch.Tensor, int]:
+        """Return (clipped sum plus noise of step t) / by, flattened, and the number of bad rows.
+
+        It may lie in the memory of the noise, which is overwritten then.
+        """
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of the parameters."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from itertools import pairwise
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clipping import PART, Clip, divide_, warn_non_finite
+from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.place import own_name
 from rootnoise.training.ranks import KEPT, Ranks
 
@@ -20,7 +20,22 @@ from rootnoise.training.ranks import KEPT, Ranks
 MOST_ROUNDING = 0.01
 
 
-def rule_within(clip: Clip, size: int) -> Flat:
+@dataclass(frozen=True)
+class OnGrid(Flat):
+    """`Flat`, with sums in units of the grid: by a power of two, so that no bit but that changes.
+
+    >>> OnGrid(1.0, grid=0.25).factors(torch.tensor([[4.0, 0.25]]))
+    tensor([[2.0000, 4.0000]])
+    """
+
+    grid: float = 1.0
+
+    def factors(self, squares: torch.Tensor) -> torch.Tensor:
+        """Return one factor per example, over the grid."""
+        return super().factors(squares) / self.grid
+
+
+def rule_within(clip: Clip, size: int) -> OnGrid:
     """Return the rule for sums of `size` numbers that are then rounded to the grid; see `Copies`.
 
     Raises:
@@ -32,7 +47,7 @@ def rule_within(clip: Clip, size: int) -> Flat:
             "noise must leave float64 digits for the clip norm, got a grid of "
             f"{clip.grid:.2g} for clip_norm={clip.norm:.2g}: less noise, or fewer records"
         )
-    return Flat(math.nextafter(clip.norm - rounding, 0))
+    return OnGrid(math.nextafter(clip.norm - rounding, 0), clip.grid)
 
 
 class Copies:
@@ -65,8 +80,8 @@ class Copies:
         self._span = ranks.span(sum(self._sizes))
         self.spans = [self._span]
         self._rule = rule_within(clip, sum(self._sizes))
+        self._dtype = widest(self._parameters.values())
         self._taken = 0  # number of examples whose gradients are in the sum
-        self._written: torch.Tensor | None = None  # the step's noise once it is in the sum
 
     def begin(self) -> None:
         """Adopt the weights and buffers of rank 0."""
@@ -92,61 +107,37 @@ class Copies:
         self._module.add(self._rule)
         self._taken += rows
 
-    def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return the batch's clipped sum plus noise, flat float64, and the number of bad rows.
+    def noised_mean(
+        self, rows: int, noise: torch.Tensor, t: int, by: float
+    ) -> tuple[torch.Tensor, int]:
+        """Return the batch's clipped sum plus noise, over `by`, flat, and the number of bad rows.
 
         Includes what `take` has added. Sums of whole units are exact, so no rank's rounding depends
-        on the other ranks' examples, even with the noise added.
+        on the other ranks' examples, even with the noise added. On a process alone the mean takes
+        the memory of the noise: fresh memory takes as long to touch as three passes over other.
         """
         self.take(rows)
-        total, bad = self._module.finish()
+        units, bad = self._module.finish()
         rows, self._taken = self._taken, 0
         if bad:
             warn_non_finite(bad, rows, t)
-        clip, alone = self._clip, self.ranks.size == 1
-        for part, own in self._parts(total, noise):
-            divide_(part, clip.grid).round_()
-            if len(own):
-                clip.noised(part, own, out=part)
-            if alone:
-                part.mul_(clip.grid)
-        self.ranks.add_(total)
+        alone = self.ranks.size == 1
         if not alone:
-            total.mul_(clip.grid)
-        self._module.reuse(total)
-        if noise.shape == total.shape and noise.device.type == "cpu":
-            self._written = noise
-        return total, bad
-
-    def _parts(
-        self, total: torch.Tensor, noise: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield parts of the sum that fit into a cache, each with its noise, which may be empty.
-
-        A step of few examples is bounded by passes over vectors: of a million numbers, each took
-        0.5 ms out of memory and 0.1 ms out of the cache.
-        """
-        start, _ = self._span
-        cuts = sorted({0, *self._span, len(total)})
-        size = PART if total.device.type == "cpu" else max(1, len(total))
-        for low, high in pairwise(cuts):
-            own = (low, high) == self._span
-            for i in range(low, high, size):
-                j = min(i + size, high)
-                yield total[i:j], noise[i - start : j - start] if own else noise[:0]
+            units.round_()
+            self._clip.add_noise_(units[slice(*self._span)], noise)
+        self.ranks.add_(units)
+        mean = noise
+        if mean.shape != units.shape or mean.dtype != self._dtype:
+            mean = torch.empty_like(units, dtype=self._dtype)
+        self._clip.mean_(mean, units, noise if alone else None, by)
+        self._module.reuse(units)
+        return mean, bad
 
     def write(self, mean: torch.Tensor) -> None:
-        """Make `mean` the gradient of the parameters; on a CPU in the memory of the step's noise.
-
-        A vector of fresh memory takes as long to touch as three passes over one that was used. The
-        memory of `mean` itself is that of the next step's sum, so no gradient may stay in it.
-        """
-        written, self._written = self._written, None
-        if written is not None:
-            mean = written.copy_(mean)
+        """Make `mean` the gradient of the parameters, in its memory where that can be."""
         parts = torch.split(mean, self._sizes)
         for p, part in zip(self._parameters.values(), parts, strict=True):
-            p.grad = part.view_as(p).to(p.device, p.dtype, copy=written is None)
+            p.grad = part.view_as(p).to(p.device, p.dtype)
 
     def save(self, rows: torch.Tensor, most: int) -> torch.Tensor:
         """Return the noise rows of all ranks, in the columns of the flattened parameters."""
@@ -170,3 +161,13 @@ class Copies:
     ) -> None:
         """Restore the state of the inner optimizer."""
         optimizer.load_state_dict(dict(state))
+
+
+def widest(parameters: Iterable[torch.Tensor]) -> torch.dtype:
+    """Return the type in which gradients of these parameters are made, float32 or float64.
+
+    >>> widest([torch.zeros(1, dtype=torch.bfloat16)])
+    torch.float32
+    """
+    double = any(p.dtype == torch.float64 for p in parameters)
+    return torch.float64 if double else torch.float32

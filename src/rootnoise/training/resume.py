@@ -1,4 +1,4 @@
-"""What of an optimizer is saved between two steps, and how a saved one goes on."""
+"""What of an optimizer is saved between two steps, and how a saved one, or a rank, goes on."""
 
 from __future__ import annotations
 
@@ -7,10 +7,27 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rootnoise._check import RootnoiseError, integer
+from rootnoise.keys import Key
 from rootnoise.participation.ledger import Ledger
 
 if TYPE_CHECKING:
     from rootnoise.training.optimizer import PrivateOptimizer
+
+
+def follow_first(private: PrivateOptimizer, key: Key) -> Key:
+    """Adopt rank 0's weights, sampler seed and ledger salt, and return its key."""
+    ranks = private._ranks
+    if ranks.size == 1:
+        return key
+    ranks.same("mechanism", private.mechanism.fingerprint)
+    ranks.same("parameters", private._held.layout)
+    ranks.same("decay", private.decay)
+    states = [private.sampler.state_dict(), private.ledger.state_dict(), key.secret]
+    sampler, ledger, secret = ranks.first(states)
+    private.sampler.load_state_dict(sampler)
+    private.ledger.load_state_dict(ledger)
+    private._place.begin()
+    return Key(secret)
 
 
 def saved(private: PrivateOptimizer) -> dict[str, Any]:
@@ -28,7 +45,7 @@ def saved(private: PrivateOptimizer) -> dict[str, Any]:
         "t": private.t,
         "non_finite": private.non_finite,
         "decay": private.decay,
-        "layout": private._layout,
+        "layout": private._held.layout,
         "optimizer": place.optimizer_state(private.optimizer),
         "noise": noise,
         "ledger": private.ledger.state_dict(),
@@ -43,7 +60,7 @@ def load(private: PrivateOptimizer, state: Mapping[str, Any]) -> None:
     if private.t or private.ledger.t or private.stream.t:
         raise RootnoiseError(f"optimizer must be fresh to load a state, got step {private.t}")
     private.ledger.check_unkept()
-    fixed = {"version": 1, "decay": private.decay, "layout": private._layout}
+    fixed = {"version": 1, "decay": private.decay, "layout": private._held.layout}
     for name, ours in fixed.items():
         if state.get(name) != ours:
             raise RootnoiseError(f"saved {name} must be {ours!r}, got {state.get(name)!r:.80}")

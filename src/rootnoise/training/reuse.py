@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import secrets
+import struct
 from weakref import WeakSet
 
 import torch
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from rootnoise._check import RootnoiseError
 
 WIDTH = 8  # bytes per step: a different release goes unnoticed with probability 2^-64
-LANES = {"cpu": 2**15, "gpu": 2**20}  # numbers processed at a time, in the cache of a CPU
+LANES = {"cpu": 2**24, "gpu": 2**20}  # numbers processed at a time
 
 _HASH = AESGCM(secrets.token_bytes(16))  # checksums are compared within a process only
 
@@ -41,13 +42,14 @@ class Releases:
         self._family = _LIVE.setdefault((key_id, fingerprint), WeakSet())
         self._family.add(self)
 
-    def check(self, t: int, release: torch.Tensor) -> None:
-        """Record the float64 vector that step t is about to release.
+    def check(self, t: int, release: torch.Tensor, by: float = 1.0) -> None:
+        """Record the vector that step t is about to release, a sum over the divisor `by`.
 
         Raises:
-            RootnoiseError: another live optimizer has released a different vector in step t.
+            RootnoiseError: another live optimizer has released a different vector in step t, or by
+                another divisor.
         """
-        digest = _digest(release)
+        digest = _digest(release, by)
         if self._conflicts(t, digest):
             gc.collect()  # unreachable optimizers do not count as alive
             if self._conflicts(t, digest):
@@ -68,13 +70,13 @@ class Releases:
         return bytes(self._digests[start : start + WIDTH]) if start >= 0 else b""
 
 
-def _digest(release: torch.Tensor) -> bytes:
+def _digest(release: torch.Tensor, by: float = 1.0) -> bytes:
     """Return a checksum of every bit, in one pass on the tensor's device."""
     if release.device.type == "cpu":
         found = _tags(release)
     else:
         found = _fletcher(release, LANES["gpu"]).cpu().numpy().tobytes()
-    return hashlib.blake2b(found, digest_size=WIDTH).digest()
+    return hashlib.blake2b(struct.pack("d", by) + found, digest_size=WIDTH).digest()
 
 
 def _tags(release: torch.Tensor) -> bytes:
@@ -83,11 +85,8 @@ def _tags(release: torch.Tensor) -> bytes:
     Two parts of n bytes collide with probability (n / 16 + 1) 2^-128 over the key (McGrew & Viega,
     2004). The nonce may stay the same, for tags and key are never shown.
     """
-    row, found = torch.empty(min(LANES["cpu"], len(release)), dtype=torch.float64), []
-    for part in torch.split(release, LANES["cpu"]):
-        values = torch.add(part, 0.0, out=row[: len(part)])  # -0 is 0
-        found.append(_HASH.encrypt(bytes(12), b"", values.numpy().data.cast("B")))
-    return b"".join(found)
+    parts = (part.numpy().data.cast("B") for part in torch.split(release, LANES["cpu"]))
+    return b"".join(_HASH.encrypt(bytes(12), b"", part) for part in parts)
 
 
 def _fletcher(release: torch.Tensor, lanes: int) -> torch.Tensor:
@@ -96,12 +95,12 @@ def _fletcher(release: torch.Tensor, lanes: int) -> torch.Tensor:
     Sums of the rows, and sums of those sums, in which every row has a weight of its own.
     """
     rows = len(release) // lanes
-    row = release.new_empty(lanes if rows else 0)
+    row = release.new_empty(lanes if rows else 0, dtype=torch.float64)
     bits = row.view(torch.int64)
     sums, weighted = torch.zeros_like(bits), torch.zeros_like(bits)
     for values in release[: rows * lanes].view(rows, lanes):
-        torch.add(values, 0.0, out=row)
+        row.copy_(values)
         sums += bits
         weighted += sums
-    rest = (release[rows * lanes :] + 0.0).view(torch.int64)
+    rest = release[rows * lanes :].double().view(torch.int64)
     return torch.cat([sums, weighted, rest])

@@ -25,7 +25,7 @@ from rootnoise.training.clip.taps import guard_parameter, kind_of
 from rootnoise.training.clipping import Clip, warn_non_finite
 from rootnoise.training.place import own_name
 from rootnoise.training.ranks import KEPT, SENT, Ranks
-from rootnoise.training.replicated import rule_within
+from rootnoise.training.replicated import rule_within, widest
 
 
 class ShardedModule(PrivateModule):
@@ -150,6 +150,7 @@ class Shards:
         self._mesh = _by_rows(name, p).device_mesh
         self.ranks = Ranks(self._mesh.get_group())
         self._rule = rule_within(clip, start)
+        self._dtype = widest(self._parameters.values())
         self._total: torch.Tensor | None = None  # this rank's rows of the sum, in grid units
         self._own: dict[nn.Parameter, torch.Tensor] = {}  # their places in it
         self._taken = 0  # examples whose gradients are in the sums
@@ -194,7 +195,7 @@ class Shards:
 
     def _scatter(self, p: nn.Parameter, total: torch.Tensor) -> None:
         """Add this rank's rows of the sum of all ranks' tensors."""
-        total.div_(self._clip.grid).round_()
+        total.round_()
         own = self.ranks.part_of_sum(total)
         if self._total is None:
             self._total = torch.zeros(sum(self._sizes), dtype=torch.float64, device=own.device)
@@ -202,8 +203,10 @@ class Shards:
             self._own = dict(zip(self._parameters.values(), parts, strict=True))
         self._own[p].add_(own[: len(self._own[p])])
 
-    def noised_sum(self, rows: int, noise: torch.Tensor, t: int) -> tuple[torch.Tensor, int]:
-        """Return this rank's part of clipped sum plus noise, and the number of bad rows.
+    def noised_mean(
+        self, rows: int, noise: torch.Tensor, t: int, by: float
+    ) -> tuple[torch.Tensor, int]:
+        """Return this rank's part of the noised mean, and the number of bad rows.
 
         Includes what `take` has added.
         """
@@ -215,7 +218,9 @@ class Shards:
         total, self._total, self._own = self._total, None, {}
         assert total is not None  # noqa: S101 - `_scatter` has made it
         self._module.reshard()  # the probe's forward has left the root's parameters gathered
-        return self._clip.noised(total, noise, out=total).mul_(self._clip.grid), bad
+        mean = noise.to(total.device, self._dtype)
+        self._clip.mean_(mean, total, mean, by)
+        return mean, bad
 
     def write(self, mean: torch.Tensor) -> None:
         """Make `mean` the gradient of this rank's shards."""

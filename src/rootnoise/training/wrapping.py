@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from opacus.grad_sample import AbstractGradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -11,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import PrivateModule
 from rootnoise.training.clip.taps import is_tapped
+from rootnoise.training.guards import ForwardGuard
+from rootnoise.training.probe import Probe
 from rootnoise.training.sharded import ShardedModule
 
 
@@ -64,16 +71,80 @@ def check_layers(model: nn.Module) -> None:
         raise RootnoiseError("model must be in training mode, got one in evaluation mode")
 
 
-def held_parameters(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[nn.Parameter]:
-    """Return the trainable parameters of `module`, which `optimizer` must hold, each once."""
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    if not held or sorted(held) != sorted(map(id, trainable)):
-        known = len(set(held) & set(map(id, trainable)))
-        raise RootnoiseError(
-            f"optimizer must hold each of the module's {len(trainable)} trainable parameters once "
-            f"and no other, got {len(held)}, among them {known} of these"
-        )
-    if not all(p.is_floating_point() for p in trainable):
-        raise RootnoiseError("parameters must be real floating-point numbers")
-    return trainable
+class Held:
+    """The trainable parameters of `module`, each of which `optimizer` must hold once.
+
+    Attributes:
+        parameters: in the module's order.
+        layout: [name, shape] of each, which fixes its place in the noise.
+
+    Raises:
+        RootnoiseError: another kind of optimizer or module, or parameters that do not fit.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, module: PrivateModule) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(
+            optimizer, DPOptimizer | torch.optim.LBFGS
+        ):
+            kind = type(optimizer).__name__
+            raise RootnoiseError(f"optimizer must be a torch one that needs no closure, got {kind}")
+        if not isinstance(module, PrivateModule):
+            kind = type(module).__name__
+            raise RootnoiseError(f"module must be wrapped by privatize(model), got {kind}")
+        self.parameters, self.layout = self._found(optimizer, module)
+
+    def check(self, optimizer: torch.optim.Optimizer, module: PrivateModule) -> None:
+        """Refuse parameters that were added, removed, frozen, replaced or reshaped since."""
+        parameters, layout = self._found(optimizer, module)
+        same = all(p is q for p, q in zip(parameters, self.parameters, strict=False))
+        if not same or layout != self.layout:
+            raise RootnoiseError("trainable parameters must stay those of the first step")
+
+    def _found(
+        self, optimizer: torch.optim.Optimizer, module: PrivateModule
+    ) -> tuple[list[nn.Parameter], list[list[Any]]]:
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        trainable = [p for _, p in named]
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        if not held or sorted(held) != sorted(map(id, trainable)):
+            known = len(set(held) & set(map(id, trainable)))
+            raise RootnoiseError(
+                f"optimizer must hold each of the module's {len(trainable)} trainable parameters "
+                f"once and no other, got {len(held)}, among them {known} of these"
+            )
+        if not all(p.is_floating_point() for p in trainable):
+            raise RootnoiseError("parameters must be real floating-point numbers")
+        return trainable, [[name, list(p.shape)] for name, p in named]
+
+
+def watched(module: PrivateModule, every: int | None) -> tuple[ForwardGuard, Probe | None]:
+    """Return the guard of the model's passes, and the probe, both attached to the model.
+
+    The garbage collector does not see the hooks that autograd's graph keeps alive. So they hold
+    references to the model and its parameters, but none to an optimizer.
+
+    Args:
+        module: the model.
+        every: as for `Probe`; None is no probe.
+    """
+    model, sharded = module._module, isinstance(module, ShardedModule)
+
+    @contextmanager
+    def quiet() -> Iterator[None]:
+        guard.off = True
+        try:
+            with module.paused():
+                yield
+        finally:
+            guard.off = False
+
+    probe = None if every is None else Probe(model, quiet, sharded=sharded, every=every)
+    guard = ForwardGuard(
+        model,
+        module.discard,
+        observer=probe,
+        left=lambda: module.left,
+        fixed=dict(model.named_parameters()) if sharded else None,
+        again=lambda: module.running_again,
+    )
+    return guard, probe

@@ -3,14 +3,22 @@
 An example's gradient of a linear layer (Linear, convolutions) is c = sum_t g_t a_t^T over its T
 tokens, with inputs a_t and output gradients g_t. There are two ways to compute its norm:
 
-1. Compute c in float32, measure *that* array in float64, and add *that* array times its factor. The
-   array that is added is the one that was measured, so errors in c do not matter: it is a function
-   of one example, and the clip norm bounds it.
+1. Compute c in float32, measure *that* array, and add *that* array times its factor. The array that
+   is added is the one that was measured, so errors in c do not matter: it is a function of one
+   example, and the clip norm bounds it.
 2. Do not compute c. Its squared norm is sum_{t,u} (a_t . a_u)(g_t . g_u), from two T x T Gram
    matrices, and the sum over all examples and tokens is one matrix product.
 3. Make the factor from a Gram norm, as in 2, but compute c in float32 when it is added, and measure
-   *that* array in float64: where it exceeds the norm bound, its factor shrinks. It takes float32
-   inputs of `SINGLE` tokens or more, on a CPU. Then Gram matrices may be float32 too.
+   *that* array: where it exceeds the norm bound, its factor shrinks. It takes float32 inputs of
+   `SINGLE` tokens or more, on a CPU. Then Gram matrices may be float32 too.
+
+**Theorem (lengths).** Let v = 2^-24. A float32 array of n numbers is cut into pieces of `CHUNK`,
+whose float32 norms are squared and added in float64 to s. If s is finite, and n `SAFE[0]` or more,
+then s (1 + PIECES / 2) >= |c|^2, too large by a relative PIECES = 8.1e-6 at most. *Proof.* Squares
+do not cancel: each errs by v, adding CHUNK of them in any order by (CHUNK - 1) v, and the root by
+v, which squaring doubles: (CHUNK + 2) v, and less than (CHUNK + 3) v with higher orders. A square
+below float32's normal numbers loses at most 2^-126, n of them 2^-46 s. QED Other arrays, those of
+zeros among them, are measured in float64.
 
 **Theorem (Gram norms).** Let u = 2^-53, S = sum_t |a_t| |g_t|, and q the sum above in float64,
 in any order. If d_in + d_out + T^2 <= GRAM, then max(q + FLOOR S^2, S^2 / RATIO^2) (1 + 1e-9)
@@ -34,6 +42,11 @@ float32's normal numbers an entry loses at most d 2^-126 <= 0.02 CHUNK v 2^-82, 
 most 2^20. Together less than 2.1 CHUNK v S^2 < ROUGH S^2. A token of zeros, such as the first state
 of a recurrent layer, adds nothing to either. QED
 
+A convolution's tokens are windows: a_t . a_u is a sum over the kernel's places o of products of the
+pixels t + o and u + o. Both theorems hold for entries that are so added up from Gram matrices of
+pixels, since sum_o |x_{t+o}||x_{u+o}| <= |a_t||a_u|, again by Cauchy-Schwarz, and no entry takes
+more than d_in additions. There the pixels' squares lie in `SAFE`, or are those of zeros.
+
 Where ROUGH S^2 is more than COSTLY q, so that a norm might be over 0.1 % too large, or a token is
 neither `SAFE` nor zero, the example's norm is made anew in float64. That looks at one example
 alone. That a norm is not too small rests on float32 products that are made in float32; that a sum
@@ -52,7 +65,7 @@ the triangle inequality. The at most N additions to the running sum, whose value
 of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of norm at most C and at
 most N terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different
 coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for
-two. Norms and factors, float64, err by less than 1e-8 C. So the difference is at most
+two. Norms and factors are too small by less than 1e-8 C. So the difference is at most
 C (1 - SLACK + 8.5e-6) < C.
 QED
 
@@ -70,9 +83,10 @@ elsewhere (docs/privacy.md, *Floating point*), that is not covered.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 from rootnoise._check import RootnoiseError
@@ -86,8 +100,13 @@ ROWS = 1024  # terms of one matrix product, unless one example has more
 EXAMPLES = 100_000  # most examples in a step
 TERMS = 110_000_000  # most examples in a step times terms of a product
 SINGLE = 24  # fewest tokens for float32 products; with fewer, passes over arrays take longer
+KEPT = (
+    2.5  # arrays of examples replace taps of this fraction of their size, if they are made anyway
+)
+SMALL = 1 << 17  # and have at most so many numbers
 CHUNK = 64  # terms of a float32 inner product
 ROUGH = 1.25 * 2 * CHUNK * 2.0**-24  # fraction of S^2, for the rounding of float32 Gram norms
+PIECES = 2 * (CHUNK + 4) * 2.0**-24  # relative rounding of float32 squared norms
 COSTLY = 9e-4  # fraction of a norm that its float32 bound may add
 SAFE = (2.0**-80, 2.0**100)  # squares whose float32 products neither underflow nor overflow
 BLOCK = 1 << 21  # float64 numbers computed at a time for one product, 16 MB
@@ -119,6 +138,17 @@ class Sum:
         return self.vector
 
 
+def blank(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised float32 or float64 array.
+
+    On a CPU numpy makes it, which asks Linux for huge pages: to touch 88 MB of fresh memory took
+    6 ms, not 37 ms.
+    """
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty(shape, str(dtype).removeprefix("torch.")))
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 def check_size(examples: int, tokens: int) -> None:
     """Refuse a step whose sums the theorem does not cover.
 
@@ -138,7 +168,13 @@ def example_blocks(n: int, tokens: int, width: int, most: int = BLOCK) -> Iterat
         yield slice(start, min(start + size, n))
 
 
-def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> torch.Tensor:
+def gram_squares(
+    a: torch.Tensor,
+    g: torch.Tensor,
+    weight: bool,
+    bias: bool,
+    fold: Callable[[torch.Tensor], torch.Tensor] = lambda gram: gram,
+) -> torch.Tensor:
     """Return an upper bound on each example's squared gradient norm, from Gram matrices.
 
     Args:
@@ -146,18 +182,20 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
         g: output gradients, (examples, groups, tokens, d_out).
         weight: whether sum_t g_t a_t^T counts.
         bias: whether sum_t g_t counts.
+        fold: makes the inputs' Gram matrices of those of `a`, as sums of their entries; then a
+            token is made up of several of `a`, of which there may be more or fewer.
 
     Returns:
         (examples,), float64, up to a relative 1e-9.
     """
-    if a.shape[2] == 1:  # one token: a product of norms, without cancellation
+    if a.shape[2] == g.shape[2] == 1:  # one token: a product of norms, without cancellation
         inputs = _squares(a) if weight else torch.zeros_like(a[..., 0], dtype=torch.float64)
         return ((inputs + int(bias)) * _squares(g)).sum((1, 2))
-    if not (weight and single(a, g)):
-        own = a.double() @ a.double().mT if weight else None
+    if not (weight and single(a, g, g.shape[2])):
+        own = fold(a.double() @ a.double().mT) if weight else None
         return _gram_bound(own, g.double() @ g.double().mT, bias, FLOOR)[0].sum(1)
     inputs, outputs = _gram_in_chunks(a), _gram_in_chunks(g)
-    squares, lengths = _gram_bound(inputs, outputs, bias, ROUGH)
+    squares, lengths = _gram_bound(fold(inputs), outputs, bias, ROUGH)
     sure = (ROUGH * lengths <= COSTLY * squares).all(1)
     for x, gram in ((a, inputs), (g, outputs)):
         own = gram.diagonal(dim1=2, dim2=3)
@@ -167,17 +205,17 @@ def gram_squares(a: torch.Tensor, g: torch.Tensor, weight: bool, bias: bool) -> 
         sure &= safe.all(2).all(1)
     total = squares.sum(1)
     if not bool(sure.all()):
-        total[~sure] = gram_squares(a[~sure].double(), g[~sure].double(), weight, bias)
+        total[~sure] = gram_squares(a[~sure].double(), g[~sure].double(), weight, bias, fold)
     return total
 
 
-def single(a: torch.Tensor, g: torch.Tensor) -> bool:
+def single(a: torch.Tensor, g: torch.Tensor, tokens: int) -> bool:
     """Return whether products of these inputs and output gradients are made in float32.
 
-    Both are (examples, groups, tokens, width). A GPU for training multiplies float64 as fast.
+    A GPU for training multiplies float64 as fast.
     """
     float32 = a.dtype == g.dtype == torch.float32
-    return float32 and a.device.type == "cpu" and a.shape[2] >= SINGLE
+    return float32 and a.device.type == "cpu" and tokens >= SINGLE
 
 
 @contextmanager
@@ -211,7 +249,37 @@ def _gram_bound(
 
 
 def row_squares(rows: torch.Tensor) -> torch.Tensor:
-    """Return the squared norm of each row of an (examples, size) matrix, float64."""
+    """Return an upper bound on the squared norm of each row of an (examples, size) matrix, float64.
+
+    Exact but for float64 rounding; of float32 rows on a CPU, too large by a relative `PIECES` at
+    most, by the theorem on lengths.
+    """
+    size = rows.shape[1]
+    if rows.dtype != torch.float32 or rows.device.type != "cpu" or size < CHUNK:
+        return _exact_squares(rows)
+    cut = size - size % CHUNK
+    pieces = rows[:, :cut].reshape(len(rows), -1, CHUNK)
+    total: torch.Tensor = torch.linalg.vector_norm(pieces, dim=2).double().square().sum(1)
+    total = (total + _exact_squares(rows[:, cut:])) * (1 + PIECES / 2)
+    sure = (total >= SAFE[0] * size) & total.isfinite()
+    if not bool(sure.all()):
+        total[~sure] = _exact_squares(rows[~sure])
+    return total
+
+
+def _square(row: torch.Tensor) -> float:
+    """Return what `row_squares` does of a single row, in a third of the calls."""
+    size = len(row)
+    if row.dtype == torch.float32 and size % CHUNK == 0:
+        lengths = torch.linalg.vector_norm(row.view(-1, CHUNK), dim=1).double()
+        square = float(lengths.dot(lengths)) * (1 + PIECES / 2)
+        if SAFE[0] * size <= square < math.inf:
+            return square
+    row = row.double()
+    return float(row.dot(row))
+
+
+def _exact_squares(rows: torch.Tensor) -> torch.Tensor:
     total = rows.new_zeros(len(rows), dtype=torch.float64)
     for columns in _column_blocks(rows):
         total += _squares(rows[:, columns])
@@ -222,6 +290,11 @@ def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor
     """Add sum_i scale_i sum_t g_it a_it^T, (groups, d_out, d_in) when flat."""
     left = (g.double() * scale[:, None, None, None]).permute(1, 3, 0, 2).flatten(2)
     right = a.double().permute(1, 0, 2, 3).flatten(1, 2)
+    add_product_(total, left, right)
+
+
+def add_product_(total: Sum, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add the products of two float64 arrays, (groups, d_out, terms) and (groups, terms, d_in)."""
     out = total.vector.view(len(left), left.shape[1], right.shape[2])
     beta = total.weight()
     if len(out) == 1:
@@ -232,40 +305,36 @@ def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor
 
 def add_each_(
     total: Sum,
-    a: torch.Tensor,
-    g: torch.Tensor,
+    make: Callable[[int, torch.dtype], torch.Tensor],
     bias: torch.Tensor | None,
     scale: torch.Tensor,
     allowed: torch.Tensor,
 ) -> torch.Tensor:
-    """Add scale_i sum_t g_it a_it^T as float32 arrays of one example each; return the factors used.
+    """Add scale_i times example i's float32 array, for each i; return the factors used.
 
     The array that is added is measured: where its squared norm, with that of its row of `bias`,
     exceeds `allowed`, from which its factor was made, the factor shrinks. Examples of factor 0 are
     left out.
 
     Args:
-        total: (groups, d_out, d_in) when flat.
-        a: inputs, float32 (examples, groups, tokens, d_in).
-        g: output gradients, float32 (examples, groups, tokens, d_out).
+        total: the vector that they are added to.
+        make: makes an example's array in a dtype, with as many numbers as `total`.
         bias: gradients of the bias, which get the same factors, (examples, size).
         scale: (examples,), float64.
         allowed: (examples,), float64.
     """
-    out = total.whole().view(a.shape[1], g.shape[3], a.shape[3])
-    made, array = torch.empty(out.shape, dtype=torch.float32), torch.empty_like(out)
-    flat = array.view(-1)
+    out = total.whole()
     taken = [0.0] * len(scale) if bias is None else row_squares(bias).tolist()
     factors = scale.tolist()
     with float32_products():
         for i, most in enumerate(allowed.tolist()):
             if factors[i] == 0:
                 continue
-            array.copy_(torch.bmm(g[i].mT, a[i], out=made))
-            square = float(flat.dot(flat)) + taken[i]
+            array = make(i, torch.float32).flatten()
+            square = _square(array) + taken[i]
             if not math.isfinite(square):  # beyond float32
-                torch.bmm(g[i].double().mT, a[i].double(), out=array)
-                square = float(flat.dot(flat)) + taken[i]
+                array = make(i, torch.float64).flatten()
+                square = _square(array) + taken[i]
             if square > most:
                 factors[i] *= math.sqrt(most / square)
             out.add_(array, alpha=factors[i])

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from rootnoise._check import RootnoiseError
-from rootnoise.training.clip.taps import Call, Tapped, kind_of
+from rootnoise.training.clip.taps import Call, Tapped, is_replaced, kind_of
 
 # Layers whose examples are not in the first dimension of every tensor.
 SEQUENCES = (nn.RNNBase, nn.MultiheadAttention)
@@ -26,6 +26,8 @@ WHOLE = (nn.MultiheadAttention,)
 
 def opacus_sampler(module: nn.Module) -> Callable[..., Any] | None:
     """Return the per-sample gradient function that is registered with Opacus, if there is one."""
+    if is_replaced(module):
+        return None
     found: Callable[..., Any] | None = GradSampleModule.GRAD_SAMPLERS.get(kind_of(module))
     return found
 

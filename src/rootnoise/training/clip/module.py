@@ -12,12 +12,20 @@ from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
-from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
+from rootnoise.training.clip.bounds import Sum, add_rows_, blank, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
-from rootnoise.training.clip.layers import Kept, Row, Taps, row_of
+from rootnoise.training.clip.layers import Kept, Row, row_of
 from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
-from rootnoise.training.clip.taps import Book, Call, Tapped, guard_parameter, is_compiled, kind_of
+from rootnoise.training.clip.taps import (
+    Book,
+    Call,
+    Tapped,
+    Taps,
+    guard_parameter,
+    kind_of,
+    refuse_unseen,
+)
 
 REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
@@ -64,7 +72,7 @@ class PrivateModule(nn.Module):
         super().__init__()
         if loss_reduction not in ("mean", "sum"):
             raise RootnoiseError(f"loss_reduction must be mean or sum, got {loss_reduction!r}")
-        _check(module)
+        refuse_unseen(module)
         self._module: Any = module
         self.loss_reduction = loss_reduction
         self._trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
@@ -480,18 +488,7 @@ class PrivateModule(nn.Module):
             sizes = [q.numel() for q in alike]
             flat, self._spare = self._spare, None
             if flat is None or flat.device != p.device or len(flat) != sum(sizes):
-                flat = torch.empty(sum(sizes), dtype=torch.float64, device=p.device)
+                flat = blank([sum(sizes)], torch.float64, p.device)
             self._flat[p.device] = flat
             self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
         return self._sums[p]
-
-
-def _check(model: nn.Module) -> None:
-    """Refuse models that taps cannot see into, or layers that spread one example over others."""
-    for name, layer in model.named_modules():
-        where = f"layer {name}" if name else "model"
-        if is_compiled(layer):
-            raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
-        for option in ("max_norm", "scale_grad_by_freq"):
-            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
-                raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import PackedSequence
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip.bounds import Sum
 from rootnoise.training.clip.cells import Back, Cell, product, wide
-from rootnoise.training.clip.layers import KeptProducts, Products, Taps
-from rootnoise.training.clip.taps import Book, Call, Tapped, kind_of
+from rootnoise.training.clip.products import KeptProducts, Products
+from rootnoise.training.clip.taps import Book, Call, Tapped, Taps, is_replaced, kind_of
 
 KINDS = (nn.LSTM, nn.GRU, nn.RNN)
 Found = dict[Cell, tuple[torch.Tensor, Back]]
@@ -35,6 +35,9 @@ def unrolls(module: nn.Module) -> bool:
     Its weights must be parameters of its own: those of `weight_norm` are made of others.
     """
     if not isinstance(module, KINDS) or kind_of(module) not in KINDS:
+        return False
+    ours = isinstance(getattr(vars(module).get("forward"), "__self__", None), Recurrent)
+    if is_replaced(module) and not ours:  # ours is of an earlier wrapping
         return False
     if any(name not in module._parameters for name in module._flat_weights_names):
         return False

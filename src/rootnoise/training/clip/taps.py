@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from rootnoise._check import RootnoiseError
 
+Taps = tuple[dict[str, torch.Tensor], torch.Tensor]  # a call's inputs by name, output gradient
+
 
 @dataclass
 class Call:
@@ -30,12 +32,14 @@ class Call:
         batch: number of the micro-batch.
         context: how to repeat the call: structure of its arguments, those that are not tensors,
             and autocast's dtype.
+        shape: the output's shape, where what is tapped has another; or None.
         seen: whether backward has passed through.
     """
 
     layer: Tapped
     batch: int
     context: Any = None
+    shape: torch.Size | None = None
     seen: bool = False
 
 
@@ -258,7 +262,14 @@ class Tapped:
             self._check_rows(output)
         call.context = tuple(tensors)
         tap: Any = Tap
-        return tap.apply(call, self.book.anchor, output, *tensors.values())
+        whole = output._base
+        alike = whole is not None and whole.numel() == output.numel()
+        if not (alike and whole.is_contiguous() and output.is_contiguous()):
+            return tap.apply(call, self.book.anchor, output, *tensors.values())
+        # A view, as Linear gives of more than two dimensions: tapped itself, it would have autograd
+        # copy its gradient. What it is a view of is tapped, and viewed again.
+        call.shape = output.shape
+        return tap.apply(call, self.book.anchor, whole, *tensors.values()).view(output.shape)
 
     def _tap_whole(self, call: Call, args: Any, kwargs: Any, output: Any) -> Any:
         if self.book.rows < 0:
@@ -302,6 +313,8 @@ class Tapped:
             )
         call.seen = True
         self.book.gradients = True
+        if call.shape is not None:
+            gradients = [g if g is None else g.reshape(call.shape) for g in gradients]
         with torch.no_grad():
             if self.names is not None and self.book.guarded:
                 for x in (*inputs, *gradients) if len(self.names) == 1 else gradients:
@@ -344,6 +357,17 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return kind.__bases__[1] if isinstance(module, FSDPModule) else kind
 
 
+def is_replaced(layer: nn.Module) -> bool:
+    """Return whether a layer has a `forward` of its own, not its class's: some libraries' hooks.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> layer.forward = lambda x: 2 * layer.weight @ x
+    >>> is_replaced(layer)
+    True
+    """
+    return "forward" in vars(layer)
+
+
 def is_compiled(layer: nn.Module) -> bool:
     """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
 
@@ -380,3 +404,20 @@ def _elsewhere(name: str) -> RootnoiseError:
 
 def _differentiable(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
+
+
+def refuse_unseen(model: nn.Module) -> None:
+    """Refuse models that taps cannot see into, or layers that spread one example over others.
+
+    Raises:
+        RootnoiseError: see above.
+
+    >>> refuse_unseen(nn.Linear(2, 2))
+    """
+    for name, layer in model.named_modules():
+        where = f"layer {name}" if name else "model"
+        if is_compiled(layer):
+            raise RootnoiseError(f"{where} must not be compiled, got {type(layer).__name__}")
+        for option in ("max_norm", "scale_grad_by_freq"):
+            if isinstance(layer, nn.Embedding | nn.EmbeddingBag) and getattr(layer, option):
+                raise RootnoiseError(f"{where} must not use {option}, which reads the whole batch")

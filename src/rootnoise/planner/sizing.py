@@ -78,7 +78,7 @@ class Fleet:
 
         >>> size = Fleet(n_params=10**9, ranks=8).size(1000, state=15, shared=True)
         >>> size.noise_rows, size.noise_bytes, size.total
-        (16, 8000000000, 29000000000)
+        (16, 8000000000, 28000000000)
         """
         from rootnoise.noise.blockplan import default_steps
 

@@ -381,6 +381,13 @@ def test_progress_names_what_is_tried(made):
     assert len(CALLS) == CALLS[-1][1]
 
 
+def test_progress_counts_the_best_number_of_groups():
+    said: list[tuple[int, int, str]] = []
+    made = plan(SGD(60, 0.9), Job(200, 10, 3, 1.0, 1e-5), lambda *each: said.append(each))
+    assert CyclicPoisson(3, 0.15) in {row.participation for row in made.rows}  # no power of two
+    assert said[-1][0] + 1 == said[-1][1] > said[-4][1]
+
+
 def test_progress_of_a_long_run_ends_where_it_said(monkeypatch):
     """Few numbers of groups are tried there: which is known once their region is."""
     monkeypatch.setattr(search, "LONG", 100)

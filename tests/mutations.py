@@ -1072,6 +1072,13 @@ MUTATIONS = [
         "> 9 * self.job.epsilon:",
         "planner",
     ),
+    Mutation(
+        "a gap is certified for an objective without a bound",
+        "planner/search.py",
+        'self._bound(who) if self._objective == "all" else None',
+        "self._bound(who)",
+        "planner_objective",
+    ),
     # ------------------------------------------------------------------------ batches and ledger
     Mutation(
         "more people than the probability",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rootnoise import RootnoiseError, causal
-from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz, series
+from rootnoise.causal import Dense, Diagonal, Inverse, Product, Toeplitz, series, streamed_norms
 from rootnoise.causal.banded import Banded
 from rootnoise.causal.base import MAPS as KNOWN
 from rootnoise.workload import prefix_sum
@@ -53,6 +53,17 @@ def test_apply_and_solve_are_the_dense_ones(m):
     np.testing.assert_allclose(m.apply(x[:, 0]), dense @ x[:, 0], atol=1e-12)
     np.testing.assert_allclose(m.solve(x[:, 0]), np.linalg.solve(dense, x[:, 0]), atol=1e-11)
     np.testing.assert_allclose(m.inverse().dense(), np.linalg.inv(dense), atol=1e-11)
+
+
+@each_map
+@pytest.mark.parametrize("block", [1, 3, 32])
+def test_weighted_sums_of_rows(m, block, monkeypatch):
+    """Streamed in blocks of any length, or column by column where the state is large."""
+    monkeypatch.setattr(streamed_norms, "LEAST_STEPS", block)
+    weights = np.random.default_rng(6).normal(size=N)
+    expected = weights @ m.dense()
+    np.testing.assert_allclose(m.weighted_rows(weights), expected, atol=1e-12)
+    np.testing.assert_allclose(streamed_norms.weighted_rows(m, weights), expected, atol=1e-11)
 
 
 @each_map

@@ -33,14 +33,14 @@ from rootnoise.workload import SGD, MatrixWorkload, ScheduledSGD, learning_rates
 JOB = Job(n_examples=100, batch_size=15, epochs=4, epsilon=2.0, delta=1e-5)  # 28 steps
 WORK = SGD(28, momentum=0.9)
 TINY = replace(JOB, memory_rows=0)
-CALLS: list[tuple[int, str]] = []
+CALLS: list[tuple[int, int, str]] = []
 
 
 @pytest.fixture(scope="module", params=[0.0, CONTRACTION])
 def made(request):
     """Return the plan of the job above, and what its progress said."""
     CALLS.clear()
-    return plan(WORK, JOB, lambda done, name: CALLS.append((done, name)), contraction=request.param)
+    return plan(WORK, JOB, lambda *said: CALLS.append(said), contraction=request.param)
 
 
 def sampler(row, job, seed=0):
@@ -165,6 +165,7 @@ def test_free_bands_beat_scaled_ones_where_the_rate_falls():
     }
     assert least["bandmf"] < 0.99 * least["epoch-scaled"] < 0.99 * 0.9 * least["banded"]
     [free] = [row for row in cycles if row.mechanism == "bandmf"]
+    assert free.gap is not None
     assert free.gap < 0.01
     assert made.take(free).mechanism.epsilon <= 8.0
 
@@ -323,8 +324,9 @@ def test_tight_numbers_of_groups(n, low, high):
 
 def test_one_step_an_epoch_and_one_epoch():
     for job in (Job(100, 100, 3, 8.0, 1e-5), Job(100, 40, 1, 8.0, 1e-5), Job(5, 5, 1, 8.0, 1e-5)):
-        rows = plan(SGD(job.n_steps, 0.5), job).rows
-        assert rows[0].gap >= -1e-9
+        gap = plan(SGD(job.n_steps, 0.5), job).rows[0].gap
+        assert gap is not None
+        assert gap >= -1e-9
 
 
 def test_schedules_and_matrices_are_planned_too():
@@ -343,7 +345,10 @@ def test_schedules_and_matrices_are_planned_too():
 
 def test_balls_in_bins_are_tried_when_asked_for():
     job = Job(n_examples=12, batch_size=4, epochs=4, epsilon=4.0, delta=1e-3, memory_rows=2)
-    rows = plan(SGD(12, momentum=0.9), job, bins=True).rows
+    said: list[tuple[int, int, str]] = []
+    rows = plan(SGD(12, momentum=0.9), job, lambda *each: said.append(each), bins=True).rows
+    assert said[-1][0] + 1 == said[-1][1]
+    assert [name for *_, name in said].count("lambda-cgd, balls in bins") == 1
     cycles = [row for row in rows if row.sampling == "fixed-cycle"]
     bins = [row for row in rows if row.sampling == "balls-in-bins"]
     light = [row for row in cycles if row.memory_rows <= 1]
@@ -367,9 +372,32 @@ def test_findings_are_of_the_best_row_without_amplification():
 
 
 def test_progress_names_what_is_tried(made):
-    assert len(CALLS) == sum(len(candidates(JOB, who)) for who in samplings(JOB))
-    assert CALLS[0] == (0, "identity")
-    assert {name for _, name in CALLS} == set(mechanisms())
+    first = len(candidates(JOB, samplings(JOB)[0]))
+    of = sum(len(candidates(JOB, who)) for who in samplings(JOB))
+    assert CALLS[0] == (0, of, "identity")
+    assert CALLS.pop(first) == (first, of, "numbers of groups")
+    assert [done for done, _, _ in CALLS] == list(range(len(CALLS)))
+    assert {name for _, _, name in CALLS} == set(mechanisms())
+    assert len(CALLS) == CALLS[-1][1]
+
+
+def test_progress_counts_the_best_number_of_groups():
+    said: list[tuple[int, int, str]] = []
+    made = plan(SGD(60, 0.9), Job(200, 10, 3, 1.0, 1e-5), lambda *each: said.append(each))
+    assert CyclicPoisson(3, 0.15) in {row.participation for row in made.rows}  # no power of two
+    assert said[-1][0] + 1 == said[-1][1] > said[-4][1]
+
+
+def test_progress_of_a_long_run_ends_where_it_said(monkeypatch):
+    """Few numbers of groups are tried there: which is known once their region is."""
+    monkeypatch.setattr(search, "LONG", 100)
+    said: list[tuple[int, int, str]] = []
+    job = Job(n_examples=2000, batch_size=10, epochs=1, epsilon=1.0, delta=1e-5, memory_rows=2000)
+    plan(SGD(200), job, lambda *each: said.append(each))
+    at = [name for _, _, name in said].index("numbers of groups")
+    assert len({of for _, of, _ in said[: at + 1]}) == 1
+    assert said[at + 1][1] < said[at][1]
+    assert said[-1][0] + 1 == said[-1][1]
 
 
 @pytest.mark.parametrize(

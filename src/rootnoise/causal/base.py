@@ -99,6 +99,14 @@ class CausalMatrix(ABC):
             return np.asarray(np.sqrt(sum(np.square(x).sum(axis=1) for x in self._columns())))
         return self.column_norms()[::-1]
 
+    def weighted_rows(self, weights: Array) -> Array:
+        """Return weights @ M, the sum of all rows with weights of shape (n,), shape (n,)."""
+        if self.is_toeplitz:  # reflected in its anti-diagonal it stays
+            return self.apply(weights[::-1])[::-1]
+        if self.state_size**2 <= self.n_steps:
+            return streamed_norms.weighted_rows(self, weights)
+        return np.concatenate([weights @ x for x in self._columns()])
+
     def decoder_row_norms(self, workload: CausalMatrix) -> Array | None:
         """Return the row norms of workload @ self^-1 where a closed form is known, else None."""
         return None

@@ -79,6 +79,9 @@ class Product(CausalMatrix):
         norms = _row_norms(parts)
         return super().column_norms() if norms is None else norms[::-1]
 
+    def weighted_rows(self, weights: Array) -> Array:
+        return self.right.weighted_rows(self.left.weighted_rows(weights))
+
     def column(self, j: int) -> Array:
         return self.left.apply(self.right.column(j))
 

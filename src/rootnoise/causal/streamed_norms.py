@@ -82,6 +82,20 @@ def column_norms(matrix: Streamable) -> Array:
     return np.sqrt(squares)
 
 
+def weighted_rows(matrix: Streamable, weights: Array) -> Array:
+    """Return weights @ matrix for weights of shape (n,), by the map run backwards in O(n s) memory.
+
+    What a state adds to the weighted sum of all later outputs is linear in it.
+    """
+    s = matrix.state_size
+    added = np.zeros(s)
+    result = np.empty(matrix.n_steps)
+    for t, m in reversed(list(_steps(matrix))):
+        both = np.append(weights[t : t + m], added) @ matrix.block(t, m)
+        added, result[t : t + m] = both[:s], both[s:]
+    return result
+
+
 def _steps(matrix: Streamable) -> Iterator[tuple[int, int]]:
     """Yield the first step and the length of every block."""
     n, m = matrix.n_steps, max(matrix.state_size, LEAST_STEPS)

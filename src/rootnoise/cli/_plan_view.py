@@ -53,11 +53,18 @@ def cells(made: Plan, speed: Speed | None = None) -> list[tuple[str, ...]]:
             str(row.memory_rows),
             sigma,
             error,
-            "<0.1%" if 0 < row.gap < 1e-3 else f"{row.gap:.1%}",
+            gap(row),
             *rank(made.size(row, speed)),
         )
         for row, sigma, error in zip(made.rows, noise, errors, strict=True)
     ]
+
+
+def gap(row: Row) -> str:
+    """Return the certified gap; a dash where the objective has no bound."""
+    if row.gap is None:
+        return "-"
+    return "<0.1%" if 0 < row.gap < 1e-3 else f"{row.gap:.1%}"
 
 
 def rank(size: Size | None) -> tuple[str, ...]:
@@ -80,10 +87,14 @@ def amount(value: float, unit: str) -> str:
 
 def notes(made: Plan, speed: Speed | None = None) -> list[str]:
     """Return what the claims depend on, what was left out, and what could be better."""
+    from rootnoise.planner import OBJECTIVES
+
     lines = [
         f"{'*' if is_amplified(row) else ' '} {row.note}."
         for row in {is_amplified(row): row for row in reversed(made.rows)}.values()
     ]
+    if made.objective != "all":
+        lines.append(f"error: of {OBJECTIVES[made.objective]}; no bound is known, hence no gap.")
     size = made.size(made.rows[0], speed)
     if size is not None and speed is not None:
         parts = {

@@ -144,7 +144,9 @@ def errors(
     memories = sorted({row.memory_rows for row in shown})
     place = {memory: i for i, memory in enumerate(memories)}
     fixed = next((row for row in rows if row.sampling == "fixed-cycle"), None)
-    bound = None if fixed is None else fixed.rmse_per_example / (1 + fixed.gap)
+    bound = None
+    if fixed is not None and fixed.gap is not None:
+        bound = fixed.rmse_per_example / (1 + fixed.gap)
     low = np.log(min(0.9 * least, 0.95 * (bound or least)))
     high = np.log(1.2 * shown[-1].rmse_per_example)
     # In logarithms: a line of text as a part of the height of the axes, about 0.7 of the figure's.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import asdict
 from functools import partial
-from itertools import chain, count
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -53,6 +53,14 @@ def plan(
             "[default: 12]."
         ),
     ] = None,
+    objective: Annotated[
+        str,
+        typer.Option(
+            metavar="<all|rates|last|tail|tail-average>",
+            help="Which iterates rows are ranked by: all, all weighted by the learning rates, the "
+            "last, the last quarter, or the average of the last quarter.",
+        ),
+    ] = "all",
     work: _workload.Options,
     devices: _options.Devices,
     top: Annotated[int, typer.Option(help="Rows of the table; JSON and HTML have all.")] = 12,
@@ -86,17 +94,14 @@ def plan(
     speed = None if fleet is None else devices.speed()
     if train_args is not None:
         _refuse_untrainable(work, train_args, json)
-    tried = count()
-    total = sum(len(planner.candidates(job, who)) for who in planner.samplings(job))
-    total += 2 * balls_in_bins
     with _progress.pieces("plan", quiet=json) as update:
-        update(0, total, "lower bounds")
         made = planner.plan(
             workload,
             job,
-            lambda _, name: update(next(tried), total, name),
+            update,
             bins=balls_in_bins,
             contraction=pull,
+            objective=objective,
         )
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
@@ -187,6 +192,7 @@ def _values(job: Job, work: _workload.Options, made: Plan, speed: Speed | None) 
         "n_steps": job.n_steps,
         "workload": work.described(),
         "contraction": made.contraction,
+        "objective": made.objective,
         "take": made.place_to_take + 1,
         **fleet,
         **({} if speed is None else {"speed": asdict(speed)}),

@@ -11,6 +11,7 @@ from rootnoise.planner.job import (
     Planned,
     Row,
 )
+from rootnoise.planner.objective import OBJECTIVES
 from rootnoise.planner.search import (
     AFFORDABLE,
     AFFORDABLE_IN_GENERAL,
@@ -26,6 +27,7 @@ __all__ = [
     "AMPLIFIED",
     "CONTRACTION",
     "MEMORY_ROWS",
+    "OBJECTIVES",
     "PLAIN",
     "WORTH",
     "Fleet",

@@ -22,6 +22,7 @@ import numpy as np
 from rootnoise import accounting
 from rootnoise.factorization import factorize
 from rootnoise.participation import CyclicPoisson
+from rootnoise.planner import objective as objectives
 from rootnoise.planner.job import Job
 from rootnoise.workload import Workload
 
@@ -44,14 +45,14 @@ def most(job: Job) -> int:
     return found if job.memory_rows is None else min(found, job.memory_rows + 1)
 
 
-def region(workload: Workload, job: Job) -> tuple[int, ...]:
+def region(workload: Workload, job: Job, objective: str = "all") -> tuple[int, ...]:
     """Return the powers of two around the one of least error, from a quarter of it to its double.
 
     Larger ones are quicker, so they come first; the search ends when `BELOW` in a row are worse.
     """
     numbers = [who.groups for who in powers(job)]
     best, least, worse = 0, np.inf, 0
-    error = errors(workload, job)
+    error = errors(workload, job, objective)
     for i in range(len(numbers) - 1, -1, -1):
         found = error(numbers[i])
         if found < least:
@@ -63,15 +64,16 @@ def region(workload: Workload, job: Job) -> tuple[int, ...]:
     return tuple(numbers[max(0, best - 2) : best + 2])
 
 
-def errors(workload: Workload, job: Job) -> Callable[[int], float]:
-    """Return the error of BSR as a function of the number of groups."""
+def errors(workload: Workload, job: Job, objective: str = "all") -> Callable[[int], float]:
+    """Return the error of BSR, by one of `OBJECTIVES`, as a function of the number of groups."""
 
     @cache
     def error(groups: int) -> float:
         who = cyclic(job, groups)
         n = job.n_steps
         sigma = accounting.noise_multiplier(who, n, job.epsilon, job.delta, TOLERANCE)
-        return sigma * factorize(workload, who, "bsr", bands=groups).rmse(who)
+        split = factorize(workload, who, "bsr", bands=groups)
+        return sigma * objectives.expected(split, who, objective)
 
     return error
 
@@ -81,17 +83,18 @@ def cyclic(job: Job, groups: int) -> CyclicPoisson:
     return CyclicPoisson(groups, groups * job.batch_size / job.n_examples)
 
 
-def best(workload: Workload, job: Job, gains: dict[int, float]) -> int:
+def best(workload: Workload, job: Job, gains: dict[int, float], objective: str = "all") -> int:
     """Return the number of groups of least error in a region.
 
     Args:
         workload: what is computed.
         job: for which data, batches and privacy.
-        gains: rmse of the best factorization over that of BSR, at the region's powers of two.
+        gains: error of the best factorization over that of BSR, at the region's powers of two.
+        objective: one of `OBJECTIVES`.
     """
     known = np.log(np.array(sorted(gains)))
     logs = np.log([gains[g] for g in sorted(gains)])
-    error = errors(workload, job)
+    error = errors(workload, job, objective)
 
     def predicted(groups: int) -> float:
         return error(groups) * float(np.exp(np.interp(np.log(groups), known, logs)))

@@ -132,8 +132,10 @@ class Row:
         epsilon: what it spends, at most the job's.
         sensitivity: sensitivity of the strategy, an upper bound if the note says so.
         rmse_per_example: sigma * rmse / batch_size, the expected error of the iterates per unit of
-            clip norm, for the workload that the plan contracts; rows are ranked by it.
-        gap: upper bound on how far rmse is above the best factorization for the same sampling.
+            clip norm, for the workload that the plan contracts; rows are ranked by it. For another
+            objective than all iterates its error takes the place of rmse.
+        gap: upper bound on how far rmse is above the best factorization for the same sampling; None
+            for another objective, as the bound is one on rmse.
         memory_rows: noise vectors of the model's size that must be kept between steps.
         note: what the privacy claim depends on.
         remembers_noise: those vectors are the noise of the last steps (see `sizing.held_rows`).
@@ -147,7 +149,7 @@ class Row:
     epsilon: float
     sensitivity: float
     rmse_per_example: float
-    gap: float
+    gap: float | None
     memory_rows: int
     note: str
     remembers_noise: bool = False
@@ -176,6 +178,7 @@ class Plan:
         workload: what was planned for.
         job: and for which data, batches, privacy and memory.
         contraction: of the loss, see `plan`.
+        objective: which iterates errors are of, see `plan`.
         rows: those within the memory limit, sorted by rmse_per_example.
         left_out: mechanisms that were not tried or do not fit, and why.
         findings: those of `diagnose` for the best row that does not need secret batches.
@@ -187,6 +190,7 @@ class Plan:
     contraction: float = 0.0
     left_out: Mapping[str, str] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
+    objective: str = "all"
 
     def recommended(self, *samplings: str) -> Row:
         """Return the row to take, of all or of some samplings: what auto and the page take.

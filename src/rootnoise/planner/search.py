@@ -2,7 +2,7 @@
 
 Sensitivities and noise multipliers differ between samplings, so mechanisms are compared by noise
 multiplier times rmse divided by the batch size: the expected error of the iterates per unit of clip
-norm.
+norm. Which iterates count is in `objective.py`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rootnoise.participation import (
     SingleParticipation,
 )
 from rootnoise.planner import groups
+from rootnoise.planner import objective as objectives
 from rootnoise.planner.job import AMPLIFIED, CONTRACTION, PLAIN, Job, Plan, Row
 from rootnoise.workload import MatrixWorkload, Workload
 
@@ -59,8 +60,8 @@ UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload")
 
 # A mechanism by name with its options.
 Candidate = tuple[str, dict[str, Any]]
-# Called with the number of rows so far, and the name of the mechanism that is tried next.
-Progress = Callable[[int, str], None]
+# Called with how many candidates were tried, of how many, and what is tried next.
+Progress = Callable[[int, int, str], None]
 
 
 def plan(
@@ -70,6 +71,7 @@ def plan(
     *,
     bins: bool = False,
     contraction: float = CONTRACTION,
+    objective: str = "all",
 ) -> Plan:
     """Return every mechanism that fits the job and its memory, ranked by expected error.
 
@@ -81,14 +83,20 @@ def plan(
     Args:
         workload: what the optimizer computes, of `job.n_steps` steps.
         job: data, batches, privacy and memory.
-        progress: called before each candidate; not at all where the process has made this plan.
+        progress: called before each candidate with how many were tried, of how many, and its name;
+            not at all where the process has made this plan. Of how many changes once, when the
+            numbers of groups are known.
         bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
             one with one row of memory: Monte Carlo accounting takes up to half a minute.
         contraction: strategies are optimised and ranked for `workload.contracted(it)`, as a loss
             of curvature forgets old noise; 0 counts all of it, as the papers on factorizations do.
+        objective: which iterates rows are ranked by: "all" (root mean square), "rates" (the same
+            with learning rates as weights), "last", "tail" (root mean square of the last quarter)
+            or "tail-average" (the average of the last quarter). Strategies are optimised for all.
 
     Raises:
-        RootnoiseError: a workload of another number of steps, or a contraction below 0.
+        RootnoiseError: a workload of another number of steps, a contraction below 0, or an
+            objective that is unknown or wants rates of a workload that names none.
 
     >>> from rootnoise.workload import SGD
     >>> job = Job(n_examples=400, batch_size=100, epochs=4, epsilon=8, delta=1e-5, memory_rows=1)
@@ -97,11 +105,12 @@ def plan(
     ('lambda-cgd', 'fixed-cycle', 1)
     """
     integer("workload's n_steps", workload.n_steps, job.n_steps, job.n_steps)
-    tell = progress or (lambda done, name: None)
+    objectives.check(workload, objective)
+    tell = progress or (lambda done, of, name: None)
     if isinstance(workload, MatrixWorkload):  # to compare n^2 numbers takes as long as some plans
-        return _made(workload, job, tell, bins, contraction)
-    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins, contraction
-    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins, contraction)
+        return _made(workload, job, tell, bins, contraction, objective)
+    key = json.dumps(workload.to_dict(), sort_keys=True), job, bins, contraction, objective
+    made = _KEPT.pop(key, None) or _made(workload, job, tell, bins, contraction, objective)
     _KEPT[key] = made
     if len(_KEPT) > MOST_KEPT:
         del _KEPT[next(iter(_KEPT))]
@@ -111,13 +120,20 @@ def plan(
 
 
 # Plans of this process by all that they depend on, the latest last: a process has one version.
-_KEPT: dict[tuple[str, Job, bool, float], Plan] = {}
+_KEPT: dict[tuple[str, Job, bool, float, str], Plan] = {}
 MOST_KEPT = 8
 
 
-def _made(workload: Workload, job: Job, progress: Progress, bins: bool, contraction: float) -> Plan:
+def _made(
+    workload: Workload,
+    job: Job,
+    progress: Progress,
+    bins: bool,
+    contraction: float,
+    objective: str,
+) -> Plan:
     aim = workload.contracted(contraction)
-    search = _Search(aim, job, progress)
+    search = _Search(aim, job, progress, objective, bins)
     search.all(FixedCycle(job.period, job.epochs))
     search.amplified()
     if bins:
@@ -128,7 +144,7 @@ def _made(workload: Workload, job: Job, progress: Progress, bins: bool, contract
     findings = _findings(aim, job, ranked)
     if contraction:  # so that `factorize` makes them for the workload itself
         ranked = tuple(map(partial(_aimed, contraction), ranked))
-    return Plan(workload, job, ranked, contraction, left_out, findings)
+    return Plan(workload, job, ranked, contraction, left_out, findings, objective)
 
 
 def _aimed(contraction: float, row: Row) -> Row:
@@ -139,21 +155,21 @@ def _aimed(contraction: float, row: Row) -> Row:
 class _Search:
     """The rows found so far, and what was refused."""
 
-    def __init__(self, workload: Workload, job: Job, progress: Progress) -> None:
+    def __init__(
+        self, workload: Workload, job: Job, progress: Progress, objective: str, bins: bool
+    ) -> None:
         self.workload, self.job, self._progress = workload, job, progress
+        self._objective = objective
+        self._last = 2 * bins  # candidates that `bins` tries
+        self._done, self._of = 0, sum(map(self._number, samplings(job))) + self._last
         self.rows: dict[tuple[Any, ...], Row] = {}
         self.refused: dict[str, str] = {}
 
-    def all(self, who: Participation, *, quiet: bool = False) -> list[Row]:
+    def all(self, who: Participation) -> list[Row]:
         """Try all candidates of one participation, and return their rows."""
-        cost, found, tried = _calibrated(self.job, who), [], []
-        for name, wanted in candidates(self.job, who):
-            options = _affordable(self.workload, wanted)
-            if (name, options) in tried:
-                continue
-            tried.append((name, options))
-            if not quiet:
-                self._progress(len(self.rows), name)
+        cost, found = _calibrated(self.job, who), []
+        for name, options in self._candidates(who):
+            self._begin(name)
             try:
                 split = _split(self.workload, self.job, who, name, options)
             except RootnoiseError as reason:
@@ -167,32 +183,54 @@ class _Search:
         job, powers = self.job, groups.powers(self.job)
         if not powers:
             return
-        near = groups.region(self.workload, job)
-        few = job.n_steps > LONG
+        self._progress(self._done, self._of, "numbers of groups")
+        near = groups.region(self.workload, job, self._objective)
+        if job.n_steps > LONG:
+            powers = [who for who in powers if who.groups in (1, *near)]
+        self._of = self._done + sum(map(self._number, powers)) + self._last
         gains = {}
         for who in powers:
-            if few and who.groups not in (1, *near):
-                continue
             found = self.all(who)
             if who.groups in near:
                 errors = {row.mechanism: row.rmse_per_example for row in found}
                 gains[who.groups] = min(errors.values()) / errors.get("bsr", min(errors.values()))
-        best = groups.cyclic(job, groups.best(self.workload, job, gains))
+        number = groups.best(self.workload, job, gains, self._objective)
+        best = groups.cyclic(job, number)
         if best not in powers:
-            self.all(best, quiet=True)
+            self._of += self._number(best)
+            self.all(best)
 
     def bins(self) -> None:
         """Try balls in bins with what is best in fixed cycles."""
         job, who = self.job, BallsInBins(self.job.period, self.job.epochs)
-        for twin in _best_in_cycles(_ranked(self.rows.values())):
-            self._progress(len(self.rows), f"{twin.mechanism}, balls in bins")
+        twins = _best_in_cycles(_ranked(self.rows.values()))
+        self._of = self._done + len(twins)
+        for twin in twins:
+            self._begin(f"{twin.mechanism}, balls in bins")
             split = factorize(self.workload, who, twin.mechanism, **twin.options)
             self._add(split, twin.options, who, _calibrated(job, who, split.strategy))
+
+    def _begin(self, name: str) -> None:
+        self._progress(self._done, self._of, name)
+        self._done += 1
+
+    def _candidates(self, who: Participation) -> list[Candidate]:
+        """Return the candidates as they are tried, each once."""
+        found: list[Candidate] = []
+        for name, wanted in candidates(self.job, who):
+            one = name, _affordable(self.workload, wanted)
+            if one not in found:
+                found.append(one)
+        return found
+
+    def _number(self, who: Participation) -> int:
+        return len(self._candidates(who))
 
     def _add(
         self, split: Factorization, options: Mapping[str, Any], who: Participation, cost: Cost
     ) -> Row:
-        row = _row(split, options, self.job, who, cost, self._bound(who))
+        bound = self._bound(who) if self._objective == "all" else None
+        row = _row(split, options, self.job, who, cost, self._objective, bound)
         return self.rows.setdefault((row.mechanism, who, row.bands, row.memory_rows), row)
 
     def _bound(self, who: Participation) -> Certificate:
@@ -283,9 +321,10 @@ def _row(
     job: Job,
     who: Participation,
     cost: Cost,
-    bound: Certificate,
+    objective: str,
+    bound: Certificate | None,
 ) -> Row:
-    sens, rmse = split.sensitivity(who), split.rmse(who)
+    sens, error = split.sensitivity(who), objectives.expected(split, who, objective)
     sigma, epsilon = cost
     note = AMPLIFIED if who.amplified else PLAIN
     return Row(
@@ -296,8 +335,8 @@ def _row(
         noise_multiplier=sigma,
         epsilon=epsilon,
         sensitivity=sens.value,
-        rmse_per_example=sigma * rmse / job.batch_size,
-        gap=bound.gap(rmse),
+        rmse_per_example=sigma * error / job.batch_size,
+        gap=None if bound is None else bound.gap(error),
         memory_rows=split.memory_rows,
         note=note if sens.exact else f"{note}; sensitivity is an upper bound",
         remembers_noise=isinstance(split.noising, Inverse)

@@ -78,7 +78,7 @@ class Fleet:
 
         >>> size = Fleet(n_params=10**9, ranks=8).size(1000, state=15, shared=True)
         >>> size.noise_rows, size.noise_bytes, size.total
-        (16, 8000000000, 29000000000)
+        (16, 8000000000, 28000000000)
         """
         from rootnoise.noise.blockplan import default_steps
 
@@ -93,7 +93,7 @@ class Fleet:
             noise_rows=rows + 1,
             noise_bytes=NOISE * (rows + 1) * self.columns,
             sum_bytes=self._sums(),
-            gradient_bytes=unit * self.held,
+            gradient_bytes=self._gradients(unit),
             parameter_bytes=unit * self.held * (2 if self.momentum else 1),
             traffic=self._traffic(unit),
             seconds=seconds,
@@ -106,6 +106,17 @@ class Fleet:
         FSDP2 has one layer's whole sum at a time, which is not counted, and adds it to the shards.
         """
         return SUM * self.held
+
+    def _gradients(self, unit: int) -> int:
+        """Return the bytes of the noised mean and of the gradients, beyond the row of noise.
+
+        The mean is float32, or float64 as the parameters are; gradients lie in its memory unless
+        their dtype is narrower. A float32 mean takes that of the noise, but not where several ranks
+        hold copies: there it is as long as the model, and the noise a part.
+        """
+        wide = max(unit, NOISE)
+        in_noise = wide == NOISE and (self.sharded or self.ranks == 1)
+        return (wide * (not in_noise) + unit * (unit < wide)) * self.held
 
     def _traffic(self, unit: int) -> int:
         """Return bytes that one rank sends in a step, by ring algorithms.
@@ -153,7 +164,8 @@ class Size:
             and the noise of the step.
         noise_bytes: of these.
         sum_bytes: float64 sum of clipped gradients, whole on each rank or in shards.
-        gradient_bytes: what the inner optimizer reads.
+        gradient_bytes: the noised mean, and what the inner optimizer reads, where they do not take
+            the memory of the noise.
         parameter_bytes: parameters, and the inner optimizer's momentum.
         traffic: sent a step.
         seconds: modelled seconds a step for the noise; None without a speed.

@@ -955,8 +955,8 @@ MUTATIONS = [
     Mutation(
         "the least of the far products bounds them",
         "accounting/bin_fit.py",
-        "(products / decay ** np.arange(1, far + 1)).max()",
-        "(products / decay ** np.arange(1, far + 1)).min()",
+        "math.exp(float(needed.max()) + 1e-12)",
+        "math.exp(float(needed.min()) + 1e-12)",
         "bin_chain",
     ),
     Mutation(
@@ -1028,6 +1028,13 @@ MUTATIONS = [
         "known[_mirror(load)].transpose(0, 2, 1)",
         "known[_mirror(load)]",
         "bin_chain",
+    ),
+    Mutation(
+        "scaled columns of magnitudes keep their sign",
+        "accounting/dominating.py",
+        "Diagonal(np.abs(strategy.entries))",
+        "strategy",
+        "monte_carlo",
     ),
     # --------------------------------------------------------------------------------- mechanism
     Mutation(
@@ -1442,7 +1449,7 @@ MUTATIONS = [
     Mutation(
         "a stop leaves a part of the best trial",
         "runs/trials.py",
-        "            shutil.rmtree(out, ignore_errors=True)\n",
+        "            shutil.rmtree(whole, ignore_errors=True)\n",
         "",
         "trials",
     ),
@@ -1459,6 +1466,32 @@ MUTATIONS = [
         "data = load(tuning.public,",
         "data = load(config.dataset,",
         "trials_after",
+    ),
+    Mutation(
+        "a comparison of trials that fails says why",
+        "runs/trials.py",
+        "                if best is None or trial.merit > best.merit:\n"
+        "                    best = trial\n"
+        "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"
+        "                failed = True\n                break\n",
+        "            except Exception:  # noqa: BLE001 - its line may tell of the data\n"
+        "                failed = True\n                break\n"
+        "            if best is None or trial.merit > best.merit:\n                best = trial\n",
+        "trials",
+    ),
+    Mutation(
+        "a federation shows all trials of which the best is paid for",
+        "federated/server.py",
+        "        if mechanism.trials is not None:",
+        "        if False:",
+        "federated",
+    ),
+    Mutation(
+        "a Dataset of one's own may be tested on its training part",
+        "runs/data.py",
+        "    if _is_same(*parts):",
+        "    if not whole and _is_same(*parts):",
+        "first_steps",
     ),
     Mutation(
         "one run claims to be the best of several",

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from scipy.stats import norm
 
 from rootnoise import accounting
-from rootnoise.accounting import MonteCarlo, bin_bounds
+from rootnoise.accounting import MonteCarlo, bin_bounds, bin_fit
 from rootnoise.accounting import bin_chain as chains
 from rootnoise.accounting import bin_series as series
 from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds
 from rootnoise.accounting.bin_chain import Chain, Lattice
-from rootnoise.accounting.bin_fit import chain_below, chains_above
+from rootnoise.accounting.bin_fit import chains_above, chains_below
 from rootnoise.accounting.bin_series import Law
 from rootnoise.accounting.random_allocation import inequality_of_means
 from rootnoise.accounting.run import _search
@@ -443,8 +443,7 @@ def test_chains_lie_entrywise_on_their_side(b, epochs, bands, epsilon):
         for start in range(b):  # every row of so many neighbours in the circle
             i = (start + np.arange(chain.bins)) % b
             assert np.all(gram[np.ix_(i, i)] <= larger)
-    found = chain_below(gram, epsilon)
-    if found is not None:
+    for found in chains_below(gram, epsilon):
         assert found.bins == b
         assert np.all(gram_of(found) <= gram * (1 + 1e-9) + 1e-12)
 
@@ -454,7 +453,7 @@ def test_two_bands_are_a_chain_of_their_own():
     gram = np.eye(12) + 0.4 * (np.eye(12, k=1) + np.eye(12, k=-1))
     ring = gram.copy()
     ring[0, -1] = ring[-1, 0] = 0.4
-    np.testing.assert_allclose(gram_of(chain_below(ring, 1.0)), gram, atol=1e-6)
+    np.testing.assert_allclose(gram_of(chains_below(ring, 1.0)[0]), gram, atol=1e-6)
     blocks = chains_above(ring, 1.0)[1]
     np.testing.assert_allclose(gram_of(blocks), gram[:11, :11], atol=2e-3)
 
@@ -464,9 +463,69 @@ def test_bins_without_neighbours_or_gaps_are_left_to_other_bounds():
     assert [chain.bins for chain in chains_above(np.eye(3) + 1, 1.0)] == [2, 2]
     assert chains_above(np.eye(2) + 1, 1.0) == []
     assert chains_above(np.ones((5, 5)), 1.0) == []
-    assert chain_below(np.eye(1), 1.0) is None
-    assert chain_below(np.eye(3) - 0.1, 1.0) is None
-    assert chain_below(np.eye(3), 1.0) is None
+    assert chains_below(np.eye(1), 1.0) == []
+    assert chains_below(np.eye(3) - 0.1, 1.0) == []
+    assert chains_below(np.eye(3), 1.0) == []
+
+
+def test_products_of_blocks_are_those_at_their_distance():
+    """And what is seen around a mean is the mean over those of a block, without itself."""
+    one, across = bin_fit._wanted(np.arange(6.0), 3)
+    u = np.arange(3)
+    assert np.array_equal(one, np.abs(u - u[:, None]))
+    assert np.array_equal(across, [[3, 4, 5], [2, 3, 4], [1, 2, 3]])
+    loads = np.array([0.3, 0.7, 0.9, 0.6])  # tails, then heads
+    gram = gram_of(Chain(6, (0.9, 0.6), (0.3, 0.7), (0.0, 0.0), 0.0))
+    seen = np.expm1(gram / 1.5 * 4.0 - gram**2 / 3.0)
+    np.fill_diagonal(seen, 0.0)
+    assert bin_fit._around(loads, 1.5, 4.0) == pytest.approx(seen[2:4].sum(axis=1).mean())
+
+
+def test_two_means_are_a_chain_from_below():
+    gram = np.array([[1.0, 0.5], [0.5, 1.0]])
+    (chain,) = chains_below(gram, 1.0)
+    np.testing.assert_allclose(gram_of(chain), gram, atol=1e-6)
+    inside, across = bin_fit.shared(bin_fit._loads_below(np.array([1.0, 0.5]), 1.0, 5.0)[1])
+    assert inside <= 1.0  # not by a billionth more
+    assert across <= 0.5
+
+
+def test_a_law_knows_its_mean_and_a_lower_bound_may_be_small(monkeypatch):
+    chain = SMALL[0]
+    assert chain.law(1.5, 1e-5, above=True).mean == chain._mean(1.0) < 1
+    assert chain.law(1.5, 1e-5, above=False).mean == 1
+    monkeypatch.setattr(Law, "remove", lambda self, epsilon: 1e-5 * (1.5 - 50 * epsilon))
+    assert chain.lower(1e-5, 0.05) == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.filterwarnings("error")
+def test_bands_of_zeros_are_no_numbers_of_a_chain():
+    """A decay to the power of a distance may be below the least number there is."""
+    gram = np.eye(500)
+    i = np.arange(500)
+    gram[i, (i + 200) % 500] = gram[(i + 200) % 500, i] = 1e-3
+    (plain,) = chains_above(gram, 1.0)
+    assert plain.heads[0] ** 2 * plain.decay**200 >= 1e-3
+    assert chains_above(gram * (gram < 1e-3) + 2.0 * np.eye(500) + (gram == 1e-3) * 0.9, 1.0) == []
+    found = bounds(gram / 0.7**2, 1e-5, sizes=bin_bounds.QUICK)
+    assert 0 < found.lower <= found.upper < 2
+
+
+def test_blocks_below_are_no_longer_than_they_may_be_and_shorter_ones_are_tried():
+    """Of means that all overlap, blocks would else be half as long as the run."""
+    i = np.arange(150)
+    gram = 0.95 ** np.abs(i - i[:, None])
+    chains = chains_below(gram, 1.0)
+    assert max(len(chain.heads) for chain in chains) == 32
+    # Products that fall quickly are seen more by blocks that lack more of the pairs.
+    gram = np.eye(200)
+    for d in range(1, 16):
+        gram += (0.5 / d**0.7) * (np.eye(200, k=d) + np.eye(200, k=-d))
+    chains = chains_below(gram, 1.5)
+    assert len(chains[0].heads) == 8
+    assert len(chains[1].heads) < 8
+    for chain in chains:
+        assert np.all(gram_of(chain) <= gram * (1 + 1e-9) + 1e-12)
 
 
 @pytest.mark.parametrize("bands", [2, 4])
@@ -569,6 +628,7 @@ def test_no_mean_of_a_chain_is_shorter_than_one_of_those_that_it_bounds():
     blocks = chains_above(full, 1.0)[1]
     assert 1 <= np.diag(gram_of(blocks)).max() < 1.01
     assert blocks.alone[0] >= 1e-3
+    assert chains_above(4 * full, 1.0)[1].alone[0] >= 4e-3
 
 
 def test_what_is_no_number_bounds_nothing(monkeypatch):

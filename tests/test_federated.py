@@ -11,6 +11,7 @@ import torch
 import federated_runs as runs
 from federated_runs import closed
 from rootnoise._check import RootnoiseError
+from rootnoise.accounting import Trials
 from rootnoise.factorization import factorize
 from rootnoise.federated import PrivateAggregator, Reply
 from rootnoise.keys import Key
@@ -168,6 +169,13 @@ def test_the_server_refuses_parts_of_another_kind(tmp_path):
     ):
         with pytest.raises(RootnoiseError, match=message):
             PrivateAggregator(tmp_path, mechanism, weights, cohort_size=2)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_best_of_trials_is_refused_since_clients_see_every_trial(tmp_path):
+    several = dataclasses.replace(runs.mechanism(), trials=Trials(2.0))
+    with pytest.raises(RootnoiseError, match=r"^mechanism must be of one run, whose .* mean 2$"):
+        PrivateAggregator(tmp_path, several, runs.WEIGHTS, cohort_size=2)
     assert not [*tmp_path.iterdir()]
 
 

@@ -105,6 +105,8 @@ def test_what_was_held_out_may_be_evaluated():
         ("x, y, x, y", True),
         ("x, y, x.copy(), y", True),
         ("x[:40], y[:40], x[39:], y[39:]", True),
+        ("made(x, y, x[30:], y[30:])", True),
+        ("made(x[:30], y[:30], x[30:], y[30:])", False),
         ("x[:40], y[:40], x[40:], y[40:]", False),
         ("x[::2], y[::2], x[1::2], y[1::2]", False),
     ],
@@ -113,8 +115,11 @@ def test_test_inputs_must_not_be_training_inputs(tmp_path, monkeypatch, parts, r
     monkeypatch.chdir(tmp_path)
     name = f"mine_{abs(hash(parts))}"
     (tmp_path / f"{name}.py").write_text(
-        "import numpy as np\n\n\ndef load():\n"
-        "    x = np.random.default_rng(0).normal(size=(50, 2))\n"
+        "import numpy as np\nimport torch\nfrom rootnoise.runs.data import Dataset\n\n\n"
+        "def made(*parts):\n"
+        "    return Dataset('mine', *map(torch.from_numpy, parts), 2)\n\n\n"
+        "def load():\n"
+        "    x = np.random.default_rng(0).normal(size=(50, 2)).astype('f4')\n"
         f"    y = np.arange(50) % 2\n    return {parts}\n"
     )
     if not refused:

@@ -19,6 +19,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.accounting import MonteCarlo, confidence
 from rootnoise.accounting import monte_carlo as estimate
 from rootnoise.accounting.balls_in_bins import Bins, bin_gram
+from rootnoise.accounting.dominating import magnitudes
 from rootnoise.accounting.monte_carlo import Tilt
 from rootnoise.causal import Dense, Diagonal, Product, Toeplitz
 from rootnoise.factorization import factorize
@@ -231,14 +232,30 @@ def test_too_few_samples_cost_noise_and_not_privacy():
     assert better < sigma
 
 
-def test_long_strategies_must_be_toeplitz():
-    long = Product(Toeplitz(np.array([1.0, 0.5]), 10_000), Diagonal(np.full(10_000, 0.5)))
+def test_long_strategies_must_be_toeplitz_or_scaled_so():
+    short = Toeplitz(np.array([1.0, 0.5]), 10_000)
     message = (
-        "n_steps must be at most 8192 where steps are random and the strategy is not Toeplitz, "
-        "got 10000"
+        "n_steps must be at most 8192 where steps are random and the strategy is neither Toeplitz "
+        "nor scaled so, got 10000"
     )
     with pytest.raises(RootnoiseError, match=f"^{message}$"):
-        accounting.privacy_cost(BallsInBins(10, 1000), 10_000, 1.0, 1e-5, strategy=long)
+        magnitudes(Product(short, Product(Diagonal(np.ones(10_000)), short)))
+
+
+def test_magnitudes_of_scaled_strategies_are_scaled_magnitudes():
+    """On either side, of any sign, and at any length: the dense matrix says so for short ones."""
+    rng = np.random.default_rng(0)
+    short = Toeplitz(np.array([1.0, -0.5, 0.2]), 7)
+    first, last = Diagonal(rng.standard_normal(7)), Diagonal(rng.standard_normal(7))
+    for scaled in (Product(short, last), Product(first, short), Product(first, last), first):
+        found = magnitudes(scaled)
+        assert not isinstance(found, Dense)
+        np.testing.assert_allclose(found.dense(), np.abs(scaled.dense()), atol=1e-15)
+    both = Product(Product(first, short), last)
+    np.testing.assert_allclose(magnitudes(both).dense(), np.abs(both.dense()), atol=1e-15)
+    plain = Toeplitz(np.array([1.0, 0.5]), 10_000)
+    half = Product(plain, Diagonal(np.full(10_000, -0.5)))
+    np.testing.assert_allclose(bin_gram(half, 10), bin_gram(plain, 10) / 4, rtol=1e-12)
 
 
 def test_a_mechanism_knows_its_strategy():

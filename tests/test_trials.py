@@ -252,12 +252,57 @@ def test_ctrl_c_releases_nothing_and_says_what_it_means(call, tmp_path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("existed", [False, True])
+def test_ctrl_c_after_the_release_does_not_say_that_nothing_is_released(
+    call, tmp_path, monkeypatch, drawn
+):
+    out, write = tmp_path / "out", trials._write
+    drawn(1)
+
+    def late(*parts):
+        write(*parts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trials, "_write", late)
+    said = f"stopped: {out} holds a whole run, which is released; starting over is another release"
+    assert call(*LINE, "--out", out) == (130, "", f"{said}\n")
+    assert (out / "model.pt").exists()
+
+
+def test_a_mark_that_somebody_deleted_meanwhile_is_no_error(tmp_path, monkeypatch, drawn):
+    out, write = tmp_path / "out", trials._write
+    drawn(1)
+
+    def deleted(*parts):
+        marker(out).unlink()
+        return write(*parts)
+
+    monkeypatch.setattr(trials, "_write", deleted)
+    assert release_best(CONFIG, out).private
+    assert not marker(out).exists()
+
+
+def test_a_comparison_that_fails_does_not_say_why(tmp_path, monkeypatch, drawn):
+    """Scores are compared from the second trial on: any other line would count the trials."""
+    drawn(2)
+
+    def fail(self):
+        raise MemoryError("of two trials")
+
+    monkeypatch.setattr(trials._Trial, "merit", property(fail))
+    with pytest.raises(RootnoiseError, match=r"^trials must all end") as caught:
+        release_best(CONFIG, tmp_path / "out")
+    assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("existed", [False, True, "link"])
 @pytest.mark.parametrize("problem", ["stop", "disk"])
 def test_a_release_is_whole_or_not_at_all(tmp_path, monkeypatch, drawn, existed, problem):
     out = tmp_path / "out"
     drawn(1)
-    if existed:
+    if existed == "link":
+        (tmp_path / "real").mkdir()
+        out.symlink_to("real")
+    elif existed:
         out.mkdir()
 
     def fail(self, *_):
@@ -274,7 +319,8 @@ def test_a_release_is_whole_or_not_at_all(tmp_path, monkeypatch, drawn, existed,
             f"out must be writable, got {out}: No space left on device, and nothing is released"
         )
     assert contents(tmp_path) == {marker(out): b""}
-    assert out.exists() == existed
+    assert out.exists() == bool(existed)
+    assert out.is_symlink() == (existed == "link")
 
 
 def test_a_tuning_that_is_killed_leaves_a_mark_and_no_trial(tmp_path):

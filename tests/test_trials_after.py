@@ -26,6 +26,8 @@ from test_runs_audit import FORGERIES, change, failures, reseal
 from trial_cases import CONFIG, CYCLE, GRID, LINE, PUBLIC, SMALL
 
 drawn = trial_cases.drawn
+# Forged numbers of trials in config.json, which says 5; in text the second is the same.
+CONFIGURED = {"trials of config": 2.0, "trials almost": 5.0000001}
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +35,8 @@ def tuned(tmp_path_factory):
     out = tmp_path_factory.mktemp("tuned") / "best"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trials, "draw", lambda self: 3)
+        # The forgeries set another clip norm than this point's.
+        patch.setattr("secrets.choice", lambda points: points[-1])
         release_best(CONFIG, out)
     return out
 
@@ -60,6 +64,10 @@ def tuned(tmp_path_factory):
         (["--trials-shape", "2", "--public", "mnist"], "trials-shape must come with --trials"),
         (["--public-dir", "a"], "public_dir must come with public, got a alone"),
         (["--public", "digits"], "public must be another data set than the private one, got dig"),
+        (
+            ["--dataset", "mnist", "--public", "mnist-5k"],
+            "public must be another data set than the",
+        ),
         (["--batch-size", "5000"], "batch_size must be in [1, n_examples=1442], got 5000"),
         (["--weight-decay", "0,100"], "weight_decay must be < 2 (1 + momentum) / lr"),
     ],
@@ -158,7 +166,7 @@ def test_a_tuned_run_is_audited_reported_and_used_but_not_resumed(call, tuned, t
 def test_attacks_are_on_one_trial(call, tuned):
     line = ("audit", tuned, "--empirical", "--canaries", "300", "--json")
     checks = {check["name"]: check for check in json.loads(call(*line)[1])["checks"]}
-    stated = checks["attack: distinguishing"]["stated"]
+    stated = checks["attack on one trial: distinguishing"]["stated"]
     mechanism = Mechanism.load(tuned / "mechanism.json")
     alone = dataclasses.replace(mechanism, trials=None).epsilon
     assert stated.startswith(f"epsilon <= {alone:.6g}")
@@ -186,9 +194,11 @@ def test_an_unfinished_release_is_not_resumed(call, tuned, tmp_path):
     for name in ("config.json", "privacy.json", "mechanism.json", "metrics.jsonl"):
         (out / name).write_bytes((tuned / name).read_bytes())
     assert "checkpoint.pt must be readable" in refused(call, "train", "--resume", "--out", out)
+    [said] = [check.found for check in audit(out) if check.name == "finished"]
+    assert said == "a tuning that was stopped while its best trial was written"
 
 
-@pytest.mark.parametrize("case", [*FORGERIES, "fewer trials", "no trials", "trials of config"])
+@pytest.mark.parametrize("case", [*FORGERIES, "fewer trials", "no trials", *CONFIGURED])
 def test_a_forged_tuning_is_refuted(tuned, tmp_path, case):
     """Each edit is made consistent by hashes and seal; only recomputing finds it."""
     out = tmp_path / "out"
@@ -201,8 +211,8 @@ def test_a_forged_tuning_is_refuted(tuned, tmp_path, case):
     if case in FORGERIES:
         edit, name = FORGERIES[case]
         change(out, *edit)
-    elif case == "trials of config":
-        change(out, "config.json", "tuning", "trials", 2.0)
+    elif case in CONFIGURED:
+        change(out, "config.json", "tuning", "trials", CONFIGURED[case])
     else:
         other = None if case == "no trials" else Trials(2.0)
         made = dataclasses.replace(Mechanism.load(out / "mechanism.json"), trials=other)

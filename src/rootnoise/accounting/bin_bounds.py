@@ -29,7 +29,7 @@ import numpy as np
 from rootnoise._check import Array
 from rootnoise.accounting.bin_chain import COARSE as COARSER
 from rootnoise.accounting.bin_chain import Chain
-from rootnoise.accounting.bin_fit import chain_below, chains_above, diagonals
+from rootnoise.accounting.bin_fit import chains_above, chains_below, diagonals
 from rootnoise.accounting.gaussian import gaussian_epsilon
 from rootnoise.accounting.random_allocation import SIZES, Allocation, Interval
 
@@ -71,8 +71,7 @@ def bounds(
         upper = min(upper, chain.upper(delta, upper, coarse))
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
     stop = min(upper, math.log(delta) + REACH)
-    chain = chain_below(least, stop) if stop > 0 else None
-    if chain is not None:
+    for chain in chains_below(least, stop) if stop > 0 else []:
         lower = max(lower, chain.lower(delta, stop, coarse))
     return Interval(lower, upper)
 

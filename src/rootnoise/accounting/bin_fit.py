@@ -27,6 +27,9 @@ DECAYS = tuple(np.linspace(0.02, 0.98, 97).tolist())
 HIGHEST = 150.0
 # Blocks of up to so many means are tried in upper bounds: beyond, they never were the better ones.
 LONGEST = 6
+# And of up to so many in lower bounds: time grows with their square. Shorter ones have larger
+# products, and lack more of the pairs.
+LONGEST_BELOW, SHORTER = 32, (2, 4, 8)
 # How loads start: (1 - distance from the middle)^power; and rounds of their growth.
 POWERS, ROUNDS = (0.3, 0.5, 0.7, 1.0, 1.5), 40
 # What is left of a squared length is at least this part of it, or none.
@@ -46,11 +49,14 @@ def chains_above(gram: Array, epsilon: float) -> list[Chain]:
     level = _level(b, epsilon, own)
     if level is None:
         return []
-    best = None
+    best, distances = None, np.flatnonzero(products) + 1
+    logs = np.log(products[distances - 1]) - math.log(own)
     for decay in DECAYS:
-        linked = float((products / decay ** np.arange(1, far + 1)).max())
-        if linked > own * (1 + 1e-9):
+        # In logarithms: decay^d may be below the least number there is.
+        needed = logs - distances * math.log(decay)
+        if needed.max() > 1e-9:
             continue
+        linked = own * math.exp(float(needed.max()) + 1e-12)  # known to a part of 3e-13
         cost = _seen(min(linked, own) * decay ** np.arange(1, left), own, level)
         if best is None or cost < best[0]:
             best = cost, linked, decay
@@ -67,15 +73,18 @@ def chains_above(gram: Array, epsilon: float) -> list[Chain]:
     return found
 
 
-def chain_below(gram: Array, epsilon: float) -> Chain | None:
-    """Return a chain that hides at least as well, chosen for an epsilon like this one."""
-    b, best = len(gram), None
+def chains_below(gram: Array, epsilon: float) -> list[Chain]:
+    """Return chains that hide at least as well, for an epsilon like this one.
+
+    They are the one of the longest blocks that are tried, and the best one by what is seen.
+    """
+    b, long, best = len(gram), None, None
     longest = float(np.diag(gram).max())
     if b < 2 or gram.min() < 0:
-        return None
+        return []
     level = _level(b, epsilon, longest)
     if level is None:
-        return None
+        return []
     # The last steps of a run cut means short: those bins may count as none.
     short = np.flatnonzero(np.diag(gram) < (1 - 1e-3) * longest)
     for moving in {b, int(short[0]) if len(short) else b}:
@@ -83,13 +92,19 @@ def chain_below(gram: Array, epsilon: float) -> Chain | None:
         own = float(least[0]) if moving else 0.0
         far = int(np.argmax(least <= 0)) if np.any(least <= 0) else moving
         alone = math.exp(level * math.sqrt(own / longest) - own / 2)
-        for q in sorted({far // 2, (far + 1) // 2}):
-            if q < 1 or far < 2:
-                continue
+        if far < 2:
+            continue
+        last = min((far + 1) // 2, LONGEST_BELOW)
+        for q in sorted({min(far // 2, last), last} | {q for q in SHORTER if q < far // 2}):
             gain, loads = _loads_below(np.append(least, np.zeros(2 * q))[: 2 * q], own, level)
-            if best is None or moving / b * (alone + gain) > best[0]:
-                best = moving / b * (alone + gain), _blocks(b, loads, own, b - moving, least=0.0)
-    return None if best is None else best[1]
+            found = moving / b * (alone + gain), _blocks(b, loads, own, b - moving, least=0.0)
+            if q >= min(far // 2, last) and (long is None or found[0] > long[0]):
+                long = found
+            if best is None or found[0] > best[0]:
+                best = found
+    if long is None or best is None:
+        return []
+    return [long[1]] if long[1] == best[1] else [long[1], best[1]]
 
 
 def _level(b: int, epsilon: float, own: float) -> float | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 
 from rootnoise._check import RootnoiseError
-from rootnoise.causal import CausalMatrix, Dense, Toeplitz
+from rootnoise.causal import CausalMatrix, Dense, Diagonal, Product, Toeplitz
 
 # A dense strategy of so many steps has 0.5 GB.
 DENSE = 8192
@@ -29,14 +29,23 @@ DENSE = 8192
 def magnitudes(strategy: CausalMatrix) -> CausalMatrix:
     """Return |C|, entry by entry.
 
+    Scaled columns or rows, as of epoch-scaled strategies, are scaled magnitudes: |T D| = |T| |D|.
+
     Raises:
-        RootnoiseError: a strategy that is not Toeplitz and too long to look at every entry.
+        RootnoiseError: a strategy that is neither Toeplitz nor one of these, and too long to look
+            at every entry.
     """
     if strategy.coefficients is not None:
         return Toeplitz(np.abs(strategy.coefficients), strategy.n_steps)
+    if isinstance(strategy, Diagonal):
+        return Diagonal(np.abs(strategy.entries))
+    if isinstance(strategy, Product) and any(
+        isinstance(factor, Diagonal) for factor in (strategy.left, strategy.right)
+    ):
+        return Product(magnitudes(strategy.left), magnitudes(strategy.right))
     if strategy.n_steps > DENSE:
         raise RootnoiseError(
-            f"n_steps must be at most {DENSE} where steps are random and the strategy is not "
-            f"Toeplitz, got {strategy.n_steps}"
+            f"n_steps must be at most {DENSE} where steps are random and the strategy is neither "
+            f"Toeplitz nor scaled so, got {strategy.n_steps}"
         )
     return Dense(np.abs(strategy.dense()))

@@ -84,8 +84,12 @@ def _paid(values: dict[str, Any], out: Path, json: bool) -> None:
         with _progress.waiting("private trials", quiet=json):
             result = trials.release_best(made, out, report=True)
     except KeyboardInterrupt:
-        begun = marker(out).exists()
-        more = f"nothing is released; {starting_over(out)}" if begun else "nothing is kept"
+        if (out / "result.json").exists():
+            more = f"{out} holds a whole run, which is released; starting over is another release"
+        elif marker(out).exists():
+            more = f"nothing is released; {starting_over(out)}"
+        else:
+            more = "nothing is kept"
         typer.echo(f"stopped: {more}", err=True)
         raise typer.Exit(130) from None
     title = f"the best of several trials: {made.mechanism} on {made.dataset}"

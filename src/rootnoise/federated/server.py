@@ -111,6 +111,9 @@ class PrivateAggregator:
     ) -> None:
         if not isinstance(mechanism, Mechanism):
             raise RootnoiseError(f"mechanism must be a Mechanism, got {type(mechanism).__name__}")
+        if mechanism.trials is not None:  # losers too are sent to clients, round by round
+            rule = "mechanism must be of one run, whose every round is shown to clients"
+            raise RootnoiseError(f"{rule}, got the best of trials: {mechanism.trials}")
         if not isinstance(weights, Mapping):
             kind = type(weights).__name__
             raise RootnoiseError(f"weights must be a model's state_dict, got {kind}")

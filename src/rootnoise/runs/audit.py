@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -97,7 +98,9 @@ def empirical(
     from rootnoise.auditing.empirical import distinguish, one_run
 
     # One trial is attacked: what the best of several is not, no attack here can make.
-    mechanism = replace(RunFolder(Path(out)).mechanism(), trials=None)
+    released = RunFolder(Path(out)).mechanism()
+    mechanism = replace(released, trials=None)
+    name = "attack" if released.trials is None else "attack on one trial"
     made, total = count(1), ATTACKS * mechanism.n_steps
     report: Progress = progress or (lambda step, steps, what: None)
     on_step = lambda: report(next(made), total, "steps of the attacks")  # noqa: E731
@@ -109,7 +112,7 @@ def empirical(
     ]
     for verdict in (distinguish(attack), one_run(attack)):
         bound = f"epsilon > {verdict.lower_bound:.3g} ({verdict.detail})"
-        found.append(Check(f"attack: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
+        found.append(Check(f"{name}: {verdict.audit}", not verdict.refuted, _claim(verdict), bound))
     return found
 
 
@@ -168,6 +171,11 @@ class _Audit:
             found = f"unfinished, {self.folder.checkpoint()['optimizer']['t']} steps are saved"
         except (RootnoiseError, KeyError, TypeError):
             found = "unfinished"
+        with suppress(RootnoiseError, OSError, ValueError):
+            tuning = self._json("config.json").get("tuning") or {}
+            if tuning.get("trials") is not None:  # it has no checkpoint, and no second half
+                found = "a tuning that was stopped while its best trial was written"
+                return Check("finished", False, "result.json", found)
         return Check("finished", False, "result.json", f"{found}; go on by {self.folder.resume}")
 
     def _bound(self) -> Iterator[Check]:
@@ -222,7 +230,7 @@ class _Audit:
         yield _fields("config.json agrees", vars(config), vars(config) | chosen)
         tried = None if config.tuning is None else config.tuning.number
         if (tried, m.trials) != (None, None):
-            yield _same("number of trials", f"{m.trials}", f"{tried}")
+            yield Check("number of trials", m.trials == tried, f"{m.trials}", f"{tried}")
         yield _same("n_steps", sampler["n_steps"], m.n_steps)
         if isinstance(p, CyclicPoisson):  # set by the batch size, not by the number of batches
             drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]

@@ -32,6 +32,9 @@ from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 # Largest learning rate, clip norm, and 1 / clip norm: weights and noise then fit into float32.
 LARGEST = 1e6
 
+# Images of the one are among those of the other.
+OVERLAP = {"mnist", "mnist-5k"}
+
 # Samplings that need a strategy in which no two columns of one person overlap, and the setting
 # that says how many bands that are.
 POISSON = {"poisson": "groups", "min-sep-poisson": "separation"}
@@ -127,7 +130,7 @@ class RunConfig(Settings):
                 rule = f"{name} must be one that was tried, {', '.join(map(str, values))}"
                 raise RootnoiseError(f"{rule}, got {getattr(self, name)}")
         if tuning.public is not None:
-            if tuning.public == self.dataset:
+            if tuning.public == self.dataset or {tuning.public, self.dataset} == OVERLAP:
                 rule = "public must be another data set than the private one"
                 raise RootnoiseError(f"{rule}, got {tuning.public}")
             return

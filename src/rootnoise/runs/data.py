@@ -304,17 +304,19 @@ def _own(name: str) -> Dataset:
     finally:
         with suppress(ValueError):  # that code may have removed it itself
             sys.path.remove(here)
-    if isinstance(result, Dataset):
-        return result
-    if not isinstance(result, tuple | list) or len(result) != 4:
+    whole = isinstance(result, Dataset)
+    if not whole and (not isinstance(result, tuple | list) or len(result) != 4):
         rule = f"{function}() must return a Dataset or four arrays"
         raise RootnoiseError(f"dataset {name}: {rule}, got {_kind(result)}")
-    if _is_same(result[0], result[2]):
+    parts = (result.train_inputs, result.test_inputs) if whole else result[::2]
+    if _is_same(*parts):
         raise RootnoiseError(
             f"dataset {name}: test inputs must be other people's than the training inputs, for "
             "epsilon does not cover accuracy on these, got rows of the training inputs"
         )
-    inputs = [_tensor(f"dataset {name}: inputs", value, "f") for value in result[::2]]
+    if isinstance(result, Dataset):
+        return result
+    inputs = [_tensor(f"dataset {name}: inputs", value, "f") for value in parts]
     labels = [_tensor(f"dataset {name}: labels", value, "iu") for value in result[1::2]]
     n_classes = max([2, *(int(part.max()) + 1 for part in labels if part.numel())])
     return Dataset(name, inputs[0], labels[0], inputs[1], labels[1], n_classes)

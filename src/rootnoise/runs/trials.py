@@ -84,7 +84,7 @@ def release_best(
         if best is None:
             return None
         result = _write(best, out, report)
-        marker(out).unlink()
+        marker(out).unlink(missing_ok=True)
     return result
 
 
@@ -212,11 +212,11 @@ def _best(points: list[_Point], data: Dataset, n_trials: int) -> _Trial | None:
         for _ in range(n_trials):
             try:
                 trial = secrets.choice(points).train(data)
+                if best is None or trial.merit > best.merit:
+                    best = trial
             except Exception:  # noqa: BLE001 - its line may tell of the data
                 failed = True
                 break
-            if best is None or trial.merit > best.merit:
-                best = trial
             del trial
             gc.collect()  # trainers have cycles, and hold the key and the noise
     if failed:  # raised here, so that no traceback leads to the reason
@@ -242,9 +242,10 @@ def _write(best: _Trial, out: Path, report: bool) -> Result:
             ledger.write_again(out / "ledger.bin", map(sampler.batch, range(sampler.n_steps)))
             return trained.release(folder, stated, report)
         except BaseException as reason:
-            shutil.rmtree(out, ignore_errors=True)
+            whole = out.resolve()  # a link to a folder is no folder to remove
+            shutil.rmtree(whole, ignore_errors=True)
             if existed:
-                out.mkdir()
+                whole.mkdir(exist_ok=True)
             if isinstance(reason, OSError):
                 got = f"{reason.strerror}, and nothing is released"
                 raise RootnoiseError(f"out must be writable, got {out}: {got}") from None

@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import signal
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import training_runs
+from processes import outcome
 from rootnoise._check import RootnoiseError
 from rootnoise.cli import main
 from rootnoise.runs import audit, report, settings_file
@@ -139,6 +142,19 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, mechanism, step
     rest = run(config, tmp_path / "part", resume=True, checkpoint_every=3)
     assert rest.accuracy == whole.accuracy
     assert_same(weights(tmp_path / "part"), weights(tmp_path / "whole"))
+
+
+def test_a_run_killed_three_times_has_the_bits_of_an_unbroken_one(tmp_path):
+    """By SIGKILL, in the first step of the mean (of 24 steps the 13th), and twice after it."""
+    config = with_(**REPEATABLE, average=0.5)
+    for step in (13, 17, 23):
+        killed = outcome(training_runs.train_killed_at_step, tmp_path / "out", 3, config, step)
+        assert killed == -signal.SIGKILL
+    assert outcome(training_runs.train, tmp_path / "out", 3, config) == 0
+    whole = run(config, tmp_path / "whole")
+    assert_same(weights(tmp_path / "out"), weights(tmp_path / "whole"))
+    found = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert found["accuracy"] == whole.accuracy
 
 
 @pytest.mark.parametrize(

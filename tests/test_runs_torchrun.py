@@ -84,8 +84,10 @@ def assert_same_run(out, one, size):
         (3, [*PRIVATE, "--micro-batch-size", "2"]),
         (2, [*BASE, "--model", "mlp", "--mechanism", "none"]),
         (2, [*BASE, "--model", "mlp", "--mechanism", "none", "--fsdp"]),
+        (2, [*PRIVATE, "--average", "0.6"]),  # 8 of 14 iterates, with an evaluation in between
+        (2, [*PRIVATE, "--average", "0.6", "--fsdp"]),
     ],
-    ids=["ddp", "fsdp", "micro-batches", "no privacy", "no privacy, fsdp"],
+    ids=["ddp", "fsdp", "micro-batches", "no privacy", "no privacy, fsdp", "mean", "mean, fsdp"],
 )
 def test_a_run_under_torchrun_is_the_run_of_one_process(tmp_path, alone, size, arguments):
     one = [a for a in arguments if a != "--fsdp"]
@@ -136,6 +138,20 @@ def test_a_killed_run_goes_on_with_other_ranks(tmp_path, alone, size, how, next_
     assert resumed == [0] * next_size
     assert "the run goes on in torch" in printed(tmp_path, 1)[0]
     assert_same_run(tmp_path, alone(PRIVATE), next_size)
+
+
+@pytest.mark.parametrize(("size", "how", "next_size", "then"), MOVES[1:])
+def test_an_average_goes_on_with_other_ranks(tmp_path, alone, size, how, next_size, then):
+    """The last rank dies in step 9 of 14; of the 8 iterates of the mean, 2 are on disk."""
+    averaged = [*PRIVATE, "--average", "0.6"]
+    killed = at_step(size - 1, 9, torchrun_runs.killed)
+    launched(size, tmp_path, [*averaged, *how, "--checkpoint-every", "1"], killed)
+    saved = RunFolder(tmp_path / "run").checkpoint()
+    shapes = {name: w.shape for name, w in saved["model"].items()}
+    assert {name: x.shape for name, x in saved["average"].items()} == shapes
+    resumed = launched(next_size, tmp_path, ["train", "--resume", "--json", *then])
+    assert resumed == [0] * next_size
+    assert_same_run(tmp_path, alone(averaged), next_size)
 
 
 def test_no_rank_is_told_before_the_checkpoint_is_on_disk(tmp_path):

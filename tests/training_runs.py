@@ -6,7 +6,7 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from processes import kill_at_line, kill_at_state, kill_inside_write
+from processes import die, kill_at_line, kill_at_state, kill_inside_write
 from rootnoise.accounting import Trials
 from rootnoise.runs import curves
 from rootnoise.runs.config import RunConfig
@@ -56,6 +56,16 @@ def train(out: Path, every: int | None, config: RunConfig = CONFIG) -> None:
 
 def _nothing(*_: object) -> None:
     """Drawing takes most of the time of so short a run."""
+
+
+def train_killed_at_step(out: Path, every: int, config: RunConfig, step: int) -> None:
+    """Die when a step is made, of which the checkpoint does not know yet."""
+
+    def on_step(t: int, n_steps: int, accuracy: float | None) -> None:
+        if t == step:
+            die()
+
+    run(config, out, resume=(out / "config.json").exists(), checkpoint_every=every, on_step=on_step)
 
 
 def train_killed_at_line(out: Path, every: int, fuse: int) -> None:

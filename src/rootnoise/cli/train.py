@@ -76,7 +76,9 @@ def train(
 
     On several processes: `torchrun --nproc-per-node 2 -m rootnoise train ...`.
     """
-    values = vars(settings) | {"bands": _options.bands(settings.bands)}
+    # An average of 0 is none: the default.
+    own = {"bands": _options.bands(settings.bands), "average": settings.average or None}
+    values = vars(settings) | own
     given = {name: value for name, value in values.items() if _given(context, name)}
 
     def goes_on() -> str:

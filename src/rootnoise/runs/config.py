@@ -73,6 +73,9 @@ class RunConfig(Settings):
             kind = "poisson" if self.mechanism == "dpsgd" else "fixed-cycle"
             object.__setattr__(self, "sampling", kind)
         self._check_numbers()
+        if self.average is not None:
+            share = real("average", self.average, at_least=0, at_most=1)
+            object.__setattr__(self, "average", share or None)
         if self.mechanism == "dpsgd" and self.sampling != "poisson":
             rule = "poisson for mechanism dpsgd (identity takes both)"
             raise RootnoiseError(f"sampling must be {rule}, got {self.sampling}")
@@ -200,6 +203,15 @@ def rates(config: RunConfig, n_steps: int) -> NDArray[np.float64]:
     if config.schedule is None:
         return np.ones(n_steps)
     return learning_rates(config.schedule, n_steps, config.warmup, config.final)
+
+
+def n_averaged(config: RunConfig, n_steps: int) -> int:
+    """Return of how many last iterates the released model is the mean: 1 without `average`.
+
+    >>> n_averaged(RunConfig(epsilon=8.0, average=0.25), n_steps=30)
+    8
+    """
+    return max(1, round((config.average or 0) * n_steps))
 
 
 def make_workload(config: RunConfig, n_steps: int) -> Workload:

@@ -19,7 +19,7 @@ from rootnoise.accounting.rounding import round_up
 from rootnoise.diagnostics import diagnose
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import pages, pictures, settings_file, statement
-from rootnoise.runs.config import RunConfig
+from rootnoise.runs.config import RunConfig, n_averaged
 from rootnoise.runs.settings import as_of_today
 
 # Most steps for which `diagnose` takes only seconds.
@@ -178,9 +178,18 @@ def _labels(runs: Sequence[Run]) -> list[str]:
 
 def _claim(run: Run) -> str:
     kind = "claim" if run.stated["private"] else "claim none"
-    said = [run.stated["claim"], run.stated.get("independence", "")]
+    said = [run.stated["claim"], run.stated.get("independence", ""), _averaged(run)]
     text = "</p><p>".join(escape(sentence) for sentence in said if sentence)
     return f'<div class="{kind}"><p>{text}</p></div>'
+
+
+def _averaged(run: Run) -> str:
+    """Return which iterates the released model is the mean of, if it is one."""
+    if run.config.average is None:
+        return ""
+    n = run.stated["sampler"]["n_steps"]
+    said = f"The model is the mean of the last {n_averaged(run.config, n)} of {n} iterates."
+    return said if run.mechanism is None else f"{said} The claim is about all of them."
 
 
 def _numbers(run: Run) -> Iterator[str]:

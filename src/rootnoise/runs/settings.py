@@ -119,6 +119,11 @@ class Settings(Options):
         None,
         "Where the schedule ends, relative to --lr [default: 0; 0.01 for exponential and step].",
     )
+    average: float | None = setting(
+        None,
+        "Release the mean of the iterates of this last part of the steps, such as 0.25: it costs "
+        "no privacy [default: 0, the last iterate].",
+    )
     sampling: str = setting(
         "auto",
         "fixed-cycle, balls-in-bins, poisson (with --groups, where more than one band), "

@@ -20,7 +20,8 @@ from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation.loader import Split
 from rootnoise.participation.samplers import Indices, Sampler
-from rootnoise.runs.config import RunConfig, rates
+from rootnoise.runs.averaging import Average
+from rootnoise.runs.config import RunConfig, n_averaged, rates
 from rootnoise.runs.data import Dataset
 from rootnoise.runs.micro_batches import StepMemory, free_memory
 from rootnoise.runs.models import build
@@ -76,8 +77,16 @@ class Trainer:
         model = build(config.model, data.input_shape, data.n_classes, config.seed)
         self.model = model.to(self._device)
         memory = StepMemory.of(self.model, data.train_inputs[0])
+        n_steps = sampler.n_steps
+        self._average = (
+            None
+            if config.average is None
+            else Average(self.model, n_averaged(config, n_steps), n_steps)
+        )
         if fsdp:
             shard(self.model, ranks, self._device)
+            if self._average is not None:
+                shard(self._average.model, ranks, self._device)
         sgd = torch.optim.SGD(
             self.model.parameters(),
             lr=config.lr,
@@ -88,7 +97,9 @@ class Trainer:
         self._chosen = config.micro_batch_size is None and not fsdp
         rows = 0 if mechanism is None else 3 * mechanism.noising.state_size
         # float32; a checkpoint holds the rows twice more, in its state and in its bytes.
-        noise = 4.0 * rows * sum(p.numel() for p in self.model.parameters())
+        # The sum of an average is float64, twice where it is saved, and its model float32.
+        values = 4.0 * rows + (0 if self._average is None else 20)
+        noise = values * sum(p.numel() for p in self.model.parameters())
         self._micro = config.micro_batch_size or self._fitting(config, memory, noise)
         self.module: nn.Module
         self.optimizer: PrivateOptimizer | _PlainOptimizer
@@ -200,6 +211,8 @@ class Trainer:
         for group in self._sgd.param_groups:
             group["lr"] = float(self._lr[self.t])
         self.optimizer.step(last)
+        if self._average is not None:
+            self._average.add(self.model, self.t)
 
     def _backward(self, indices: Indices) -> None:
         index = torch.from_numpy(indices)
@@ -208,7 +221,7 @@ class Trainer:
         torch.autograd.backward(cross_entropy(logits, labels, reduction="sum"))
 
     def accuracy(self) -> float:
-        """Return the share of test examples that the model gets right.
+        """Return the share of test examples that the released model would get right, at this step.
 
         Whole models share the work; the batches do not depend on the number of ranks.
         """
@@ -217,19 +230,24 @@ class Trainer:
         if not self._fsdp:
             batches = batches[self._ranks.rank :: self._ranks.size]
         right = torch.zeros(1, dtype=torch.float64, device=self._device)
-        self.model.eval()
+        model = self._released()
+        model.eval()
         with torch.no_grad():
             for inputs, labels in batches:
-                guesses = self.model(inputs.to(self._device)).argmax(1)
+                guesses = model(inputs.to(self._device)).argmax(1)
                 right += (guesses == labels.to(self._device)).sum()
         self.model.train()
         if not self._fsdp:
             self._ranks.add_(right)
         return float(right) / len(self.data.test_labels)
 
+    def _released(self) -> nn.Module:
+        """Return the model that would be released at this step: the last iterate, or an average."""
+        return self.model if self._average is None else self._average.at(self.model, self.t)
+
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return the model's whole weights, on the CPU."""
-        return {name: w.cpu() for name, w in whole.whole(self.model.state_dict()).items()}
+        """Return the whole weights of the model to release, on the CPU."""
+        return {name: w.cpu() for name, w in whole.whole(self._released().state_dict()).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that a resumed run needs except the key, on any number of ranks."""
@@ -237,7 +255,8 @@ class Trainer:
             inner = whole.state_dict(self.optimizer)
         else:
             inner = self.optimizer.state_dict()
-        return {
+        mean = {} if self._average is None else {"average": self._average.state_dict()}
+        return mean | {
             "version": 1,
             "data": self._data,
             "surroundings": self._rounding,
@@ -276,8 +295,10 @@ class Trainer:
             else:
                 self.optimizer.load_state_dict(state["optimizer"])
             whole.load_weights(self.model, state["model"])
+            if self._average is not None:
+                self._average.load_state_dict(state["average"], self.model, self.t)
             self.history, self._seconds = list(state["history"]), float(state["seconds"])
-        except (KeyError, TypeError, RuntimeError) as reason:
+        except (AttributeError, KeyError, TypeError, RuntimeError) as reason:
             line = " ".join(str(reason).split())
             raise RootnoiseError(f"checkpoint must fit this run, got {line:.120}") from None
 

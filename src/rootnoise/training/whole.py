@@ -34,7 +34,7 @@ def whole(value: Any) -> Any:
 def load_weights(model: nn.Module, weights: Mapping[str, Any]) -> None:
     """Load whole weights into a model that may be sharded; raises what torch does."""
     places = model.state_dict()
-    model.load_state_dict({n: _like(w, places.get(n)) for n, w in weights.items()})
+    model.load_state_dict({n: like(w, places.get(n)) for n, w in weights.items()})
 
 
 def state_dict(private: PrivateOptimizer) -> dict[str, Any]:
@@ -93,11 +93,11 @@ def _cut(private: PrivateOptimizer, state: Mapping[str, Any]) -> dict[str, Any]:
 def cut(inner: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return a whole state of a torch optimizer in the shards of its parameters."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    own = {i: {n: _like(x, held[i]) for n, x in each.items()} for i, each in inner["state"].items()}
+    own = {i: {n: like(x, held[i]) for n, x in each.items()} for i, each in inner["state"].items()}
     return dict(inner) | {"state": own}
 
 
-def _like(value: Any, place: Any) -> Any:
+def like(value: Any, place: Any) -> Any:
     """Return a whole tensor in shards, where what it belongs to is a sharded one of its shape."""
     if not isinstance(place, DTensor) or getattr(value, "shape", None) != place.shape:
         return value

@@ -508,7 +508,7 @@ def test_bands_of_zeros_are_no_numbers_of_a_chain():
     assert plain.heads[0] ** 2 * plain.decay**200 >= 1e-3
     assert chains_above(gram * (gram < 1e-3) + 2.0 * np.eye(500) + (gram == 1e-3) * 0.9, 1.0) == []
     found = bounds(gram / 0.7**2, 1e-5, sizes=bin_bounds.QUICK)
-    assert 0 < found.lower <= found.upper < 2
+    assert 0 <= found.lower <= found.upper < 2
 
 
 def test_blocks_below_are_no_longer_than_they_may_be_and_shorter_ones_are_tried():

@@ -54,7 +54,8 @@ def bounds(
         delta: in (0, 1).
         attained: products of means that somebody's data can have, entry by entry at most `gram`;
             the lower bound is theirs. `gram` itself where left out.
-        sizes: points of the grids; fewer are faster, and their bounds wider.
+        sizes: points of the grids; fewer are faster, and their bounds wider: of `QUICK` ones the
+            lower bound is the longest mean's alone.
     """
     least = gram if attained is None else attained
     above, below, lower = _spaced(gram), _merged(least), _alone(least, delta)
@@ -63,12 +64,14 @@ def bounds(
         return Interval(max(lower, found.lower), found.upper)
     coarse = COARSER if len(sizes) < len(SIZES) else 1.0
     upper, chain = _linked(gram, delta, _any(gram, delta))
-    if chain is None or chain.bins < LEFT * len(gram):
+    if chain is None or chain.bins < LEFT * len(gram) or coarse < COARSER:
         upper = min(upper, _best(above, delta, sizes, above=True).upper)
     upper, again = _linked(gram, delta, upper)
     chain = again or chain
     if chain is not None and coarse < COARSER:
         upper = min(upper, chain.upper(delta, upper, coarse))
+    if coarse == COARSER:  # a first look is for searches, which are steered from above
+        return Interval(lower, upper)
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
     stop = min(upper, math.log(delta) + REACH)
     for chain in chains_below(least, stop) if stop > 0 else []:

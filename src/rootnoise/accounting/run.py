@@ -43,8 +43,10 @@ from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 
 # A calibration confirms at most this often; the evaluations share the probability of failure.
 ATTEMPTS = 8
+# And starts at the noise without amplification times exp(-this), where bounds take little time.
+FIRST = 1.5
 # A certain bound up to this much above a forecast is claimed in place of a confidence bound.
-NEAR = 1.03
+NEAR = 1.05
 # A calibration by certain bounds ends when it spends this part of epsilon.
 CLOSE = 0.985
 
@@ -326,13 +328,18 @@ def _search(
             known[log_sigma] = min(found, 10 * target)  # infinite where sigma is far too small
         return known[log_sigma]
 
-    high = low = math.log(enough)
+    last = math.log(enough)
+    high = low = last - FIRST  # a bound takes the less time, the less noise
     aim, best = target, enough
     for _ in range(ATTEMPTS):
+        while epsilon(low) <= aim:
+            high, low = low, low - 0.5
+        while epsilon(high) > aim and high < last:
+            low, high = high, min(high + 0.5, last)
         if epsilon(high) > aim:
             break  # amplification does not pay
-        while epsilon(low) <= aim:
-            low -= 0.5
+        low = max(s for s, found in known.items() if found > aim)
+        high = min(s for s, found in known.items() if found <= aim)
         sigma = math.exp(brentq(lambda s: epsilon(s) - aim, low, high, xtol=1e-3))  # noqa: B023
         found = exact(sigma)
         report(sigma, found)

@@ -372,7 +372,7 @@ def is_compiled(layer: nn.Module) -> bool:
     """Return whether a layer is compiled, by torch's marks: itself, its call, or `forward` alone.
 
     >>> layer = nn.Linear(2, 2)
-    >>> layer.forward = torch.compile(layer.forward)
+    >>> layer.forward = torch.compile(layer.forward, backend="eager")
     >>> is_compiled(layer)
     True
     """

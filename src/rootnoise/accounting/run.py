@@ -45,7 +45,8 @@ from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 ATTEMPTS = 8
 # And starts at the noise without amplification times exp(-this), where bounds take little time.
 FIRST = 1.5
-# A certain bound up to this much above a forecast is claimed in place of a confidence bound.
+# A certain bound up to this times the lower one, or a forecast, is claimed in place of a confidence
+# bound.
 NEAR = 1.05
 # A calibration by certain bounds ends when it spends this part of epsilon.
 CLOSE = 0.985
@@ -273,7 +274,9 @@ class _Run:
         All bounds hold: this decides which one is stated, and whether samples are drawn for it.
         """
         certain = _bounded(self, sigma, delta)
-        return certain.tight or certain.upper <= NEAR * _guessed(self, sigma, delta)
+        if certain.upper <= NEAR * certain.lower:
+            return True
+        return certain.upper <= NEAR * _guessed(self, sigma, delta)
 
     def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
         """Search by the certain bound, and by forecasts and samples where that is too far."""

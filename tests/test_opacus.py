@@ -255,7 +255,9 @@ def test_one_checkpoint_does_not_noise_two_gradients(tmp_path):
     with torch.no_grad():
         runs[1][0].weight.mul_(2)
     train(*runs[0])
-    with pytest.raises(RootnoiseError, match=r"^noise of step 0 must not protect two gradients"):
+    with pytest.raises(
+        RootnoiseError, match=r"^noise of step \d must not protect two gradients"
+    ):  # an empty batch is one bit pattern
         train(*runs[1])
 
 

@@ -62,20 +62,20 @@ def bounds(
     if above == below:  # nothing is lost on either side
         found = _best(above, delta, sizes, above=True)
         return Interval(max(lower, found.lower), found.upper)
-    coarse = COARSER if len(sizes) < len(SIZES) else 1.0
+    quick = len(sizes) < len(SIZES)  # a first look is for searches, which are steered from above
     upper, chain = _linked(gram, delta, _any(gram, delta))
-    if chain is None or chain.bins < LEFT * len(gram) or coarse < COARSER:
+    if chain is None or chain.bins < LEFT * len(gram) or not quick:
         upper = min(upper, _best(above, delta, sizes, above=True).upper)
     upper, again = _linked(gram, delta, upper)
-    chain = again or chain
-    if chain is not None and coarse < COARSER:
-        upper = min(upper, chain.upper(delta, upper, coarse))
-    if coarse == COARSER:  # a first look is for searches, which are steered from above
+    if quick:
         return Interval(lower, upper)
+    chain = again or chain
+    if chain is not None:
+        upper = min(upper, chain.upper(delta, upper))
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
     stop = min(upper, math.log(delta) + REACH)
     for chain in chains_below(least, stop) if stop > 0 else []:
-        lower = max(lower, chain.lower(delta, stop, coarse))
+        lower = max(lower, chain.lower(delta, stop))
     return Interval(lower, upper)
 
 

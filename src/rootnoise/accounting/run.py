@@ -336,9 +336,9 @@ def _search(
     aim, best = target, enough
     for _ in range(ATTEMPTS):
         while epsilon(low) <= aim:
-            high, low = low, low - 0.5
+            low -= 0.5
         while epsilon(high) > aim and high < last:
-            low, high = high, min(high + 0.5, last)
+            high = min(high + 0.5, last)
         if epsilon(high) > aim:
             break  # amplification does not pay
         low = max(s for s, found in known.items() if found > aim)

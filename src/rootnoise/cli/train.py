@@ -35,6 +35,12 @@ def _typed(value: settings_file.Value) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else f"{value}"
 
 
+def goes_on(out: Path) -> str:
+    """Say what a run in OUT that was stopped leaves, and how to go on."""
+    begun = (out / "config.json").exists() and not (out / "result.json").exists()
+    return f"{resuming(out)} goes on" if begun else "before the first step, nothing is kept"
+
+
 @_options.grouped
 def train(
     *,
@@ -81,17 +87,13 @@ def train(
     values = vars(settings) | own
     given = {name: value for name, value in values.items() if _given(context, name)}
 
-    def goes_on() -> str:
-        begun = (out / "config.json").exists() and not (out / "result.json").exists()
-        return f"{resuming(out)} goes on" if begun else "before the first step, nothing is kept"
-
     def go() -> None:  # imports take a second, in which one may be interrupted too
         from rootnoise.runs.config import RunConfig
         from rootnoise.runs.processes import StoppedError, joined
         from rootnoise.runs.run import run, stored, without_choice
 
         try:
-            with joined(lambda: f"; {goes_on()}") as ranks:
+            with joined(lambda: f"; {goes_on(out)}") as ranks:
                 ranks.all_same({"version": __version__, "out": str(out), "resume": resume} | values)
                 if resume:
                     moved = {"data_dir": given.pop("data_dir")} if "data_dir" in given else {}
@@ -121,7 +123,7 @@ def train(
     try:
         go()
     except KeyboardInterrupt:
-        typer.echo(f"stopped: {goes_on()}", err=True)
+        typer.echo(f"stopped: {goes_on(out)}", err=True)
         raise typer.Exit(130) from None
 
 

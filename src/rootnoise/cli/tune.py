@@ -9,8 +9,8 @@ from typing import Annotated, Any, ClassVar
 import typer
 
 from rootnoise.cli import _options, _progress, _report
-from rootnoise.cli.train import settings_from
-from rootnoise.runs.settings import Settings, resuming
+from rootnoise.cli.train import goes_on, settings_from
+from rootnoise.runs.settings import Settings
 from rootnoise.runs.tuning import TUNED, Tuning, marker, starting_over
 
 # Trials on average, where nothing else is said: the best of 10 costs some 1.5 times one alone.
@@ -105,10 +105,6 @@ def _paid(values: dict[str, Any], out: Path, json: bool) -> None:
 
 
 def _free(values: dict[str, Any], out: Path, json: bool) -> None:
-    def goes_on() -> str:
-        begun = (out / "config.json").exists() and not (out / "result.json").exists()
-        return f"{resuming(out)} goes on" if begun else "before the first step, nothing is kept"
-
     try:
         from rootnoise.runs import trials
         from rootnoise.runs.config import RunConfig
@@ -129,7 +125,7 @@ def _free(values: dict[str, Any], out: Path, json: bool) -> None:
         with _progress.steps(title, quiet=json) as steps:
             result = run(chosen, out, on_step=steps.step, report=True)
     except KeyboardInterrupt:
-        typer.echo(f"stopped: {goes_on()}", err=True)
+        typer.echo(f"stopped: {goes_on(out)}", err=True)
         raise typer.Exit(130) from None
     if json:
         _report.show(title, {"released": True, "tried": found} | asdict(result), json)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -121,6 +122,27 @@ def test_what_is_measured_is_what_passes_leave():
     assert all(p.grad is None for p in model.parameters())
     model(torch.zeros(2, 100)).sum().backward()  # it is still a plain one
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Shift(nn.Module):
+    """A layer that is run again for each example, of which clipping warns."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return x + self.by
+
+
+def test_measuring_warns_of_nothing_and_takes_examples_of_any_type():
+    """Training warns, once."""
+    with pytest.warns(UserWarning, match="Shift"):
+        privatize(Shift(), "sum")
+    with warnings.catch_warnings(action="error"):
+        assert StepMemory.of(Shift(), torch.zeros(4)).each > 0
+    words = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2))
+    assert StepMemory.of(words, torch.zeros(3, dtype=torch.int64)).each > 0
 
 
 def test_a_power_of_two_fits_or_all():

@@ -1524,7 +1524,7 @@ MUTATIONS = [
     Mutation(
         "an audit takes the settings' word for the strategy",
         "runs/rebuilt.py",
-        "ours.bands == theirs.bands and off <= STRATEGY",
+        "ours.bands == theirs.bands and alike",
         "True",
         "runs_rebuilt",
     ),

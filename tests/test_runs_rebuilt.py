@@ -6,9 +6,12 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
+from rootnoise.causal import Dense
+from rootnoise.factorization import Factorization, mechanisms
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
 from rootnoise.runs import rebuilt, settings_file
@@ -81,6 +84,28 @@ def test_a_setting_of_another_run_is_refuted(name, of, other, check):
     found = checked(dataclasses.replace(ran, **{name: other}), ran)
     assert any(each.startswith(check) for each in found), found
     assert name not in rebuilt.stated_alone(ran)
+
+
+@pytest.mark.parametrize("name", ["bandmf", "bsr"])
+def test_a_search_may_end_elsewhere_if_it_is_as_good(name):
+    """As on another processor; what has a formula may not."""
+    ran = with_(mechanism=name)
+    mechanism = make_mechanism(ran, make_sampler(ran, N))
+    assert mechanism is not None
+    c = mechanism.strategy.dense()
+    off = np.random.default_rng(0).standard_normal(c.shape)
+
+    def alike(other):
+        made = Factorization(name, mechanism.workload, Dense(other))
+        return rebuilt._alike(made, mechanism)
+
+    assert alike(c * (1 + 1e-8 * off))
+    turned = c * (1 + 3e-3 * off)
+    turned *= np.linalg.norm(c, axis=0) / np.linalg.norm(turned, axis=0)
+    assert alike(turned) == (name == "bandmf")
+    assert not alike(c * (1 + 0.01 * off))  # near, and worse
+    assert not alike(1.1 * c)  # as good, and elsewhere
+    assert set(rebuilt.SEARCHED) < set(mechanisms())
 
 
 def test_every_setting_is_judged():

@@ -30,9 +30,12 @@ from rootnoise.runs.statement import Statement, batches
 ALONE = ("average", "data_dir", "dataset", "device", "micro_batch_size", "model")
 # Of a run without privacy nothing is claimed; these say what was drawn.
 DRAWN = ("batch_size", "epochs", "mechanism", "sampling")
-# Relative difference allowed between a strategy and the one made anew: a search ends elsewhere on
-# another machine.
-STRATEGY = 1e-4
+# Relative difference allowed between a strategy and the one made anew.
+STRATEGY = 1e-6
+# A search for many numbers ends elsewhere on another processor: by up to 0.9 %, and 2e-5 of the
+# error, in eight runs of bandmf with other kernels of OpenBLAS. As good a one, not far off, passes.
+SEARCHED = ("bandmf", "blt", "column-normalised", "dense", "epoch-scaled")
+NEARBY, AS_GOOD = 0.05, 2e-4
 # Part of epsilon that a calibration spends at least: by a formula, or on grids and by samples.
 EXACT, AMPLIFIED = 1 - 1e-6, 0.9
 
@@ -113,15 +116,22 @@ def _seed(config: RunConfig, sampler: Sampler, ledger: Path) -> Check:
 
 
 def _strategy(made: Factorization, m: Mechanism) -> Check:
-    """Compare names, numbers of bands, and what both do to two random vectors."""
+    """Compare names, numbers of bands, and what both do."""
+    ours, theirs, alike = made.strategy, m.strategy, _alike(made, m)
+    held = made.mechanism == m.name and ours.bands == theirs.bands and alike
+    found = f"{'' if alike else 'another, '}{made.mechanism} of {ours.bands} bands"
+    said = f"{m.name} of {theirs.bands} bands"
+    return Check("strategy follows from config.json", held, said, found)
+
+
+def _alike(made: Factorization, m: Mechanism) -> bool:
+    """Whether both strategies do the same to two random vectors, or nearly, and are as good."""
     ours, theirs = made.strategy, m.strategy
-    off = math.inf
-    if ours.n_steps == theirs.n_steps:
-        u = np.random.default_rng(0).standard_normal((theirs.n_steps, 2))
-        x, y = ours.apply(u), theirs.apply(u)
-        off = float((np.linalg.norm(x - y, axis=0) / np.linalg.norm(y, axis=0)).max())
-    held = made.mechanism == m.name and ours.bands == theirs.bands and off <= STRATEGY
-    found = f"{made.mechanism} of {ours.bands} bands, {off:.2g} away"
-    return Check(
-        "strategy follows from config.json", held, f"{m.name} of {theirs.bands} bands", found
-    )
+    if ours.n_steps != theirs.n_steps:
+        return False
+    u = np.random.default_rng(0).standard_normal((theirs.n_steps, 2))
+    x, y = ours.apply(u), theirs.apply(u)
+    off = float((np.linalg.norm(x - y, axis=0) / np.linalg.norm(y, axis=0)).max())
+    if off <= STRATEGY or made.mechanism not in SEARCHED:
+        return off <= STRATEGY
+    return off <= NEARBY and math.isclose(made.rmse(m.participation), m.rmse, rel_tol=AS_GOOD)

@@ -20,7 +20,14 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.runs.data import load
-from rootnoise.runs.micro_batches import BLOCKS, FIXED, PART, TIMES, StepMemory
+from rootnoise.runs.micro_batches import (
+    BLOCKS,
+    FIXED,
+    PART,
+    TIMES,
+    StepMemory,
+    free_memory,
+)
 from rootnoise.runs.models import build
 from rootnoise.runs.run import run
 from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
@@ -60,6 +67,12 @@ def test_micro_batches_need_less_memory(monkeypatch):
     Trainer(
         dataclasses.replace(SMALL, batch_size=721, micro_batch_size=8), data, sampler, mechanism
     )
+
+
+def test_memory_that_is_not_known_is_no_limit(monkeypatch):
+    for known, free in ((None, math.inf), (5, 5.0)):
+        monkeypatch.setattr(_limits, "_free", lambda known=known: known)
+        assert free_memory(torch.device("cpu")) == free
 
 
 def steps_of(trainer, n):

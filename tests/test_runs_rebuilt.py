@@ -206,3 +206,11 @@ def test_batches_of_another_seed_are_found_at_their_step(copy):
     forge(copy, seed=5)
     [check] = [check for check in audit(copy) if not check.held]
     assert (check.name, check.stated, check.found) == ("seed", "5", "another batch at step 0")
+
+
+def test_batches_are_drawn_again_where_their_seed_is_no_secret(tmp_path):
+    for seed in (None, 3):
+        out = tmp_path / f"{seed}"
+        run(with_(mechanism="dpsgd", epochs=1, insecure_noise_seed=seed), out)
+        assert failures(out) == []
+        assert ("seed" in {check.name for check in audit(out)}) == (seed is not None)

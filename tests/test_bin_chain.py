@@ -296,3 +296,10 @@ def test_a_long_chain_becomes_steady_and_what_is_left_is_paid_for(monkeypatch, c
     error, early = lattice.transform(w, 600.0)
     assert np.abs(early - slow).max() <= error
     assert error > 1e-5
+
+
+def test_what_is_no_number_bounds_nothing(monkeypatch):
+    assert chains._least(lambda epsilon: math.nan, 1e-5, 0.0, 3.0) == math.inf
+    monkeypatch.setattr(Law, "put", lambda self, strike: math.nan)
+    assert SMALL[0].upper(1e-3, 6.0) == math.inf
+    assert SMALL[0].lower(1e-3, 6.0) == 0

@@ -100,13 +100,6 @@ def test_a_law_knows_its_mean_and_a_lower_bound_may_be_small(monkeypatch):
     assert chain.lower(1e-5, 0.05) == pytest.approx(0.01, rel=0.02)
 
 
-def test_what_is_no_number_bounds_nothing(monkeypatch):
-    assert chains._least(lambda epsilon: math.nan, 1e-5, 0.0, 3.0) == math.inf
-    monkeypatch.setattr(Law, "put", lambda self, strike: math.nan)
-    assert SMALL[0].upper(1e-3, 6.0) == math.inf
-    assert SMALL[0].lower(1e-3, 6.0) == 0
-
-
 def test_rounding_is_paid_for_where_the_parts_of_a_term_cancel():
     """A wave that is long compared with the strike, to 40 digits."""
     law = SMALL[0].law(1.5, 1e-5, above=True)

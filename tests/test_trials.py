@@ -357,14 +357,14 @@ def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path, monkey
 
 
 def test_a_trial_begins_when_nothing_is_left_of_the_last(tmp_path, monkeypatch, drawn):
-    """An optimizer holds its key and its noise; cycles keep it until they are collected."""
+    """Cycles keep a trial's model, wrapped, with its weights, until they are collected."""
     seen: list[weakref.ref[object]] = []
 
     class Watched(Trainer):
         def __init__(self, *parts):
             assert [old() for old in seen[1:]] == [None] * len(seen[1:])
             super().__init__(*parts)
-            seen.append(weakref.ref(self.optimizer))
+            seen.append(weakref.ref(self.module))
 
     drawn(3)
     monkeypatch.setattr(trials, "Trainer", Watched)

@@ -65,3 +65,15 @@ def test_mathematics_and_help_need_no_torch(statement):
         [sys.executable, "-c", statement + check], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_help_needs_no_scipy():
+    """It takes as long to import as all the rest of help."""
+    check = "import sys; from rootnoise.cli import main; main(['--help']); "
+    done = subprocess.run(
+        [sys.executable, "-c", check + "sys.exit('scipy' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import itertools
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -19,7 +20,14 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.participation.samplers import FixedCycleSampler
 from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.runs.data import load
-from rootnoise.runs.micro_batches import BLOCKS, FIXED, PART, TIMES, StepMemory
+from rootnoise.runs.micro_batches import (
+    BLOCKS,
+    FIXED,
+    PART,
+    TIMES,
+    StepMemory,
+    free_memory,
+)
 from rootnoise.runs.models import build
 from rootnoise.runs.run import run
 from rootnoise.runs.trainer import EnvironmentChangedWarning, Trainer
@@ -59,6 +67,12 @@ def test_micro_batches_need_less_memory(monkeypatch):
     Trainer(
         dataclasses.replace(SMALL, batch_size=721, micro_batch_size=8), data, sampler, mechanism
     )
+
+
+def test_memory_that_is_not_known_is_no_limit(monkeypatch):
+    for known, free in ((None, math.inf), (5, 5.0)):
+        monkeypatch.setattr(_limits, "_free", lambda known=known: known)
+        assert free_memory(torch.device("cpu")) == free
 
 
 def steps_of(trainer, n):
@@ -121,6 +135,27 @@ def test_what_is_measured_is_what_passes_leave():
     assert all(p.grad is None for p in model.parameters())
     model(torch.zeros(2, 100)).sum().backward()  # it is still a plain one
     assert all(p.grad is not None for p in model.parameters())
+
+
+class Shift(nn.Module):
+    """A layer that is run again for each example, of which clipping warns."""
+
+    def __init__(self):
+        super().__init__()
+        self.by = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return x + self.by
+
+
+def test_measuring_warns_of_nothing_and_takes_examples_of_any_type():
+    """Training warns, once."""
+    with pytest.warns(UserWarning, match="Shift"):
+        privatize(Shift(), "sum")
+    with warnings.catch_warnings(action="error"):
+        assert StepMemory.of(Shift(), torch.zeros(4)).each > 0
+    words = nn.Sequential(nn.Embedding(10, 4), nn.Flatten(), nn.Linear(12, 2))
+    assert StepMemory.of(words, torch.zeros(3, dtype=torch.int64)).each > 0
 
 
 def test_a_power_of_two_fits_or_all():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.accounting import Trials
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
-from rootnoise.runs import inference, report, statement, trials
+from rootnoise.runs import inference, rebuilt, report, statement, trials
 from rootnoise.runs.audit import audit
 from rootnoise.runs.config import RunConfig, make_mechanism, make_sampler
 from rootnoise.runs.data import load
@@ -23,6 +24,7 @@ from rootnoise.runs.run import run
 from rootnoise.runs.trials import chosen_on_public, release_best
 from rootnoise.runs.tuning import Tuning
 from test_runs_audit import FORGERIES, change, failures, reseal
+from test_runs_rebuilt import forge
 from trial_cases import CONFIG, CYCLE, GRID, LINE, PUBLIC, SMALL
 
 drawn = trial_cases.drawn
@@ -68,6 +70,7 @@ def tuned(tmp_path_factory):
             ["--dataset", "mnist", "--public", "mnist-5k"],
             "public must be another data set than the",
         ),
+        (["--device", "cuda:99"], "device must be one that torch finds here ("),
         (["--batch-size", "5000"], "batch_size must be in [1, n_examples=1442], got 5000"),
         (["--weight-decay", "0,100"], "weight_decay must be < 2 (1 + momentum) / lr"),
     ],
@@ -224,6 +227,19 @@ def test_a_forged_tuning_is_refuted(tuned, tmp_path, case):
     reseal(out)
     found = failures(out)
     assert any(check.startswith(name) for check in found), found
+
+
+def test_settings_of_a_tuning_are_held_to_what_ran(tuned, tmp_path):
+    """But for what was tried beside the point that won."""
+    grid = {"tuning": dataclasses.asdict(CONFIG.tuning) | {"grid": GRID | {"lr": [0.07, 0.2]}}}
+    others = {"seed": 1, "bands": 2, "momentum": 0.5, "epochs": 3, "weight_decay": 0.1}
+    for i, other in enumerate([grid, *({name: value} for name, value in others.items())]):
+        out = shutil.copytree(tuned, tmp_path / f"{i}")
+        forge(out, **other)
+        found = failures(out)
+        assert bool(found) == (other is not grid), other
+        assert "readable" not in found
+    assert "tuning" in rebuilt.stated_alone(inference.settings(tuned))
 
 
 # ------------------------------------------------------------------------------------- public data

@@ -15,7 +15,7 @@ from rich.table import Table
 from rootnoise.cli import _options, _progress, _report
 
 if TYPE_CHECKING:
-    from rootnoise.runs.audit import Check
+    from rootnoise.runs.checks import Check
 
 # In a terminal of fewer columns the checks that hold are listed by name alone.
 TABLE = 70

@@ -15,7 +15,6 @@ from rootnoise._check import RootnoiseError, integer, warn_of_delta
 from rootnoise.cli import (
     _number_files,
     _options,
-    _page,
     _plan_view,
     _plots,
     _progress,
@@ -106,6 +105,8 @@ def plan(
     if plot is not None:
         _plots.save(plot, partial(_plots.plan, made.rows))
     if html is not None:
+        from rootnoise.cli import _page  # with what it draws, as slow to import as all the rest
+
         _page.write(html, _plan_view.title(job, work.described()), made, speed)
     if train_args is not None:
         row = integer("train-args", train_args, 1, len(made.rows), high_name="rows") - 1

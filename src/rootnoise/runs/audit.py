@@ -13,7 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,8 @@ from rootnoise.auditing import recompute
 from rootnoise.auditing.replay import Replay, replay
 from rootnoise.bounds import certificate
 from rootnoise.mechanism import Mechanism
-from rootnoise.participation import CyclicPoisson, MinSepPoisson
-from rootnoise.runs import settings_file, statement
+from rootnoise.runs import rebuilt, settings_file, statement
+from rootnoise.runs.checks import Check, fields, ranged, same
 from rootnoise.runs.config import RunConfig, claim
 from rootnoise.runs.folder import SECRETS, RunFolder
 from rootnoise.runs.settings import as_of_today
@@ -43,25 +43,14 @@ ATTACKS = 4
 # less than once in a million.
 NOISE = 7.0
 
+# Settings that result.json repeats.
+REPEATED = (
+    *("dataset", "model", "mechanism", "sampling", "epochs", "batch_size"),
+    *("lr", "momentum", "decay"),
+)
+
 # Called with the amount of work done, the total, and its unit.
 Progress = Callable[[int, int, str], None]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One condition that must hold.
-
-    Attributes:
-        name: what was checked.
-        held: whether it holds.
-        stated: what the files say.
-        found: what the auditor found, and how.
-    """
-
-    name: str
-    held: bool
-    stated: str
-    found: str
 
 
 def audit(out: Path, seal: str | None = None) -> list[Check]:
@@ -150,16 +139,22 @@ class _Audit:
             config = RunConfig(**as_of_today(self._json("config.json")))
             yield from self._settings(config)
             yield from self._finished(stated)
+            result = self._json("result.json") if finished else {}
             if config.mechanism == "none":
-                yield _same("claim", stated["claim"], claim(config, None))
+                yield same("claim", stated["claim"], claim(config, None))
+                if finished:
+                    yield fields("result.json agrees", result, result | _chosen(config))
+                yield from rebuilt.settings(config, stated, None, None)
                 return
             mechanism = self.folder.mechanism()
             yield Check("mechanism.json", True, mechanism.fingerprint[:16], "recomputed")
             yield from self._statement(stated, config, mechanism)
+            ledger = self.folder.path / "ledger.bin" if finished else None
+            yield from rebuilt.settings(config, stated, mechanism, ledger)
             yield from _numbers(mechanism, stated)
             if finished:
-                result = self._json("result.json")
-                yield _fields("result.json agrees", result, result | _result(mechanism, stated))
+                ours = _chosen(config) | _result(mechanism, stated)
+                yield fields("result.json agrees", result, result | ours)
                 yield from self._ledger(stated, mechanism)
         except (RootnoiseError, KeyError, TypeError, OSError, AttributeError, ValueError) as reason:
             line = " ".join(str(reason).split())
@@ -208,38 +203,30 @@ class _Audit:
         path = self.folder.path / "run.toml"
         if path.exists():  # older runs left none
             said = settings_file.flat(vars(config))
-            yield _fields("run.toml agrees", settings_file.read(path, tuning=True), said)
+            yield fields("run.toml agrees", settings_file.read(path, tuning=True), said)
 
     def _finished(self, stated: Statement) -> Iterator[Check]:
         made, n = stated["steps_made"], stated["sampler"]["n_steps"]
-        yield _same("steps made", made, n)
+        yield same("steps made", made, n)
         left = [name for name in SECRETS if (self.folder.path / name).exists()]
         yield Check("secrets are gone", not left, "deleted", ", ".join(left) or "none left")
 
     def _statement(self, stated: Statement, config: RunConfig, m: Mechanism) -> Iterator[Check]:
         """Check that the run's statement follows from its settings and its mechanism."""
-        yield _same("claim", stated["claim"], claim(config, m))
+        yield same("claim", stated["claim"], claim(config, m))
         text = (self.folder.path / "claim.txt").read_text()
-        yield _same("claim.txt", text, claim(config, m) + "\n")
-        yield _same("private", stated["private"], config.insecure_noise_seed is None)
-        yield _same("independence", stated["independence"], statement.INDEPENDENCE)
+        yield same("claim.txt", text, claim(config, m) + "\n")
+        yield same("private", stated["private"], config.insecure_noise_seed is None)
+        yield same("independence", stated["independence"], statement.INDEPENDENCE)
         said = statement.described(m, with_bound=False) | {"error": stated["mechanism"]["error"]}
-        yield _fields("privacy.json follows from mechanism.json", stated["mechanism"], said)
-        sampler, p = stated["sampler"], m.participation
+        yield fields("privacy.json follows from mechanism.json", stated["mechanism"], said)
+        sampler = stated["sampler"]
         chosen = {"delta": m.delta, "clip_norm": m.clip_norm, "batch_size": sampler["batch_size"]}
-        yield _fields("config.json agrees", vars(config), vars(config) | chosen)
+        yield fields("config.json agrees", vars(config), vars(config) | chosen)
         tried = None if config.tuning is None else config.tuning.number
         if (tried, m.trials) != (None, None):
             yield Check("number of trials", m.trials == tried, f"{m.trials}", f"{tried}")
-        yield _same("n_steps", sampler["n_steps"], m.n_steps)
-        if isinstance(p, CyclicPoisson):  # set by the batch size, not by the number of batches
-            drawn = sampler["batch_size"] * p.groups / sampler["n_examples"]
-            yield _same("sampling probability", p.probability, drawn)
-        if isinstance(p, MinSepPoisson):
-            rate = sampler["batch_size"] / sampler["n_examples"]
-            yield Check("sampling rate", abs(p.rate / rate - 1) < 1e-9, f"{rate:g}", f"{p.rate:g}")
-        assert config.epsilon is not None  # noqa: S101 - RunConfig refuses private runs without it
-        yield Check("budget", m.epsilon <= config.epsilon, f"{config.epsilon:g}", f"{m.epsilon:g}")
+        yield same("n_steps", sampler["n_steps"], m.n_steps)
 
     def _ledger(self, stated: Statement, m: Mechanism) -> Iterator[Check]:
         path = self.folder.path / "ledger.bin"
@@ -252,7 +239,7 @@ class _Audit:
         }
         ours = {name: found.header[name] for name in ("participation", "n_examples")}
         ours |= {"steps": found.steps, "digest": found.digest}
-        yield _fields("ledger.bin is this run's", theirs, ours)
+        yield fields("ledger.bin is this run's", theirs, ours)
         detail = found.broken or f"{found.participations} participations, person by person"
         rule = str(m.participation)
         yield Check("ledger keeps the participation", found.broken is None, rule, detail)
@@ -270,14 +257,14 @@ def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
     """Recompute sensitivity, epsilon, error and lower bound by a second route."""
     claimed = m.sensitivity.value
     sens = recompute.sensitivity_range(m)
-    yield _ranged("sensitivity", claimed, sens, ROUNDING)
+    yield ranged("sensitivity", claimed, sens, ROUNDING)
     std = m.noise_multiplier * m.clip_norm * sens.low
     said = stated["mechanism"]
     enough = said["noise_std"] >= std * (1 - ROUNDING)
     yield Check("noise_std", enough, f"{said['noise_std']:.9g}", f">= {std:.9g}")
     costs = {cost["delta"]: cost["epsilon"] for cost in said["privacy"]}
     for delta, found in zip(costs, recompute.epsilon_ranges(m, costs), strict=True):
-        yield _ranged(f"epsilon at delta {delta:g}", costs[delta], found, ROUNDING)
+        yield ranged(f"epsilon at delta {delta:g}", costs[delta], found, ROUNDING)
     error = said["error"]
     if m.n_steps <= recompute.DENSE:
         found_rmse = recompute.rmse(m)
@@ -290,7 +277,12 @@ def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
         close = math.isclose(error["lower_bound"], proved, rel_tol=1e-6)
         yield Check("lower bound", close, f"{error['lower_bound']:.9g}", f"{proved:.9g} (witness)")
         gap = error["rmse"] / error["lower_bound"] - 1
-        yield _same("gap", error["gap"], gap)
+        yield same("gap", error["gap"], gap)
+
+
+def _chosen(config: RunConfig) -> dict[str, Any]:
+    """Return what `result.json` must say of the settings."""
+    return {name: getattr(config, name) for name in REPEATED}
 
 
 def _result(m: Mechanism, stated: Statement) -> dict[str, Any]:
@@ -305,36 +297,3 @@ def _result(m: Mechanism, stated: Statement) -> dict[str, Any]:
         "sensitivity": m.sensitivity.value,
         "n_steps": m.n_steps,
     }
-
-
-def _ranged(name: str, value: float, found: recompute.Range, tolerance: float) -> Check:
-    span = f"{found.low:.9g}" if found.high == found.low else f"{found.low:.9g} to {found.high:.9g}"
-    return Check(name, found.holds(value, tolerance), f"{value:.9g}", f"{span} ({found.method})")
-
-
-def _fields(name: str, stated: Mapping[str, Any], found: Mapping[str, Any]) -> Check:
-    """Compare field by field, and show the fields that differ."""
-    names = sorted({*stated, *found})
-    off = [key for key in names if not _equal(stated.get(key), found.get(key))]
-    said, seen = ({key: fields.get(key) for key in off} for fields in (stated, found))
-    return Check(name, not off, _short(said or f"{len(names)} fields"), _short(seen or "the same"))
-
-
-def _same(name: str, stated: Any, found: Any) -> Check:
-    """Compare two values; recomputed numbers may differ in their last bits."""
-    return Check(name, _equal(stated, found), f"{_short(stated)}", f"{_short(found)}")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, float) and isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return type(a) is type(b) and bool(a == b)
-
-
-def _short(value: Any) -> str:
-    text = f"{value:.9g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())[:80]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from rootnoise import _limits
 from rootnoise._check import RootnoiseError, integer, one_of, real, warn_of_delta
-from rootnoise.factorization import factorize, mechanisms
+from rootnoise.factorization import Factorization, factorize, mechanisms
 from rootnoise.factorization.base import refuse_foreign
 from rootnoise.keys import Key
 from rootnoise.mechanism import Mechanism
@@ -287,17 +287,21 @@ def make_sampler(config: RunConfig, n_examples: int) -> Sampler:
     return MinSepPoissonSampler(size, batch, steps, config.separation, secret)
 
 
+def make_factorization(config: RunConfig, sampler: Sampler) -> Factorization:
+    """Return how the run's workload is split."""
+    name = "identity" if config.mechanism == "dpsgd" else config.mechanism
+    workload = make_workload(config, sampler.n_steps)
+    return factorize(workload, sampler.participation, name, **config.split)
+
+
 def make_mechanism(config: RunConfig, sampler: Sampler) -> Mechanism | None:
     """Return the run's calibrated mechanism, or None without privacy."""
     _refuse_unplanned(config)
     if config.mechanism == "none":
         return None
     warn_of_delta(config.delta, sampler.n_examples)
-    name = "identity" if config.mechanism == "dpsgd" else config.mechanism
-    workload = make_workload(config, sampler.n_steps)
-    factorization = factorize(workload, sampler.participation, name, **config.split)
     return Mechanism.calibrate(
-        factorization,
+        make_factorization(config, sampler),
         sampler.participation,
         epsilon=config.epsilon,
         delta=config.delta,

@@ -68,7 +68,6 @@ def free_memory(where: torch.device) -> float:
 
 def _kept(model: nn.Module, example: torch.Tensor) -> float:
     """Return the bytes of an example that forward keeps for backward, and backward for the sums."""
-    private = PrivateModule(model, "sum", guarded=True)
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -87,6 +86,7 @@ def _kept(model: nn.Module, example: torch.Tensor) -> float:
         saved_tensors_hooks(keep, lambda x: x),
         warnings.catch_warnings(action="ignore"),
     ):
+        private = PrivateModule(model, "sum", guarded=True)  # what it warns of, training does
         loss = private(zeros).square().sum()  # its gradient is as large as the outputs
     loss.backward()
     left = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in private.left}

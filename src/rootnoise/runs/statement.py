@@ -67,16 +67,26 @@ def _facts(
     facts = {
         "claim": claim(config, mechanism),
         "private": mechanism is not None and config.insecure_noise_seed is None,
-        "sampler": {
-            "type": type(sampler).__name__,
-            "n_examples": sampler.n_examples,
-            "batch_size": sampler.batch_size,
-            "n_steps": sampler.n_steps,
-        },
+        "sampler": batches(sampler),
     }
     if mechanism is None:
         return facts
     return facts | {"independence": INDEPENDENCE, "key_id": key.id}
+
+
+def batches(sampler: Sampler) -> dict[str, Any]:
+    """Return what a statement says about the batches.
+
+    >>> from rootnoise.participation.samplers import FixedCycleSampler
+    >>> batches(FixedCycleSampler(n_examples=10, batch_size=4, epochs=2, seed=0))
+    {'type': 'FixedCycleSampler', 'n_examples': 10, 'batch_size': 4, 'n_steps': 6}
+    """
+    return {
+        "type": type(sampler).__name__,
+        "n_examples": sampler.n_examples,
+        "batch_size": sampler.batch_size,
+        "n_steps": sampler.n_steps,
+    }
 
 
 def refuse_other(

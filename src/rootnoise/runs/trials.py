@@ -218,7 +218,7 @@ def _best(points: list[_Point], data: Dataset, n_trials: int) -> _Trial | None:
                 failed = True
                 break
             del trial
-            gc.collect()  # trainers have cycles, and hold the key and the noise
+            gc.collect()  # wrapped models have cycles, and hold the weights
     if failed:  # raised here, so that no traceback leads to the reason
         raise RootnoiseError(
             "trials must all end, got one that failed; its reason may depend on the data and is "

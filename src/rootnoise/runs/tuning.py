@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rootnoise._check import RootnoiseError, integer, one_of, real, set_fields
-from rootnoise.accounting import Trials
-from rootnoise.accounting.selection import MOST_DRAWN
 from rootnoise.runs.settings import Settings
+
+if TYPE_CHECKING:
+    from rootnoise.accounting import Trials
 
 # What may differ between trials: it changes neither who takes part when nor the noise multiplier,
 # and so not the privacy of a trial.
@@ -61,6 +62,8 @@ class Tuning:
         if self.public_dir is not None and self.public is None:
             raise RootnoiseError(f"public_dir must come with public, got {self.public_dir} alone")
         if self.trials is not None:
+            from rootnoise.accounting.selection import MOST_DRAWN  # SciPy: help is to be quick
+
             mean = real("trials", self.trials, at_most=MOST_DRAWN)
             set_fields(self, trials=mean)
             set_fields(self, trials_shape=self.number.to_dict()["shape"])  # type: ignore[union-attr]
@@ -71,6 +74,8 @@ class Tuning:
         """The distribution of the number of private trials, None on public data."""
         if self.trials is None:
             return None
+        from rootnoise.accounting import Trials
+
         return Trials.from_dict({"mean": self.trials, "shape": self.trials_shape})
 
     def points(self) -> Iterator[dict[str, Any]]:

@@ -104,6 +104,7 @@ KEPT = (
     2.5  # arrays of examples replace taps of this fraction of their size, if they are made anyway
 )
 SMALL = 1 << 17  # and have at most so many numbers
+HELD = 1 << 21  # numbers of a layer's such arrays that are held, 8 MB: others are made twice
 CHUNK = 64  # terms of a float32 inner product
 ROUGH = 1.25 * 2 * CHUNK * 2.0**-24  # fraction of S^2, for the rounding of float32 Gram norms
 PIECES = 2 * (CHUNK + 4) * 2.0**-24  # relative rounding of float32 squared norms

@@ -12,12 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
-from rootnoise.training.clip.bounds import Sum, add_rows_, blank, check_size, row_squares
+from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, row_of
 from rootnoise.training.clip.products import MadeTwice, Products
 from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
+from rootnoise.training.clip.sums import Sums
 from rootnoise.training.clip.taps import (
     Book,
     Call,
@@ -28,8 +29,6 @@ from rootnoise.training.clip.taps import (
     refuse_unseen,
     shared,
 )
-
-REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
 
 class PrivateModule(nn.Module):
@@ -96,9 +95,7 @@ class PrivateModule(nn.Module):
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
         self._norms: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
-        self._sums: dict[nn.Parameter, Sum] = {}
-        self._flat: dict[torch.device, torch.Tensor] = {}
-        self._spare: torch.Tensor | None = None
+        self._sums = Sums(self._trainable.values())
         self._bad = self._examples = self._tokens = 0
         self._kept: dict[Tapped, Kept] = {}
         self._probed, self._probing, self._adding = guarded, False, False
@@ -278,26 +275,34 @@ class PrivateModule(nn.Module):
         Raises:
             RootnoiseError: a micro-batch was forwarded but not added, or an `add` failed midway.
         """
+        self._check_finished()
+        return self._sums.whole(), self._finished()
+
+    def finish_in_parts(self, size: int) -> tuple[Iterator[torch.Tensor], int]:
+        """Return what `finish` does, but the sum in parts, to be read one by one (`clip.sums`).
+
+        Args:
+            size: of a part, in numbers.
+
+        Raises:
+            RootnoiseError: as for `finish`.
+        """
+        self._check_finished()
+        return self._sums.parts(size), self._finished()
+
+    def reuse(self, vector: torch.Tensor) -> None:
+        """Take back what `finish` returned: the next step's sum will be made in its memory."""
+        self._sums.reuse(vector)
+
+    def _finished(self) -> int:
+        bad, self._bad = self._bad, 0
+        self._examples = self._tokens = 0
+        return bad
+
+    def _check_finished(self) -> None:
         self._check_whole()
         if self._book.open:
             raise RootnoiseError("micro-batch must be added before the step is finished")
-        parts = [self._sum_of(p).whole() for p in self._trainable.values()]
-        where, bad = parts[0].device, self._bad
-        flat = self._flat.pop(where)
-        if self._flat:  # parameters on several devices
-            flat = torch.cat([x.to(where) for x in parts])
-        self._sums, self._flat, self._bad = {}, {}, 0
-        self._examples = self._tokens = 0
-        return flat, bad
-
-    def reuse(self, vector: torch.Tensor) -> None:
-        """Take back what `finish` returned: the next step's sum will be made in its memory.
-
-        Memory that is not fresh need not be cleared and mapped, which took a fifth of a step of
-        a perceptron of 1e6 parameters. Larger vectors are freed, to leave room for activations.
-        """
-        if vector.device.type == "cpu" and len(vector) <= REUSED:
-            self._spare = vector
 
     def _check_whole(self) -> None:
         if self._adding:
@@ -305,7 +310,7 @@ class PrivateModule(nn.Module):
 
     def restart(self) -> None:
         """Drop the sum of the micro-batches so far, complete or not; the step starts over."""
-        self._sums, self._flat = {}, {}
+        self._sums.drop()
         self._bad = self._examples = self._tokens = 0
         self._adding = False
 
@@ -488,12 +493,4 @@ class PrivateModule(nn.Module):
             add_rows_(self._sum_of(p), rows, scale)
 
     def _sum_of(self, p: nn.Parameter) -> Sum:
-        if p not in self._sums:  # then none of its device is there
-            alike = [q for q in self._trainable.values() if q.device == p.device]
-            sizes = [q.numel() for q in alike]
-            flat, self._spare = self._spare, None
-            if flat is None or flat.device != p.device or len(flat) != sum(sizes):
-                flat = blank([sum(sizes)], torch.float64, p.device)
-            self._flat[p.device] = flat
-            self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
-        return self._sums[p]
+        return self._sums.of(p)

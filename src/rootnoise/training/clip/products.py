@@ -78,7 +78,7 @@ class Products:
         return single(widened(a), widened(g), self.shape(g)[0])
 
     def twice(self, taps: Taps) -> bool:
-        """Return whether arrays that `small` asks for are larger than taps, and too many to hold."""
+        """Return whether arrays that `small` asks for exceed their taps, and `HELD` in all."""
         tokens, d_in, d_out = self.shape(taps[1])
         many = len(taps[1]) * self.groups * d_in * d_out > HELD
         return self.weight and many and d_in * d_out > tokens * (d_in + d_out)
@@ -210,9 +210,8 @@ class MadeTwice:
         """See `Kept`."""
         for part, made in self._blocks():
             for name, rows in made.items():
-                if bad is not None:
-                    rows = rows.masked_fill(bad[part, None], 0)
-                add_rows_(sums[name], rows, scale[part])
+                own = rows if bad is None else rows.masked_fill(bad[part, None], 0)
+                add_rows_(sums[name], own, scale[part])
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -66,8 +66,8 @@ of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of no
 most N terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different
 coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for
 two. Norms and factors are too small by less than 1e-8 C. So the difference is at most
-C (1 - SLACK + 8.5e-6) < C.
-QED
+C (1 - SLACK + 8.5e-6) < C. Products that wait (`Sum`) are joined up to `ROWS` terms, in blocks of
+any rows: that is one product of way 2 for several, and as few additions. QED
 
 No float32 product adds up several examples, although it is twice as fast. Adding K rows of norm at
 most C in any order errs by at most v (2 + 3 + ... + K) C, the nodes of its tree in norm: over N

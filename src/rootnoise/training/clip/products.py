@@ -203,8 +203,8 @@ class MadeTwice:
 
     def squares(self) -> torch.Tensor:
         """See `Kept`."""
-        found = [sum(map(row_squares, made.values())) for _, made in self._blocks()]
-        return torch.cat(found)
+        found = [[row_squares(x) for x in made.values()] for _, made in self._blocks()]
+        return torch.cat([torch.stack(each).sum(0) for each in found])
 
     def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
         """See `Kept`."""

@@ -11,13 +11,13 @@ also how Mironov (2012) and Balcer & Vadhan (2018) make sums exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from rootnoise._check import clip_range, warn
+from rootnoise._check import RootnoiseError, clip_range, warn
 
 if TYPE_CHECKING:
     from rootnoise.mechanism import Mechanism
@@ -65,11 +65,15 @@ class Clip:
 
     def add_noise_(self, units: torch.Tensor, noise: torch.Tensor) -> None:
         """Add noise, in whole units, to whole units in place."""
-        for part, drawn in _parts(units, noise):
+        for part, drawn in zip(split(units), split(noise), strict=True):
             part.add_(self._whole(drawn, torch.empty_like(part)))
 
     def mean_(
-        self, out: torch.Tensor, units: torch.Tensor, noise: torch.Tensor | None, by: float
+        self,
+        out: torch.Tensor,
+        units: torch.Tensor | Iterable[torch.Tensor],
+        noise: torch.Tensor | None,
+        by: float,
     ) -> None:
         """Write (sum + noise) / by, the sum given in units and both rounded to whole ones.
 
@@ -78,30 +82,37 @@ class Clip:
 
         Args:
             out: float32 or float64; may be the noise itself, or the sum.
-            units: float64.
+            units: float64, whole or in parts, which make up a vector as long as `out`.
             noise: None where it is in the sum.
             by: the divisor.
+
+        Raises:
+            RootnoiseError: parts that make up another length.
         """
         # Dividing by by / grid has the bits of multiplying by the grid, a power of two, before.
-        count, space = by / self.grid, units.new_empty(2, 0)
-        for part, drawn, to in _parts(units, out if noise is None else noise, out):
-            if space.shape[1] != len(part):
-                space = units.new_empty(2, len(part))
-            sums, draws = space
+        count, start, space = by / self.grid, 0, out.new_empty(2, 0, dtype=torch.float64)
+        for part in split(units) if isinstance(units, torch.Tensor) else units:
+            stop = start + len(part)
+            drawn, to = (out if noise is None else noise)[start:stop], out[start:stop]
+            start = stop
+            if space.shape[1] < len(part):
+                space = part.new_empty(2, len(part))
+            sums, draws = space[:, : len(part)]
             torch.round(part, out=sums)
             if noise is not None:
                 sums.add_(self._whole(drawn, draws))
             to.copy_(divide_(sums, count))
+        if start != len(out):
+            raise RootnoiseError(f"parts of a sum must make up {len(out)} numbers, got {start}")
 
     def _whole(self, noise: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Write the noise in whole units, float64."""
         return divide_(out.copy_(noise), self.grid).round_()
 
 
-def _parts(*vectors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Yield the vectors' parts of `PART` numbers."""
-    size = PART.get(vectors[0].device.type, PART["cuda"])
-    return zip(*(torch.split(x, size) for x in vectors), strict=True)
+def split(vector: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Return a vector's parts of `PART` numbers."""
+    return torch.split(vector, PART.get(vector.device.type, PART["cuda"]))
 
 
 def divide_(x: torch.Tensor, by: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule
-from rootnoise.training.clipping import Clip, warn_non_finite
+from rootnoise.training.clipping import PART, Clip, warn_non_finite
 from rootnoise.training.place import own_name
 from rootnoise.training.ranks import KEPT, Ranks
 
@@ -117,20 +117,21 @@ class Copies:
         the memory of the noise: fresh memory takes as long to touch as three passes over other.
         """
         self.take(rows)
-        units, bad = self._module.finish()
         rows, self._taken = self._taken, 0
-        if bad:
-            warn_non_finite(bad, rows, t)
-        alone = self.ranks.size == 1
-        if not alone:
+        if self.ranks.size == 1:
+            parts, bad = self._module.finish_in_parts(PART.get(noise.device.type, PART["cuda"]))
+            mean = noise if noise.dtype == self._dtype else noise.to(self._dtype)
+            self._clip.mean_(mean, parts, noise, by)
+        else:
+            units, bad = self._module.finish()
             units.round_()
             self._clip.add_noise_(units[slice(*self._span)], noise)
-        self.ranks.add_(units)
-        mean = noise
-        if mean.shape != units.shape or mean.dtype != self._dtype:
+            self.ranks.add_(units)
             mean = torch.empty_like(units, dtype=self._dtype)
-        self._clip.mean_(mean, units, noise if alone else None, by)
-        self._module.reuse(units)
+            self._clip.mean_(mean, units, None, by)
+            self._module.reuse(units)
+        if bad:
+            warn_non_finite(bad, rows, t)
         return mean, bad
 
     def write(self, mean: torch.Tensor) -> None:

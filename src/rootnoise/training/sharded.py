@@ -46,6 +46,7 @@ class ShardedModule(PrivateModule):
         super().__init__(module, loss_reduction, guarded=True)
         self.sends = True
         self._padded: dict[nn.Parameter, torch.Tensor] = {}
+        self._own: dict[nn.Parameter, Sum] = {}
         self._parts = [m for m in module.modules() if isinstance(m, FSDPModule)]
         named = list(module.named_parameters(remove_duplicate=False))
         self._names = {name for name, p in named if p in self._groups}
@@ -82,7 +83,7 @@ class ShardedModule(PrivateModule):
     def restart(self) -> None:
         """Drop the sums that were kept."""
         super().restart()
-        self._padded = {}
+        self._padded, self._own = {}, {}
 
     def _meet(self, prefix: str, part: nn.Module, args: Any, output: Any) -> None:
         """Guard the gathered parameters, which are there until this part's forward ends."""
@@ -104,16 +105,16 @@ class ShardedModule(PrivateModule):
             for p in tapped.parameters.values():
                 if self.sends and self._groups[p] == group:
                     self._sum_of(p).whole()
-                    del self._sums[p]
+                    del self._own[p]
                     self.send(p, self._padded.pop(p))
 
     def _sum_of(self, p: Any) -> Sum:
-        if p not in self._sums:
+        if p not in self._own:
             size = _most_rows(p) * p.device_mesh.size() * _width(p)
             padded = torch.empty(size, dtype=torch.float64, device=p.device)
             padded[p.numel() :].zero_()
-            self._padded[p], self._sums[p] = padded, Sum(padded[: p.numel()])
-        return self._sums[p]
+            self._padded[p], self._own[p] = padded, Sum(padded[: p.numel()])
+        return self._own[p]
 
 
 class Shards:

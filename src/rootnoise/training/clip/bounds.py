@@ -66,8 +66,8 @@ of norm at most C, err by u N each times N C. Ways 1 and 3 have magnitudes of no
 most N terms, and the same running sum: 2 u N^2 C. Altogether, the two ways being different
 coordinates, at most u C hypot(2.02 RATIO K N + N^2, 2 N^2) <= 4.2e-6 C for one sum, 8.4e-6 C for
 two. Norms and factors are too small by less than 1e-8 C. So the difference is at most
-C (1 - SLACK + 8.5e-6) < C.
-QED
+C (1 - SLACK + 8.5e-6) < C. Products that wait (`Sum`) are joined up to `ROWS` terms, in blocks of
+any rows: that is one product of way 2 for several, and as few additions. QED
 
 No float32 product adds up several examples, although it is twice as fast. Adding K rows of norm at
 most C in any order errs by at most v (2 + 3 + ... + K) C, the nodes of its tree in norm: over N
@@ -104,6 +104,7 @@ KEPT = (
     2.5  # arrays of examples replace taps of this fraction of their size, if they are made anyway
 )
 SMALL = 1 << 17  # and have at most so many numbers
+HELD = 1 << 21  # numbers of a layer's such arrays that are held, 8 MB: others are made twice
 CHUNK = 64  # terms of a float32 inner product
 ROUGH = 1.25 * 2 * CHUNK * 2.0**-24  # fraction of S^2, for the rounding of float32 Gram norms
 PIECES = 2 * (CHUNK + 4) * 2.0**-24  # relative rounding of float32 squared norms
@@ -116,20 +117,64 @@ CACHED = 1 << 18  # numbers computed at a time that are read once, 1 to 2 MB
 class Sum:
     """A float64 vector that its first summand overwrites, which saves filling it with zeros.
 
+    Products of at most `ROWS` terms in all may wait, as `waiting`, until the vector is needed.
+
+    Args:
+        vector: of the sum; what it holds is overwritten.
+        waits: whether products may wait.
+
     >>> total = Sum(torch.full((2,), torch.nan, dtype=torch.float64))
     >>> add_rows_(total, torch.eye(2), torch.tensor([1.0, 2.0], dtype=torch.float64))
     >>> total.vector
     tensor([1., 2.], dtype=torch.float64)
     """
 
-    def __init__(self, vector: torch.Tensor) -> None:
-        self.vector = vector
+    def __init__(self, vector: torch.Tensor, waits: bool = False) -> None:
+        self.vector, self.waits = vector, waits
         self.empty = True
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def weight(self) -> int:
         """Return the factor on the present values when adding the next summand: first 0, then 1."""
+        waiting, self.waiting = self.waiting, []
+        for left, right in waiting:
+            add_product_(self, left[None], right[None])
         beta, self.empty = int(not self.empty), False
         return beta
+
+    def wait(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        """Let the product of two arrays wait, unless it is smaller than they are; return whether.
+
+        Args:
+            left: float64, (d_out, terms).
+            right: float64, (terms, d_in), which nobody else may write to.
+        """
+        terms = left.shape[1] + sum(x.shape[1] for x, _ in self.waiting)
+        larger = terms * (len(left) + right.shape[1]) > len(self.vector)
+        if not self.waits or terms > ROWS or larger:
+            return False
+        self.waiting.append((left, right))
+        return True
+
+    def parts(self, size: int) -> Iterator[torch.Tensor]:
+        """Yield the vector in parts of about `size` numbers, each in the memory of the one before.
+
+        Only while products wait.
+        """
+        left = torch.cat([x for x, _ in self.waiting], 1)
+        right = torch.cat([x for _, x in self.waiting])
+        width = right.shape[1]
+        height = max(1, size // width)
+        space = left.new_empty(min(height, len(left)), width)
+        own = self.vector.view(len(left), width)
+        for start in range(0, len(left), height):
+            rows = left[start : start + height]
+            out = space[: len(rows)]
+            if self.empty:
+                torch.mm(rows, right, out=out)
+            else:
+                torch.addmm(own[start : start + height], rows, right, out=out)
+            yield out.flatten()
 
     def whole(self) -> torch.Tensor:
         """Return the vector, zero where nothing was added."""
@@ -289,8 +334,9 @@ def _exact_squares(rows: torch.Tensor) -> torch.Tensor:
 def add_outer_(total: Sum, a: torch.Tensor, g: torch.Tensor, scale: torch.Tensor) -> None:
     """Add sum_i scale_i sum_t g_it a_it^T, (groups, d_out, d_in) when flat."""
     left = (g.double() * scale[:, None, None, None]).permute(1, 3, 0, 2).flatten(2)
-    right = a.double().permute(1, 0, 2, 3).flatten(1, 2)
-    add_product_(total, left, right)
+    right = a.to(torch.float64, copy=True).permute(1, 0, 2, 3).flatten(1, 2)
+    if len(left) > 1 or not total.wait(left[0], right[0]):
+        add_product_(total, left, right)
 
 
 def add_product_(total: Sum, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ d_in d_out <= T (d_in + d_out), it is computed and replaces them. Otherwise Gram
 cheaper: T <= d_in d_out / (d_in + d_out) implies 2 T^2 <= d_in d_out / 2, since
 (d_in + d_out)^2 >= 4 d_in d_out. Where each example's array is made anyway, to be added, a small
 one is kept instead, up to a few times the size of its taps (`bounds.KEPT`): it saves the norm.
+Where those of all examples are many (`bounds.HELD`), they are not kept but made again.
 """
 
 from __future__ import annotations

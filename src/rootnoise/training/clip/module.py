@@ -12,11 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
-from rootnoise.training.clip.bounds import Sum, add_rows_, blank, check_size, row_squares
+from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, row_of
+from rootnoise.training.clip.products import MadeTwice, Products
 from rootnoise.training.clip.recurrent import Found, Recurrent, Steps, unrolls
 from rootnoise.training.clip.rules import ClipRule
+from rootnoise.training.clip.sums import Sums
 from rootnoise.training.clip.taps import (
     Book,
     Call,
@@ -25,9 +27,8 @@ from rootnoise.training.clip.taps import (
     guard_parameter,
     kind_of,
     refuse_unseen,
+    shared,
 )
-
-REUSED = 2**22  # most numbers of a sum whose memory is kept for the next one, 32 MB
 
 
 class PrivateModule(nn.Module):
@@ -84,14 +85,17 @@ class PrivateModule(nn.Module):
         self._falls: dict[Tapped, Fallback] = {}
         self._fill(module)
         module.register_forward_hook(book.leave, with_kwargs=True, always_call=True)
-        self._tied = self._find_tied()
+        self._tied = shared(tapped.module for tapped in self._rows)
+        self._groups: dict[nn.Parameter, int] = {}
+        for group, tapped in enumerate(self._rows):
+            for p in tapped.parameters.values():
+                self._groups.setdefault(p, group)
         self._taps: dict[Tapped, list[Taps]] = {}
+        self._single: dict[Tapped, Taps] = {}  # whose arrays are not held, unless more calls come
         self._grads: dict[nn.Parameter, torch.Tensor] = {}
         self._norms: torch.Tensor | None = None
         self._squares: torch.Tensor | None = None
-        self._sums: dict[nn.Parameter, Sum] = {}
-        self._flat: dict[torch.device, torch.Tensor] = {}
-        self._spare: torch.Tensor | None = None
+        self._sums = Sums(self._trainable.values())
         self._bad = self._examples = self._tokens = 0
         self._kept: dict[Tapped, Kept] = {}
         self._probed, self._probing, self._adding = guarded, False, False
@@ -153,7 +157,7 @@ class PrivateModule(nn.Module):
     @property
     def left(self) -> list[torch.Tensor]:
         """What backward has left, from which norms and sums are computed."""
-        taps = [t for calls in self._taps.values() for t in calls]
+        taps = [t for calls in (*self._taps.values(), self._single.values()) for t in calls]
         return [*(x for inputs, g in taps for x in (*inputs.values(), g)), *self._grads.values()]
 
     def _probe(self, rows: int, args: Any, kwargs: Any) -> None:
@@ -271,26 +275,34 @@ class PrivateModule(nn.Module):
         Raises:
             RootnoiseError: a micro-batch was forwarded but not added, or an `add` failed midway.
         """
+        self._check_finished()
+        return self._sums.whole(), self._finished()
+
+    def finish_in_parts(self, size: int) -> tuple[Iterator[torch.Tensor], int]:
+        """Return what `finish` does, but the sum in parts, to be read one by one (`clip.sums`).
+
+        Args:
+            size: of a part, in numbers.
+
+        Raises:
+            RootnoiseError: as for `finish`.
+        """
+        self._check_finished()
+        return self._sums.parts(size), self._finished()
+
+    def reuse(self, vector: torch.Tensor) -> None:
+        """Take back what `finish` returned: the next step's sum will be made in its memory."""
+        self._sums.reuse(vector)
+
+    def _finished(self) -> int:
+        bad, self._bad = self._bad, 0
+        self._examples = self._tokens = 0
+        return bad
+
+    def _check_finished(self) -> None:
         self._check_whole()
         if self._book.open:
             raise RootnoiseError("micro-batch must be added before the step is finished")
-        parts = [self._sum_of(p).whole() for p in self._trainable.values()]
-        where, bad = parts[0].device, self._bad
-        flat = self._flat.pop(where)
-        if self._flat:  # parameters on several devices
-            flat = torch.cat([x.to(where) for x in parts])
-        self._sums, self._flat, self._bad = {}, {}, 0
-        self._examples = self._tokens = 0
-        return flat, bad
-
-    def reuse(self, vector: torch.Tensor) -> None:
-        """Take back what `finish` returned: the next step's sum will be made in its memory.
-
-        Memory that is not fresh need not be cleared and mapped, which took a fifth of a step of
-        a perceptron of 1e6 parameters. Larger vectors are freed, to leave room for activations.
-        """
-        if vector.device.type == "cpu" and len(vector) <= REUSED:
-            self._spare = vector
 
     def _check_whole(self) -> None:
         if self._adding:
@@ -298,7 +310,7 @@ class PrivateModule(nn.Module):
 
     def restart(self) -> None:
         """Drop the sum of the micro-batches so far, complete or not; the step starts over."""
-        self._sums, self._flat = {}, {}
+        self._sums.drop()
         self._bad = self._examples = self._tokens = 0
         self._adding = False
 
@@ -306,7 +318,7 @@ class PrivateModule(nn.Module):
         """Drop the forward and backward that were not added."""
         book = self._book
         book.open = book.inside = book.gradients = False
-        self._taps, self._grads, self._kept = {}, {}, {}
+        self._taps, self._single, self._grads, self._kept = {}, {}, {}, {}
         self._norms = self._squares = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -380,21 +392,6 @@ class PrivateModule(nn.Module):
 
         layer.tap(self._book, keep)
 
-    def _find_tied(self) -> set[nn.Parameter]:
-        """Return the parameters that several layers, or one layer under two names, hold."""
-        seen: set[nn.Parameter] = set()
-        tied = set()
-        for tapped in self._rows:
-            for _, p in tapped.module.named_parameters(remove_duplicate=False):
-                if p in seen:
-                    tied.add(p)
-                seen.add(p)
-        self._groups: dict[nn.Parameter, int] = {}
-        for group, tapped in enumerate(self._rows):
-            for p in tapped.parameters.values():
-                self._groups.setdefault(p, group)
-        return tied
-
     # ----------------------------------------------------------------------------- what is kept
 
     def _keep(
@@ -423,10 +420,21 @@ class PrivateModule(nn.Module):
     def _keep_taps(self, tapped: Tapped, taps: Taps) -> None:
         row = self._rows[tapped]
         assert row is not None  # noqa: S101 - a layer of the table
-        if row.small([taps]) or not self._tied.isdisjoint(tapped.parameters.values()):
+        tied = not self._tied.isdisjoint(tapped.parameters.values())
+        more = self._make_single(tapped)
+        if not (tied or row.small([taps])):
+            self._taps.setdefault(tapped, []).append(taps)
+        elif more or tied or not (isinstance(row, Products) and row.twice(taps)):
             self._keep_gradients(tapped, row.per_sample(taps))
         else:
-            self._taps.setdefault(tapped, []).append(taps)
+            self._single[tapped] = taps
+
+    def _make_single(self, tapped: Tapped) -> bool:
+        """Hold a layer's arrays as other calls need it, and return whether any are held."""
+        taps, row = self._single.pop(tapped, None), self._rows[tapped]
+        if taps is not None and row is not None:
+            self._keep_gradients(tapped, row.per_sample(taps))
+        return any(p in self._grads for p in tapped.parameters.values())
 
     def _keep_gradients(self, tapped: Tapped, made: dict[str, torch.Tensor]) -> None:
         for name, x in made.items():
@@ -445,15 +453,17 @@ class PrivateModule(nn.Module):
         self._kept = {}
         for group, (tapped, row) in enumerate(self._rows.items()):
             taps = self._taps.pop(tapped, [])
-            if not taps or row is None:
+            if isinstance(row, Products) and tapped in self._single and not taps:
+                self._kept[tapped] = MadeTwice(row, self._single.pop(tapped))
+            elif not taps or row is None:
                 continue
-            made = any(p in self._grads for p in tapped.parameters.values())
-            if made or row.small(taps):  # so are its other calls, or all of them together
+            elif self._make_single(tapped) or row.small(taps):  # so are others, or all together
                 for one in taps:
                     self._keep_gradients(tapped, row.per_sample(one))
+                continue
             else:
                 self._kept[tapped] = row.kept(taps)
-                squares[group] += self._kept[tapped].squares().to(where)
+            squares[group] += self._kept[tapped].squares().to(where)
         for p, rows in self._grads.items():
             squares[self._groups[p]] += row_squares(rows).to(where)
         return squares * self._factor() ** 2
@@ -483,12 +493,4 @@ class PrivateModule(nn.Module):
             add_rows_(self._sum_of(p), rows, scale)
 
     def _sum_of(self, p: nn.Parameter) -> Sum:
-        if p not in self._sums:  # then none of its device is there
-            alike = [q for q in self._trainable.values() if q.device == p.device]
-            sizes = [q.numel() for q in alike]
-            flat, self._spare = self._spare, None
-            if flat is None or flat.device != p.device or len(flat) != sum(sizes):
-                flat = blank([sum(sizes)], torch.float64, p.device)
-            self._flat[p.device] = flat
-            self._sums |= {q: Sum(x) for q, x in zip(alike, torch.split(flat, sizes), strict=True)}
-        return self._sums[p]
+        return self._sums.of(p)

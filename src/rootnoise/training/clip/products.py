@@ -10,6 +10,7 @@ import torch
 from rootnoise.training.clip.bounds import (
     CACHED,
     GRAM,
+    HELD,
     KEPT,
     SMALL,
     Sum,
@@ -19,6 +20,7 @@ from rootnoise.training.clip.bounds import (
     blank,
     example_blocks,
     gram_squares,
+    row_squares,
     single,
 )
 from rootnoise.training.clip.taps import Taps
@@ -74,6 +76,12 @@ class Products:
         """
         (a,) = inputs.values()
         return single(widened(a), widened(g), self.shape(g)[0])
+
+    def twice(self, taps: Taps) -> bool:
+        """Return whether arrays that `small` asks for exceed their taps, and `HELD` in all."""
+        tokens, d_in, d_out = self.shape(taps[1])
+        many = len(taps[1]) * self.groups * d_in * d_out > HELD
+        return self.weight and many and d_in * d_out > tokens * (d_in + d_out)
 
     def length(self, taps: Sequence[Taps]) -> int:
         """See `Row`."""
@@ -172,6 +180,38 @@ class KeptProducts:
                 add_outer_(sums["weight"], left, right, scale[part])
             if row.bias:
                 add_rows_(sums["bias"], g.double().sum(2).flatten(1), scale[part])
+
+
+class MadeTwice:
+    """One call whose arrays are made for their norms, and again when they are added.
+
+    By the same calls, and by those that make them where they are held. So the number of examples
+    decides where an array lies, and not what it is.
+    """
+
+    tokens = 1
+
+    def __init__(self, row: Products, taps: Taps) -> None:
+        self.row, self.taps = row, taps
+
+    def _blocks(self) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        inputs, g = self.taps
+        tokens, d_in, d_out = self.row.shape(g)
+        for part in example_blocks(len(g), 1, self.row.groups * tokens * (d_in + d_out), CACHED):
+            own = {name: x[part] for name, x in inputs.items()}
+            yield part, self.row.per_sample((own, g[part]))
+
+    def squares(self) -> torch.Tensor:
+        """See `Kept`."""
+        found = [[row_squares(x) for x in made.values()] for _, made in self._blocks()]
+        return torch.cat([torch.stack(each).sum(0) for each in found])
+
+    def add_(self, sums: dict[str, Sum], scale: torch.Tensor, bad: torch.Tensor | None) -> None:
+        """See `Kept`."""
+        for part, made in self._blocks():
+            for name, rows in made.items():
+                own = rows if bad is None else rows.masked_fill(bad[part, None], 0)
+                add_rows_(sums[name], own, scale[part])
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ leads through a tap.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -345,6 +346,17 @@ def guard_parameter(book: Book, name: str, parameter: nn.Parameter) -> Any:
 
     hooked: Any = parameter
     return hooked.register_hook(refuse)
+
+
+def shared(layers: Iterable[nn.Module]) -> set[nn.Parameter]:
+    """Return the parameters that several layers, or one layer under two names, hold.
+
+    >>> layer = nn.Linear(2, 2, bias=False)
+    >>> shared([layer]), shared([layer, layer]) == {layer.weight}
+    (set(), True)
+    """
+    held = Counter(p for x in layers for _, p in x.named_parameters(remove_duplicate=False))
+    return {p for p, times in held.items() if times > 1}
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:

@@ -1,0 +1,216 @@
+"""Where sums and arrays lie decides memory alone: sums in parts, and arrays that are made twice."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from rootnoise._check import RootnoiseError
+from rootnoise.training.clip import Flat, PrivateModule, bounds, products
+from rootnoise.training.clip.bounds import ROWS, Sum, add_outer_
+from rootnoise.training.clip.sums import Sums
+from rootnoise.training.clipping import Clip
+
+
+def drawn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def seeded(seed: int, *layers: tuple[type[nn.Module], tuple[int, ...]]) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.random.manual_seed(seed)
+        return nn.Sequential(*(kind(*sizes) for kind, sizes in layers))
+
+
+def perceptron(dtype: torch.dtype) -> nn.Sequential:
+    wide, last = (nn.Linear, (70, 100)), (nn.Linear, (100, 3))
+    return seeded(0, wide, (nn.Tanh, ()), (nn.LayerNorm, (100,)), last).to(dtype)
+
+
+def added(module: PrivateModule, x: torch.Tensor) -> torch.Tensor:
+    """Add one micro-batch, and return its norms."""
+    out = module(x)
+    out.square().flatten(1).sum(1).mean().backward()
+    norms = module.norms(len(x))
+    module.add(Flat(1.0))
+    return norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", [(4,), (4, 1, 3), (60,), (30, 30), (4, 60, 4)])
+@pytest.mark.parametrize("size", [1, 333, 10**6])
+def test_a_sum_in_parts_is_the_whole_one(
+    dtype: torch.dtype, sizes: tuple[int, ...], size: int
+) -> None:
+    """Products that wait, those that are too large to, and what is added beside them."""
+    module, x = PrivateModule(perceptron(dtype), "mean"), drawn(1, sum(sizes), 70).to(dtype)
+    for _ in range(2):  # the second in the memory of the first
+        found = []
+        for way in ("whole", "parts"):
+            for part in x.split(sizes):
+                added(module, part)
+            if way == "whole":
+                found.append(module.finish()[0].clone())
+                continue
+            parts, bad = module.finish_in_parts(size)
+            assert bad == 0
+            kept = [part.clone() for part in parts]
+            assert all(len(part) <= max(size, 100) for part in kept)
+            found.append(torch.cat(kept))
+        torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-13)
+        assert float(found[0].norm()) > 0.5
+
+
+def test_the_sum_in_parts_of_no_examples_is_zero() -> None:
+    module = PrivateModule(perceptron(torch.float32))
+    module.norms(0)
+    module.add(Flat(1.0))
+    assert not torch.cat(list(module.finish_in_parts(50)[0])).any()
+
+
+def test_a_sum_in_parts_is_refused_before_it_is_whole() -> None:
+    module = PrivateModule(perceptron(torch.float32))
+    module(drawn(1, 2, 70)).sum().backward()
+    with pytest.raises(RootnoiseError, match="micro-batch must be added before the step is fin"):
+        module.finish_in_parts(50)
+
+
+def test_parts_of_a_sum_that_nobody_reads_are_in_no_later_one() -> None:
+    module, x = PrivateModule(perceptron(torch.float32)), drawn(1, 2, 70)
+    added(module, x)
+    module.finish_in_parts(50)
+    module.norms(0)
+    module.add(Flat(1.0))
+    assert not module.finish()[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inputs_that_are_overwritten_after_their_pass_change_no_sum(dtype: torch.dtype) -> None:
+    """Their products may still wait, and nothing has measured what is written then."""
+    module, x = PrivateModule(perceptron(dtype)), drawn(2, 4, 70).to(dtype)
+    added(module, x)
+    expected = module.finish()[0].clone()
+    added(module, x)
+    x.fill_(1e6)
+    torch.testing.assert_close(
+        torch.cat([p.clone() for p in module.finish_in_parts(500)[0]]), expected
+    )
+
+
+def test_no_waiting_product_has_more_terms_than_the_theorem_of_sums_allows() -> None:
+    d, tokens = 1500, 100
+    waits = Sum(torch.empty(d * d, dtype=torch.float64), waits=True)
+    never = Sum(torch.empty(d * d, dtype=torch.float64))
+    for i in range(9):  # the eighth would be of factors larger than the vector
+        a, g = drawn(i, tokens, 1, 1, d), drawn(20 + i, tokens, 1, 1, d)
+        scale = torch.full((tokens,), 0.5, dtype=torch.float64)
+        for total in (waits, never):
+            add_outer_(total, a, g, scale)
+        terms = sum(left.shape[1] for left, _ in waits.waiting)
+        assert terms <= min(ROWS, d / 2)
+        assert not never.waiting
+    assert waits.waiting
+    found = torch.cat([part.clone() for part in waits.parts(4 * d)])
+    torch.testing.assert_close(found, never.whole(), rtol=0, atol=1e-10)
+
+
+def test_products_wait_up_to_the_most_terms(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "ROWS", 8)
+    total = Sum(torch.empty(10**4, dtype=torch.float64), waits=True)
+    left, right = torch.ones(100, 3).double(), torch.ones(3, 100).double()
+    assert [total.wait(left, right) for _ in range(3)] == [True, True, False]
+    assert total.whole().unique().tolist() == [6.0]
+
+
+def test_parts_of_another_length_are_refused() -> None:
+    clip, noise = Clip.fit(1.0, 4), torch.zeros(5)
+    with pytest.raises(RootnoiseError, match="parts of a sum must make up 5 numbers, got 4"):
+        clip.mean_(noise, iter([torch.zeros(4).double()]), noise, 2)
+
+
+def test_a_vector_is_used_again() -> None:
+    weights = [nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))]
+    sums = Sums(weights)
+    place = sums.of(weights[0]).vector.data_ptr()
+    assert [len(part) for part in sums.parts(2)] == [2, 2, 1]
+    assert sums.of(weights[0]).vector.data_ptr() == place
+
+
+# ------------------------------------------------------------------------------ arrays made twice
+
+
+class Calls(nn.Module):
+    """One layer, called once for each of some numbers of tokens."""
+
+    def __init__(self, *tokens: int) -> None:
+        super().__init__()
+        self.layer, self.tokens = seeded(3, (nn.Linear, (60, 60))), tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.layer(part) for part in x.split(self.tokens, 1)], 1)
+
+
+def convolution() -> nn.Sequential:
+    return seeded(4, (nn.Conv2d, (30, 30, 3, 1, 1)))  # 8,100 numbers, of 25 tokens of 300
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 40])
+@pytest.mark.parametrize(
+    "tokens", [(24,), (24, 24, 25), (35, 24, 24), (5, 26), ()], ids=str
+)  # none: a convolution
+def test_arrays_that_are_made_twice_have_the_bits_of_those_held(
+    monkeypatch: pytest.MonkeyPatch, rows: int, tokens: tuple[int, ...]
+) -> None:
+    """Or one record more, by which they become too many, would change all others'."""
+    conv = not tokens
+    x = drawn(5, rows, 30, 5, 5) if conv else drawn(5, rows, sum(tokens), 60)
+    found = []
+    for held in (0, 10**9):
+        monkeypatch.setattr(products, "HELD", held)
+        module = PrivateModule(convolution() if conv else Calls(*tokens), "mean")
+        module(x).square().flatten(1).sum(1).mean().backward()
+        assert bool(module._single) is (held == 0 and len(tokens) < 2)
+        norms = module.norms(rows)
+        made = sum(x.numel() for x in module._grads.values())
+        assert made == (0 if held == 0 and len(tokens) < 2 else rows * (8130 if conv else 3660))
+        module.add(Flat(1.0))
+        found.append((norms, module.finish()[0]))
+    (norms, total), (expected, other) = found
+    assert torch.equal(norms, expected)
+    torch.testing.assert_close(total, other, rtol=0, atol=1e-12 * rows)
+
+
+def test_left_overs_of_a_backward_are_watched_where_arrays_are_made_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "HELD", 0)
+    module = PrivateModule(Calls(24))
+    module(drawn(5, 3, 24, 60)).sum().backward()
+    assert [t.shape for t in module.left] == [(3, 24, 60)] * 2
+    module.zero_grad()
+    assert not module.left
+
+
+def test_non_finite_arrays_that_are_made_twice_touch_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "HELD", 0)
+    module, x, sums = PrivateModule(Calls(24)), drawn(5, 3, 24, 60), []
+    for value in (0.0, math.nan):
+        (module(x) * torch.tensor([1.0, value, 1.0])[:, None, None]).sum().backward()
+        module.norms(3)
+        module.add(Flat(1.0))
+        sums.append(module.finish())
+    assert [bad for _, bad in sums] == [0, 1]
+    torch.testing.assert_close(sums[0][0], sums[1][0], rtol=1e-9, atol=1e-12)
+
+
+def test_arrays_no_larger_than_taps_are_always_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "HELD", 0)
+    module = PrivateModule(Calls(30))
+    module(drawn(5, 3, 30, 60)).sum().backward()
+    assert not module._single
+    assert module._grads

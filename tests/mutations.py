@@ -167,8 +167,8 @@ MUTATIONS = [
     Mutation(
         "noise scaled by the batch",
         "training/replicated.py",
-        "mean_(mean, units, noise if alone",
-        "mean_(mean, units, noise / max(rows, 1) if alone",
+        "mean_(mean, parts, noise, by)",
+        "mean_(mean, parts, noise / max(rows, 1), by)",
         "training",
     ),
     Mutation(

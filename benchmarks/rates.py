@@ -1,16 +1,13 @@
-"""Does the planned error foretell the best learning rate? Regret of an advised rate.
+"""Does the planned error foretell the best learning rate? What an advised rate loses.
 
-The private runs of the paper's page, in `papers/kalinin-lampert-2024/runs.jsonl`, try learning rates
-in powers of two for each setting and method. A rule advises a rate from what is known before
-training; it is judged by how much accuracy the nearest rate that was tried has less than the best.
-Constants of a rule are fitted without the study that it is judged on.
+The private runs of `papers/kalinin-lampert-2024/runs.jsonl` try learning rates in powers of two for
+each setting and method. A rule advises a rate from what is known before training. It is judged by
+how many points of accuracy the nearest rate that was tried is below the best one. The constants of
+a rule are fitted without the study that it is judged on. Nothing is trained:
 
     python benchmarks/rates.py
 
-Trainings of its own, on other settings: wider models, clip norms, and what tuning gains. Results are
-appended to a file, and what it has is not run again:
-
-    python benchmarks/rates.py --own rates.jsonl --data-dir FOLDER_OF_FASHION_MNIST
+`untuned.py` trains other settings at the advised rate.
 """
 
 from __future__ import annotations
@@ -29,6 +26,7 @@ from rootnoise.planner import CONTRACTION
 from rootnoise.planner.advice import MOVED
 from rootnoise.runs.config import RunConfig, make_sampler, make_workload
 from rootnoise.runs.models import build
+from rootnoise.workload import SGD
 
 RUNS = Path(__file__).parents[1] / "papers" / "kalinin-lampert-2024" / "runs.jsonl"
 # Seeds from here on chose the rate; the others were run at the rate chosen, and favour it.
@@ -38,6 +36,14 @@ DATA = {
     "digits": (1442, (1, 8, 8)),
     "mnist-5k": (4000, (1, 28, 28)),
     "fashion-mnist": (60_000, (1, 28, 28)),
+}
+# Noise multiplier, batch size, steps, rate and about how many parameters of published runs of
+# DP-SGD without momentum, at clip norm 1 (jax-privacy at 22da50a,
+# experiments/image_classification/configs).
+PUBLISHED = {
+    "WRN-16-4, CIFAR-10, epsilon 1": (10.0, 4096, 725, 2.0, 2.7e6),
+    "NF-ResNet-50, ImageNet, epsilon 8": (2.5, 16384, 71589, 4.0, 25.6e6),
+    "WRN-28-10, fine-tuned, epsilon 1": (21.1, 16384, 250, 1.0, 36.5e6),
 }
 OUTPUT = "workload"  # noise on the iterates themselves: far behind, and left out of the fits
 
@@ -101,11 +107,10 @@ def read(path: Path, contractions: Iterable[float]) -> list[Cell]:
         config = RunConfig(**cell["config"])
         n_examples, shape = DATA[config.dataset]
         model = build(config.model, shape, 10, 0)
-        groups = f" of {config.groups} groups" if config.groups > 1 else ""
         cells.append(
             Cell(
                 study,
-                f"{config.mechanism}, {config.sampling}" + (", cyclic" if groups else ""),
+                f"{config.mechanism}, {config.sampling}" + ", cyclic" * (config.groups > 1),
                 errors(config, n_examples, cell["run"]["noise_multiplier"], contractions),
                 sum(p.numel() for p in model.parameters()),
                 {rate: float(np.mean([*by.values()])) for rate, by in cell["tried"].items()},
@@ -138,7 +143,9 @@ def advised(rule: Rule, known: Sequence[Cell], cells: Sequence[Cell]) -> np.ndar
     def parts(some: Sequence[Cell]) -> tuple[np.ndarray, np.ndarray]:
         logs = [(np.log([number(cell) for cell in some]), power) for number, power in rule]
         fixed = sum((power * log for log, power in logs if power is not None), np.zeros(len(some)))
-        return fixed, np.column_stack([np.ones(len(some)), *(x for x, power in logs if power is None)])
+        return fixed, np.column_stack(
+            [np.ones(len(some)), *(x for x, power in logs if power is None)]
+        )
 
     fixed, free = parts(known)
     peaks = np.log([cell.peak for cell in known])
@@ -197,10 +204,19 @@ def table(cells: Sequence[Cell]) -> None:
         print(f"{name:44}{judged(private, held_out(rule, private))}")
     used = [MOVED / cell.errors[CONTRACTION] for cell in private]
     print(f"{f'{MOVED} / error, in sample':44}{judged(private, used)}")
-    fit = float(advised(RULES["one rate"], [c for c in private], private[:1])[0])
+    fit = float(advised(RULES["one rate"], list(private), private[:1])[0])
     print(f"fitted: one rate {fit:.3f}", end="")
     moved = np.exp(np.mean([np.log(c.peak * c.errors[CONTRACTION]) for c in private]))
     print(f", R {moved:.4f} at contraction {CONTRACTION:g}\n")
+    rooted = np.mean([np.log(c.peak * c.errors[CONTRACTION] * c.n_params**0.25) for c in private])
+    for name, (sigma, batch, n, rate, size) in PUBLISHED.items():
+        column = SGD(n).contracted(CONTRACTION).matrix.column(0)
+        moved = sigma / batch * float(np.sqrt(np.mean(np.cumsum(column**2))))
+        print(
+            f"{name:44}has {rate:g}, {MOVED} / error {MOVED / moved:.2f}, "
+            f"with n_params^(1/4) {np.exp(rooted) / moved / size**0.25:.2f}"
+        )
+    print()
     for what in ("study", "kind"):
         for name in sorted({getattr(cell, what) for cell in cells}):
             some = [cell for cell in cells if getattr(cell, what) == name]

@@ -169,7 +169,8 @@ def tables(path: Path) -> None:
         for place, epsilon in enumerate(EPSILONS):
             cells = []
             for clip in NORMS:
-                some = [r for r in clips if (r["task"], r["label"], r["clip"]) == (task, label, clip)]
+                key = task, label, clip
+                some = [r for r in clips if (r["task"], r["label"], r["clip"]) == key]
                 errors, rates, right = means(some)
                 rate = learning_rate(errors[place], clip)
                 cells.append((interpolated(rate, rates, right[place]), right[place].max()))

@@ -125,7 +125,7 @@ def test_resume_refuses_an_edited_mechanism_and_other_settings(call, tmp_path, m
     assert line.startswith("error: mechanism.json must be as when the run began")
     path.write_text(sound)
     line = refused(call, *arguments, "--lr", "0.1", "--resume")
-    assert "lr must be 0.5, as when the run began, got 0.1" in line
+    assert "lr must be 0.91, as when the run began, got 0.1" in line
     line = refused(call, "train", "--resume", "--out", tmp_path, "--model", "cnn")
     assert "model must be 'logistic', as when the run began, got 'cnn'" in line
     same = ("--epsilon", "4", "--sampling", "auto")

@@ -170,23 +170,23 @@ class RunConfig(Settings):
         integer("batch_size", self.batch_size, 1)
         if self.micro_batch_size is not None:
             integer("micro_batch_size", self.micro_batch_size, 1)
-        if self.lr != "auto":
-            rate = real("lr", self.lr, above=0)  # type: ignore[arg-type]
-            real("lr", rate, at_most=LARGEST)
         real("momentum", self.momentum, at_least=0, below=1)
         real("decay", self.decay, above=0, at_most=1)
         clip = real("clip_norm", self.clip_norm, above=0)
         real("clip_norm", clip, at_least=1 / LARGEST, at_most=LARGEST)
         if self.bands not in (None, "auto"):
             integer("bands", self.bands, 1)  # type: ignore[arg-type]
-        self._check_schedule()
+        self._check_rates()
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise RootnoiseError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.insecure_noise_seed is not None:
             integer("insecure_noise_seed", self.insecure_noise_seed, 0)
 
-    def _check_schedule(self) -> None:
+    def _check_rates(self) -> None:
+        if self.lr != "auto":
+            rate = real("lr", self.lr, above=0)  # type: ignore[arg-type]
+            real("lr", rate, at_most=LARGEST)
         w = real("weight_decay", self.weight_decay, at_least=0)
         # Then x <- x - lr m, m <- beta m + w x has both roots in the unit circle (Polyak, 1964).
         most = np.inf if self.lr == "auto" else 2 * (1 + self.momentum) / self.learning_rate

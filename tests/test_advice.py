@@ -53,7 +53,7 @@ def test_the_rate_halves_when_error_or_clip_norm_doubles():
 def test_there_is_no_rate_for_what_is_not_above_zero(values, message):
     with pytest.raises(RootnoiseError, match=f"^{message}"):
         learning_rate(*values)
-    with pytest.raises(RootnoiseError, match=r"^batch_size must be an integer >= 1, got 0"):
+    with pytest.raises(RootnoiseError, match=r"^batch_size must be >= 1, got 0"):
         advised_rate(calibrated(), 0)
 
 
@@ -122,7 +122,7 @@ def test_a_rate_that_is_auto_trains_nothing_before_it_is_planned():
     for lr, message in {
         "much": "lr must be a number, got 'much'",
         0: "lr must be a finite number > 0, got 0.0",
-        2e6: "lr must be a finite number in ",
+        2e6: "lr must be a finite number <= 1e",
     }.items():
         with pytest.raises(RootnoiseError, match=f"^{message}"):
             RunConfig(epsilon=1.0, lr=lr)

@@ -96,8 +96,8 @@ class Settings(Options):
     )
     lr: float | str = setting(
         "auto",
-        "Learning rate of SGD, or auto: where the noise moves each weight by 0.02; 0.5 without "
-        "noise.",
+        "Learning rate of SGD, or auto: the one that `plan` advises, which looks at no data; 0.5 "
+        "without noise.",
         metavar="<float|auto>",
         kind=str,
         tuned=True,

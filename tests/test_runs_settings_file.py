@@ -147,6 +147,7 @@ def stopped(tmp_path_factory):
         epsilon=4.0,
         epochs=2,
         batch_size=400,
+        lr=0.5,
     )
 
     def stop(t, n_steps, accuracy):

@@ -217,9 +217,9 @@ def table(cells: Sequence[Cell]) -> None:
             f"with n_params^(1/4) {np.exp(rooted) / moved / size**0.25:.2f}"
         )
     print()
-    for what in ("study", "kind"):
-        for name in sorted({getattr(cell, what) for cell in cells}):
-            some = [cell for cell in cells if getattr(cell, what) == name]
+    for what, those in (("study", private), ("kind", cells)):
+        for name in sorted({getattr(cell, what) for cell in those}):
+            some = [cell for cell in those if getattr(cell, what) == name]
             rates = [MOVED / cell.errors[CONTRACTION] for cell in some]
             print(f"{name:44}{judged(some, rates)}")
         print()

@@ -34,7 +34,7 @@ def calibrated(workload=None, who=CYCLE, name="bsr", **options):
 
 def test_the_rate_halves_when_error_or_clip_norm_doubles():
     assert learning_rate(1.0) == MOVED
-    for error in (1e-3, 0.12, 7.0):
+    for error in (0.01, 0.12, 7.0):
         assert learning_rate(2 * error) == pytest.approx(learning_rate(error) / 2)
         for clip in (0.01, 1.0, 30.0):
             assert learning_rate(error, 2 * clip) == pytest.approx(learning_rate(error, clip) / 2)
@@ -82,6 +82,11 @@ def test_the_error_is_that_of_the_noise_in_the_iterates(who, name, options, sche
     assert advised_rate(made, 200) == pytest.approx(MOVED / (moved / 200), rel=0.06)
     halved = replace(made, clip_norm=0.5)
     assert advised_rate(halved, 200) == pytest.approx(2 * advised_rate(made, 200), rel=0.12)
+
+
+def test_no_rate_is_advised_that_is_larger_than_those_tried():
+    assert learning_rate(MOVED / 4.0) == learning_rate(1e-9) == 4.0
+    assert learning_rate(1e-9, clip_norm=0.5) == 8.0
 
 
 def test_a_schedule_that_ends_early_may_start_higher():

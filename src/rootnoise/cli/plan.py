@@ -167,7 +167,7 @@ def _rate(work: _workload.Options, made: Plan, row: Row) -> float | None:
     if not _trainable(work) or (made.contraction, made.objective) != (CONTRACTION, "all"):
         return None
     peak = 1.0 if work.lr is None else work.lr
-    return float(f"{peak * learning_rate(row.rmse_per_example):.2g}")
+    return float(f"{learning_rate(row.rmse_per_example / peak):.2g}")
 
 
 def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:

@@ -16,13 +16,16 @@ from rootnoise.planner.job import CONTRACTION
 # How far the noise moves a weight at the best rate, in root mean square over steps:
 # `benchmarks/rates.py` fits 0.0185 to the paper's runs; that of other settings was higher.
 MOVED = 0.02
+# Times the clip norm: no larger rate was tried, in runs of eight steps either.
+LARGEST = 4.0
 
 
 def learning_rate(error: float, clip_norm: float = 1.0) -> float:
     """Return the learning rate to start at, of SGD with or without momentum.
 
-    It is MOVED / (error * clip_norm): the noise then moves each weight by 0.02. With a schedule it
-    is the rate that the schedule's values are relative to, its peak.
+    It is 0.02 / (error * clip_norm): the noise then moves each weight by 0.02. It is at most
+    4 / clip_norm, the largest that was tried. With a schedule it is the rate that the schedule's
+    values are relative to, its peak.
 
     Args:
         error: a row's `rmse_per_example`, planned for all iterates and the default contraction.
@@ -31,13 +34,13 @@ def learning_rate(error: float, clip_norm: float = 1.0) -> float:
     Raises:
         RootnoiseError: a value that is not above 0.
 
-    >>> learning_rate(0.1)
-    0.2
-    >>> learning_rate(0.1, clip_norm=0.5)
-    0.4
+    >>> learning_rate(0.25)
+    0.08
+    >>> learning_rate(0.25, clip_norm=0.5)
+    0.16
     """
-    wrong = real("error", error, above=0)
-    return MOVED / (wrong * real("clip_norm", clip_norm, above=0))
+    moved = MOVED / real("error", error, above=0)
+    return min(moved, LARGEST) / real("clip_norm", clip_norm, above=0)
 
 
 def contracted_error(mechanism: Mechanism, batch_size: int) -> float:
@@ -72,7 +75,7 @@ def advised_rate(mechanism: Mechanism, batch_size: int) -> float:
     >>> split, who = factorize(SGD(80, momentum=0.9), FixedCycle(8, 10)), FixedCycle(8, 10)
     >>> made = Mechanism.calibrate(split, who, epsilon=2, delta=1e-5)
     >>> advised_rate(made, batch_size=200)
-    0.13
+    0.12
     """
     rate = learning_rate(contracted_error(mechanism, batch_size), mechanism.clip_norm)
     return float(f"{rate:.2g}")

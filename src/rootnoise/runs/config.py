@@ -250,7 +250,7 @@ def planned(config: RunConfig, n_examples: int) -> RunConfig:
 
     >>> chosen = planned(RunConfig(mechanism="auto", epsilon=8.0, epochs=2), n_examples=2000)
     >>> chosen.mechanism, chosen.sampling, chosen.lr
-    ('bandmf', 'fixed-cycle', 0.5)
+    ('bandmf', 'fixed-cycle', 4.0)
     """
     if config.lr == "auto":
         plain = _with_mechanism(config, n_examples)

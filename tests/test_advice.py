@@ -84,7 +84,7 @@ def test_the_error_is_that_of_the_noise_in_the_iterates(who, name, options, sche
     assert advised_rate(halved, 200) == pytest.approx(2 * advised_rate(made, 200), rel=0.12)
 
 
-def test_no_rate_is_advised_that_is_larger_than_those_tried():
+def test_advice_has_a_limit():
     assert learning_rate(MOVED / 4.0) == learning_rate(1e-9) == 4.0
     assert learning_rate(1e-9, clip_norm=0.5) == 8.0
 

@@ -16,7 +16,7 @@ from rootnoise.planner.job import CONTRACTION
 # How far the noise moves a weight at the best rate, in root mean square over steps:
 # `benchmarks/rates.py` fits 0.0185 to the paper's runs; that of other settings was higher.
 MOVED = 0.02
-# Times the clip norm: no larger rate was tried, in runs of eight steps either.
+# Times the clip norm: larger advice was hardly held against training.
 LARGEST = 4.0
 
 
@@ -24,8 +24,8 @@ def learning_rate(error: float, clip_norm: float = 1.0) -> float:
     """Return the learning rate to start at, of SGD with or without momentum.
 
     It is 0.02 / (error * clip_norm): the noise then moves each weight by 0.02. It is at most
-    4 / clip_norm, the largest that was tried. With a schedule it is the rate that the schedule's
-    values are relative to, its peak.
+    4 / clip_norm: larger advice was hardly held against training. With a schedule it is the rate
+    that the schedule's values are relative to, its peak.
 
     Args:
         error: a row's `rmse_per_example`, planned for all iterates and the default contraction.

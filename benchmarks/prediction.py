@@ -152,6 +152,7 @@ class Runs:
         rates: learning rates, shape (r,).
         momentum: of SGD.
         seed: of the initial weights, those of `torch.nn.Linear`.
+        clip_norm: of the gradients; noise is in its units.
     """
 
     def __init__(
@@ -162,12 +163,14 @@ class Runs:
         rates: torch.Tensor,
         momentum: float,
         seed: int,
+        clip_norm: float = 1.0,
     ) -> None:
         with torch.random.fork_rng():
             torch.random.manual_seed(seed)
             sizes = [(inputs, hidden), (hidden, 10)] if hidden else [(inputs, 10)]
             layers = [torch.nn.Linear(*size) for size in sizes]
-        self.r, self._noise, self._rates, self._momentum = len(rates), noise, rates, momentum
+        self.r, self._noise, self._rates = len(rates), clip_norm * noise, rates
+        self._momentum, self._clip_norm = momentum, clip_norm
         self._sizes = sizes
         flat = torch.cat([p.detach().flatten() for layer in layers for p in layer.parameters()])
         # Weights are (inputs + 1, r, outputs): the last input is 1.
@@ -207,7 +210,7 @@ class Runs:
         return [first, second], second @ weights[1].transpose(0, 1)
 
     def step(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor, batch_size: int) -> None:
-        """Step by the sum of gradients clipped to norm 1, and the noise z times its factors."""
+        """Step by the sum of clipped gradients, and the noise z times its factors."""
         inputs, scores = self._forward(x, self.weights)
         slopes = [functional.softmax(scores, 2)]
         slopes[0][:, torch.arange(len(y)), y] -= 1
@@ -216,7 +219,7 @@ class Runs:
             back = slopes[0] @ self.weights[1][:-1].permute(1, 2, 0)
             slopes.insert(0, back * (inputs[1][:, :, :-1] > 0))
             squares = squares + slopes[0].square().sum(2) * inputs[0].square().sum(-1)
-        factors = squares.rsqrt().clamp(max=1).unsqueeze(2)
+        factors = (self._clip_norm * squares.rsqrt()).clamp(max=1).unsqueeze(2)
         for layer, noise in enumerate(self._parts(z)):
             slope = slopes[layer] * factors
             if layer == 0:
@@ -250,10 +253,11 @@ def train(
     noise: torch.Tensor,
     rates: torch.Tensor,
     seed: int,
+    clip_norm: float = 1.0,
 ) -> dict[str, Any]:
     """Return accuracies and losses of the last iterates and of the mean of the last quarter."""
     x, y, *test = data
-    runs = Runs(x.shape[1], task.hidden, noise, rates, task.momentum, seed)
+    runs = Runs(x.shape[1], task.hidden, noise, rates, task.momentum, seed, clip_norm)
     stream = NoiseStream(mechanism, runs.n_parameters, Key.from_seed(seed))
     first = sampler.n_steps - sampler.n_steps // TAIL
     means = [torch.zeros_like(w) for w in runs.weights]

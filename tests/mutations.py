@@ -1419,6 +1419,13 @@ MUTATIONS = [
         "runs_torchrun",
     ),
     Mutation(
+        "a resumed run takes the rate that is advised today",
+        "runs/run.py",
+        "RunConfig(**folder.config()) if resume else planned(config, n_examples)",
+        "planned(config, n_examples)",
+        "advice",
+    ),
+    Mutation(
         "another run.toml passes",
         "runs/folder.py",
         '"config.json", "run.toml", "mechanism.json"',

@@ -112,7 +112,7 @@ def test_the_bound_of_weight_decay_is_that_of_stability():
     x, m = 1.0, 0.0
     for _ in range(5000):
         m = config.momentum * m + config.weight_decay * x
-        x -= config.lr * m
+        x -= config.learning_rate * m
     assert math.hypot(x, m) < 1e-6
 
 

@@ -48,7 +48,9 @@ def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):
             "note",
             "sampling",
             "participation",
+            "learning_rate",
         ]
+        assert row["learning_rate"] == pytest.approx(0.02 / row["rmse_per_example"], rel=0.06)
         assert row["sampling"] == other.sampling
         who = participation.from_dict(row["participation"])
         split = factorize(SGD(12, 0.9), who, row["mechanism"], **row["options"])
@@ -140,6 +142,30 @@ def test_two_commands_from_a_plan_to_a_trained_model(call):
     kept = json.loads(Path("auto/config.json").read_text())
     assert kept["mechanism"] == ("dpsgd" if row["sampling"] == "poisson" else row["mechanism"])
     assert kept["memory_rows"] is None
+    # Both took the rate of the plan: no --lr was given.
+    planned_rate = row["learning_rate"]
+    assert kept["lr"] == result["lr"] == planned_rate
+    said = f"Start it at learning rate {planned_rate:g} with clip norm 1, as train does."
+    assert said in call(line)[1]
+
+
+def test_a_rate_is_advised_where_it_was_found_to_hold(call):
+    """Errors of other contractions, iterates and optimizers are other numbers."""
+    rates = {}
+    for more in (
+        "",
+        " --schedule cosine",
+        " --schedule cosine --lr 0.2",
+        " --contraction 0",
+        " --objective last",
+        " --optimizer sgd --lr 1",
+    ):
+        rates[more] = json.loads(call(JOB + more + " --json")[1])["rows"][0]["learning_rate"]
+        assert ("Start it at" in call(JOB + more)[1]) == (rates[more] is not None)
+    constant, cosine, scaled, *others = rates.values()
+    assert others == [None] * 3
+    assert constant < cosine
+    assert scaled == pytest.approx(cosine, rel=0.06)  # errors are 0.2 times those
 
 
 def test_a_narrow_terminal_keeps_error_and_gap(call, monkeypatch):

@@ -108,7 +108,7 @@ def test_nothing_on_it_is_of_the_ledger(folder, text, tmp_path):
 
 def test_its_command_makes_the_run_again(text):
     config = dataclasses.replace(SMALL, mechanism="banded", momentum=0.5, seed=7, bands=3)
-    for made in (SMALL, config, RunConfig(mechanism="dpsgd", epsilon=1.0)):
+    for made in (SMALL, config, RunConfig(mechanism="dpsgd", epsilon=1.0, lr=0.5)):
         words = shlex.split(report.command(made))
         assert words[:2] == ["rootnoise", "train"]
         given = dict(zip(words[2::2], words[3::2], strict=True))

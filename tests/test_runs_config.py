@@ -56,12 +56,12 @@ def test_the_workload_is_what_torch_does(settings):
     factors = rates(config, n)
     sgd = partial(
         torch.optim.SGD,
-        lr=config.lr,
+        lr=config.learning_rate,
         momentum=config.momentum,
         weight_decay=config.weight_decay,
     )
     real = from_optimizer(sgd, n, lambda o: LambdaLR(o, lambda t: factors[min(t, n - 1)]))
-    ours = config.lr * make_workload(config, n).matrix.dense()
+    ours = config.learning_rate * make_workload(config, n).matrix.dense()
     np.testing.assert_allclose(ours, real.matrix.dense(), rtol=1e-8, atol=1e-12)
 
 
@@ -99,7 +99,7 @@ def test_the_trainer_does_what_the_workload_says(mechanism):
 
     trainer.epoch(remember)
     n = sampler.n_steps
-    a = config.lr * make_workload(config, n).matrix.dense()
+    a = config.learning_rate * make_workload(config, n).matrix.dense()
     # x = start - theta obeys the same recurrence, driven by g + w start.
     driven = np.array(gradients) + config.weight_decay * start
     np.testing.assert_allclose(a @ driven, np.array(way), rtol=1e-3, atol=1e-5)

@@ -79,7 +79,7 @@ def test_both_spellings_of_a_name_are_read(tmp_path):
         "public-dir = 'a'": "run.toml must be of one run, got a tuning's public-dir: rootnoise",
         "lr = true": "lr in run.toml must be a number or a text, got True",
         "seed = 1.5": "Invalid value for '--seed'",
-        "lr = 'much'": "Invalid value for '--lr'",
+        "lr = 'much'": "lr must be a number or auto, got 'much'",
         "lr = nan": "lr must be a finite number > 0, got nan",
         "[run]\nlr = 1": "run.toml must hold settings of `train`, such as lr, without sections",
         "lr = ": "config must hold TOML, got run.toml: ",
@@ -147,6 +147,7 @@ def stopped(tmp_path_factory):
         epsilon=4.0,
         epochs=2,
         batch_size=400,
+        lr=0.5,
     )
 
     def stop(t, n_steps, accuracy):

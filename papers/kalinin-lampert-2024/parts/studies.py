@@ -48,6 +48,7 @@ class Study:
                         epsilon=epsilon,
                         epochs=epochs,
                         batch_size=batch_size,
+                        lr=1.0,
                         momentum=0.9,
                         decay=0.9999,
                         device=device,

@@ -73,7 +73,7 @@ def _parameters(group: Any) -> list[inspect.Parameter]:
         if how:  # a setting
             hint = how.pop("kind", hint)
             if how.pop("tuned", False) and getattr(group, "several", False):
-                hint, default = str, f"{default:g}"
+                hint, default = str, f"{default}"
                 how |= {"metavar": "<float,...>", "help": f"{how['help']} Several are tried."}
             hint = Annotated[hint, typer.Option(*how.pop("flags", ()), **how)]
         else:
@@ -235,6 +235,14 @@ def bands(typed: str | int | None) -> str | int | None:
         return typed if typed in (None, "auto") else int(typed)
     except ValueError:
         raise RootnoiseError(f"bands must be an integer or auto, got {typed!r}") from None
+
+
+def rate(typed: str | float) -> str | float:
+    """Return the learning rate, or auto."""
+    try:
+        return "auto" if typed == "auto" else float(typed)
+    except ValueError:
+        raise RootnoiseError(f"lr must be a number or auto, got {typed!r:.60}") from None
 
 
 def numbers(name: str, typed: str) -> list[float]:

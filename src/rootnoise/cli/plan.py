@@ -121,6 +121,8 @@ def plan(
     more = [f"{hidden} more rows: --top {len(made.rows)}, --json or --html."] if hidden > 0 else []
     take = made.place_to_take
     more.append(f"Most should take row {take + 1}, as auto does.")
+    if (rate := _rate(work, made, made.rows[take])) is not None:
+        more.append(f"Start it at learning rate {rate:g} with clip norm 1, as train does.")
     if _trainable(work):
         more.append("To train with a row: --train-args ROW prints the command.")
     _report.lines(*more, *_plan_view.notes(made, speed))
@@ -156,6 +158,19 @@ def _trainable(work: _workload.Options) -> bool:
     return named and not (work.schedule and _number_files.named(work.schedule))
 
 
+def _rate(work: _workload.Options, made: Plan, row: Row) -> float | None:
+    """Return the learning rate to start a row at with clip norm 1, None where there is no advice.
+
+    Errors of a schedule are for iterates of its peak, so that the advice is relative to that.
+    """
+    from rootnoise.planner import CONTRACTION, learning_rate
+
+    if not _trainable(work) or (made.contraction, made.objective) != (CONTRACTION, "all"):
+        return None
+    peak = 1.0 if work.lr is None else work.lr
+    return float(f"{learning_rate(row.rmse_per_example / peak):.2g}")
+
+
 def _refuse_untrainable(work: _workload.Options, row: int, json: bool) -> None:
     """Refuse, before any work, a row or a workload for which there is no command."""
     integer("train-args", row, 1)
@@ -182,6 +197,7 @@ def _values(job: Job, work: _workload.Options, made: Plan, speed: Speed | None) 
             **{name: value for name, value in vars(row).items() if name not in hidden},
             "sampling": row.sampling,
             "participation": participation.to_dict(row.participation),
+            "learning_rate": _rate(work, made, row),
             **({} if (size := made.size(row, speed)) is None else {"size": size.to_dict()}),
         }
         for row in made.rows

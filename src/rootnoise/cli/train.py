@@ -84,6 +84,7 @@ def train(
     """
     # An average of 0 is none: the default.
     own = {"bands": _options.bands(settings.bands), "average": settings.average or None}
+    own["lr"] = _options.rate(settings.lr)
     values = vars(settings) | own
     given = {name: value for name, value in values.items() if _given(context, name)}
 

@@ -15,6 +15,8 @@ from rootnoise.runs.tuning import TUNED, Tuning, marker, starting_over
 
 # Trials on average, where nothing else is said: the best of 10 costs some 1.5 times one alone.
 TRIALS = 10.0
+# Learning rates to try, over the one advised.
+FACTORS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -51,27 +53,45 @@ def tune(
 ) -> None:
     """Choose learning rate, clip norm and the like by trials, paid for or on public data.
 
-    Several values of an option, with commas between, are tried. Privately: a random, secret number
+    Several values of an option, with commas between, are tried; without any, the learning rates
+    0.5, 1 and 2 times the one that the plan advises. Privately: a random, secret number
     of trials (10 on average, or --trials), each of a combination drawn at random; the best on the
     test part is released, at the epsilon of private selection, and nothing of the others. Keep the
     time that it takes as secret as the data, since it tells how many there were. With --public
     every combination is tried on data that need no privacy; the best is then trained once.
     """
     values = vars(settings) | {"bands": _options.bands(settings.bands)}
-    grid = {name: _options.numbers(name, values[name]) for name in TUNED}
+    auto = {"lr"} if values["lr"] == "auto" else set()
+    grid = {name: _options.numbers(name, values[name]) for name in TUNED if name not in auto}
+    values |= {name: given[0] for name, given in grid.items()}
+    several = {name: given for name, given in grid.items() if len(given) > 1}
     number = tried.value(None if public else TRIALS)
-    tuning = Tuning(
-        {name: given for name, given in grid.items() if len(given) > 1},
-        None if number is None else number.mean,
-        1.0 if number is None else number.to_dict()["shape"],
-        public,
-        None if public_dir is None else str(public_dir),
-    )
-    values |= {name: given[0] for name, given in grid.items()} | {"tuning": tuning}
+    how: dict[str, Any] = {"public": public}
+    how["public_dir"] = None if public_dir is None else str(public_dir)
+    if number is not None:
+        how |= {"trials": number.mean, "trials_shape": number.to_dict()["shape"]}
+    if auto and not several:
+        several["lr"] = _advised(values, how)
+        values["lr"] = several["lr"][0]
+    values["tuning"] = Tuning(several, **how)
     if public is None:
         _paid(values, out, json)
     else:
         _free(values, out, json)
+
+
+def _advised(values: dict[str, Any], how: dict[str, Any]) -> list[float]:
+    """Return the rates to try where nothing else is: around the one that is advised."""
+    from rootnoise.runs.config import RunConfig, planned
+    from rootnoise.runs.data import load
+
+    # The advice knows how many trials share epsilon, whatever they try: any second value will do.
+    clip = values["clip_norm"]
+    tuning = Tuning({"clip_norm": [clip, 2.0 if clip == 1 else 1.0]}, **how)
+    made = RunConfig(**values | {"tuning": tuning})
+    data = load(made.dataset, None if made.data_dir is None else Path(made.data_dir))
+    rate = planned(made, data.n_train).learning_rate
+    return [factor * rate for factor in FACTORS]
 
 
 def _paid(values: dict[str, Any], out: Path, json: bool) -> None:

@@ -1,5 +1,6 @@
 """Which mechanism to train with: all that fit a job and its memory, by expected error."""
 
+from rootnoise.planner.advice import advised_rate, learning_rate
 from rootnoise.planner.job import (
     AMPLIFIED,
     CONTRACTION,
@@ -37,7 +38,9 @@ __all__ = [
     "Row",
     "Size",
     "Speed",
+    "advised_rate",
     "candidates",
+    "learning_rate",
     "plan",
     "samplings",
 ]

@@ -24,8 +24,8 @@ from rootnoise.participation.samplers import (
     MinSepPoissonSampler,
     Sampler,
 )
-from rootnoise.planner import MEMORY_ROWS, Job, Row, plan
-from rootnoise.runs.settings import Options, Settings
+from rootnoise.planner import MEMORY_ROWS, Job, Row, advised_rate, plan
+from rootnoise.runs.settings import LR_WITHOUT_NOISE, Options, Settings
 from rootnoise.runs.tuning import Tuning
 from rootnoise.workload import SGD, ScheduledSGD, Workload, learning_rates
 
@@ -72,6 +72,8 @@ class RunConfig(Settings):
         if self.sampling == "auto" and (paid or self.mechanism != "auto"):
             kind = "poisson" if self.mechanism == "dpsgd" else "fixed-cycle"
             object.__setattr__(self, "sampling", kind)
+        if self.lr == "auto" and self.mechanism == "none":
+            object.__setattr__(self, "lr", LR_WITHOUT_NOISE)
         self._check_numbers()
         if self.average is not None:
             share = real("average", self.average, at_least=0, at_most=1)
@@ -82,6 +84,13 @@ class RunConfig(Settings):
         self._check_bands_of_poisson()
         self._check_planned()
         self._check_tuned()
+
+    @property
+    def learning_rate(self) -> float:
+        """The number `lr`, which `planned` finds for auto."""
+        if isinstance(self.lr, str):
+            raise RootnoiseError(f"lr must be planned for a data set first, got {self.lr}")
+        return self.lr
 
     @property
     def split(self) -> dict[str, Any]:
@@ -161,24 +170,26 @@ class RunConfig(Settings):
         integer("batch_size", self.batch_size, 1)
         if self.micro_batch_size is not None:
             integer("micro_batch_size", self.micro_batch_size, 1)
-        real("lr", real("lr", self.lr, above=0), at_most=LARGEST)
         real("momentum", self.momentum, at_least=0, below=1)
         real("decay", self.decay, above=0, at_most=1)
         clip = real("clip_norm", self.clip_norm, above=0)
         real("clip_norm", clip, at_least=1 / LARGEST, at_most=LARGEST)
         if self.bands not in (None, "auto"):
             integer("bands", self.bands, 1)  # type: ignore[arg-type]
-        self._check_schedule()
+        self._check_rates()
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise RootnoiseError(f"device must be cpu, cuda or cuda:N, got {self.device!r}")
         integer("seed", self.seed, 0, 2**63 - 1)
         if self.insecure_noise_seed is not None:
             integer("insecure_noise_seed", self.insecure_noise_seed, 0)
 
-    def _check_schedule(self) -> None:
+    def _check_rates(self) -> None:
+        if self.lr != "auto":
+            rate = real("lr", self.lr, above=0)  # type: ignore[arg-type]
+            real("lr", rate, at_most=LARGEST)
         w = real("weight_decay", self.weight_decay, at_least=0)
         # Then x <- x - lr m, m <- beta m + w x has both roots in the unit circle (Polyak, 1964).
-        most = 2 * (1 + self.momentum) / self.lr
+        most = np.inf if self.lr == "auto" else 2 * (1 + self.momentum) / self.learning_rate
         if w >= most:
             rule = f"< 2 (1 + momentum) / lr = {most:g}, or the weights grow without bound"
             raise RootnoiseError(f"weight_decay must be {rule}, got {w}")
@@ -218,11 +229,11 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
     """Return what the run's optimizer computes, in units of lr.
 
     With x the parameters divided by lr, torch computes m <- beta m + g + w lr x, so the weight
-    decay w is multiplied by lr.
+    decay w is multiplied by lr; for lr auto, which is advised without it, w is 0.
     """
     if config.schedule is None and not config.weight_decay:
         return SGD(n_steps, config.momentum, config.decay)
-    w = config.lr * config.weight_decay
+    w = 0.0 if isinstance(config.lr, str) else config.lr * config.weight_decay
     made = ScheduledSGD(rates(config, n_steps), config.momentum, weight_decay=w, decay=config.decay)
     # With a constant rate `neighbour` is the same workload in Toeplitz form.
     return made if config.schedule is not None else made.neighbour
@@ -231,13 +242,26 @@ def make_workload(config: RunConfig, n_steps: int) -> Workload:
 def planned(config: RunConfig, n_examples: int) -> RunConfig:
     """Return the settings, with those of the row to take of a plan for mechanism auto.
 
+    Of lr auto it is the advised rate, to two digits: a function of these settings and the number of
+    examples alone, so that it costs no privacy.
+
     Raises:
         RootnoiseError: settings for which there is no plan.
 
     >>> chosen = planned(RunConfig(mechanism="auto", epsilon=8.0, epochs=2), n_examples=2000)
-    >>> chosen.mechanism, chosen.sampling
-    ('bandmf', 'fixed-cycle')
+    >>> chosen.mechanism, chosen.sampling, chosen.lr
+    ('bandmf', 'fixed-cycle', 4.0)
     """
+    if config.lr == "auto":
+        plain = _with_mechanism(config, n_examples)
+        mechanism = make_mechanism(plain, make_sampler(plain, n_examples))
+        assert mechanism is not None  # noqa: S101 - RunConfig has a number for mechanism none
+        config = replace(config, lr=advised_rate(mechanism, config.batch_size))
+    return _with_mechanism(config, n_examples)
+
+
+def _with_mechanism(config: RunConfig, n_examples: int) -> RunConfig:
+    """Return the settings with a mechanism that is not auto."""
     if config.mechanism != "auto":
         return config
     integer("batch_size", config.batch_size, 1, n_examples, high_name="n_examples")

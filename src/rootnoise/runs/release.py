@@ -116,7 +116,7 @@ class Trained:
             n_steps=self.n_steps,
             epochs=config.epochs,
             batch_size=config.batch_size,
-            lr=config.lr,
+            lr=config.learning_rate,
             momentum=config.momentum,
             decay=config.decay,
             bands=mechanism.strategy.bands if mechanism else None,

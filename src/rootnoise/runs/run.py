@@ -58,7 +58,8 @@ def run(
             a plan for the data set recommends, which the folder's settings then name). With
             sampling "auto", dpsgd uses Poisson sampling and all others fixed cycles. `seed` fixes
             the order of the data and the initial weights. Noise comes from OS entropy, unless
-            `insecure_noise_seed` makes it repeatable, and then no privacy is claimed.
+            `insecure_noise_seed` makes it repeatable, and then no privacy is claimed. Of lr auto
+            the folder's settings have the number.
         out: a new or empty folder; `runs.folder` lists its files.
         data_dir: folder of the data set's files [default: that of `config`, or of the run in
             `out`]. A resumed run accepts any folder that holds the same training set.
@@ -129,7 +130,7 @@ def stored(out: Path, given: Mapping[str, Any]) -> RunConfig:
 
 def without_choice(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings without those that a plan chooses, or that are auto, to compare on resume."""
-    auto = {name for name in ("mechanism", "sampling") if settings.get(name) == "auto"}
+    auto = {name for name in ("mechanism", "sampling", "lr") if settings.get(name) == "auto"}
     chosen = {*OPTIONS, "groups", "separation", "memory_rows"} if "mechanism" in auto else set()
     return {name: value for name, value in settings.items() if name not in auto | chosen}
 
@@ -174,7 +175,7 @@ def _begin(
 ) -> tuple[RunConfig, Trainer, Statement]:
     """Return the new or resumed run, whose checkpoint is on disk, and its privacy statement.
 
-    The settings returned are the run's own: of mechanism auto, what the plan chose. Rank 0 reads
+    The settings returned are the run's own: of what is auto, what the plan chose. Rank 0 reads
     the folder, plans, makes the mechanism, and tells the others.
     """
     settings = asdict(config)
@@ -226,8 +227,8 @@ def _begin(
 def _chosen(
     config: RunConfig, folder: RunFolder, resume: bool, n_examples: int, ranks: Ranks
 ) -> RunConfig:
-    """Return the settings of the run: of mechanism auto what is planned, or was when it began."""
-    if config.mechanism != "auto":
+    """Return the settings of the run: of what is auto, what is planned, or was when it began."""
+    if "auto" not in (config.mechanism, config.lr):
         return config
     return ranks.by_first(  # type: ignore[no-any-return]
         lambda: RunConfig(**folder.config()) if resume else planned(config, n_examples)

@@ -12,10 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Fashion-MNIST, cnn, 4 epochs in batches of 500 at epsilon 8, one run each: bsr 0.856 (0.862 at
-# lr 1), dpsgd 0.846 (0.828 at lr 1), identity 0.789 (0.815 at lr 0.25). More noise needs a smaller
-# rate: 0.1 was best for bsr on the digits at epsilon 1.
-DEFAULT_LR = 0.5
+# The rate without privacy: there is no noise to choose one by.
+LR_WITHOUT_NOISE = 0.5
 
 
 def setting(default: Any, text: str, **how: Any) -> Any:
@@ -96,8 +94,13 @@ class Settings(Options):
     micro_batch_size: int | None = setting(
         None, "Examples processed at a time [default: as many as fit into the free memory]."
     )
-    lr: float = setting(
-        DEFAULT_LR, "Learning rate of SGD; more noise needs a smaller one.", tuned=True
+    lr: float | str = setting(
+        "auto",
+        "Learning rate of SGD, or auto: the one that `plan` advises, which looks at no data; 0.5 "
+        "without noise.",
+        metavar="<float|auto>",
+        kind=str,
+        tuned=True,
     )
     momentum: float = setting(0.9, "Momentum beta of SGD, in [0, 1).", tuned=True)
     decay: float = setting(

@@ -89,11 +89,11 @@ class Trainer:
                 shard(self._average.model, ranks, self._device)
         sgd = torch.optim.SGD(
             self.model.parameters(),
-            lr=config.lr,
+            lr=config.learning_rate,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self._sgd, self._lr = sgd, config.lr * rates(config, sampler.n_steps)
+        self._sgd, self._lr = sgd, config.learning_rate * rates(config, sampler.n_steps)
         self._chosen = config.micro_batch_size is None and not fsdp
         rows = 0 if mechanism is None else 3 * mechanism.noising.state_size
         # float32; a checkpoint holds the rows twice more, in its state and in its bytes.

@@ -179,8 +179,10 @@ def _points(config: RunConfig, n_examples: int) -> list[_Point]:
     assert config.tuning is not None  # noqa: S101 - checked by the caller
     for place, values in enumerate(config.tuning.points()):
         tried = replace(config, **values)
-        # What the workload is made of, and so the factorization.
-        known = (tried.momentum, tried.decay, tried.lr * tried.weight_decay)
+        if isinstance(tried.lr, str):  # an advised rate depends on all values
+            known = tuple(values.values())
+        else:  # what the workload is made of, and so the factorization
+            known = (tried.momentum, tried.decay, tried.lr * tried.weight_decay)
         if known not in made:
             made[known] = _Point.of(tried, n_examples)
         like = made[known]

@@ -360,7 +360,8 @@ def test_balls_in_bins_are_tried_when_asked_for(binned):
     bins = [row for row in made.rows if row.sampling == "balls-in-bins"]
     assert [name for *_, name in said].count(f"{bins[0].mechanism}, balls in bins") == 1
     assert 1 <= len(bins) <= 2
-    assert "not calibrated: forecasts from few samples" in made.left_out["balls in bins"]
+    assert "not calibrated, as forecasts from few samples" in made.left_out["balls in bins"]
+    assert not {row.mechanism for row in bins} & set(made.left_out["balls in bins"].split(", "))
     for row in bins:
         assert row.participation == BallsInBins(3, 4)
         assert row.note.startswith(AMPLIFIED)
@@ -379,7 +380,7 @@ def test_balls_in_bins_are_tried_with_what_is_best_there(binned):
     made, _ = binned
     who, work = BallsInBins(3, 4), SGD(12, momentum=0.9).contracted(CONTRACTION)
     errors = []
-    for name, options in [("identity", {}), ("banded", {"bands": 2}), ("lambda-cgd", {})]:
+    for name, options in [("identity", {}), ("banded", {"bands": 2})]:
         split = factorize(work, who, name, **options)
         sigma = accounting.noise_multiplier(who, 12, 4.0, 1e-3, strategy=split.strategy)
         errors.append(sigma * split.rmse(who) / 4)
@@ -399,14 +400,28 @@ def test_a_forecast_is_near_the_certain_epsilon():
         assert found == pytest.approx(certain.epsilon, rel=0.03)
 
 
-def test_of_many_bins_few_strategies_are_tried(monkeypatch):
-    monkeypatch.setattr(search.in_bins, "MANY", 2)
+@pytest.mark.parametrize("limit", ["MANY", "LARGE"])
+def test_of_many_bins_few_strategies_are_tried(monkeypatch, limit):
+    monkeypatch.setattr(search.in_bins, limit, 2)
+    monkeypatch.setattr(search, "_calibrated", lambda *_: search.Cost(1.0, 1.0, True))
+    search._KEPT.clear()
     made = plan(SGD(12, momentum=0.8), replace(BINS, memory_rows=1), bins=True)
-    assert made.left_out["balls in bins"] == "over 2 bins few strategies are tried"
+    assert made.left_out["balls in bins"] == "few strategies are tried with so many bins"
     cycles = [row for row in made.rows if row.sampling == "fixed-cycle"]
     light = next(row for row in cycles if row.memory_rows <= 1)
     found = {row.mechanism for row in made.rows if row.sampling == "balls-in-bins"}
     assert found == {cycles[0].mechanism, light.mechanism}
+
+
+def test_what_cannot_be_looked_at_in_bins_is_left_out(monkeypatch):
+    def refuse(*_):
+        raise RootnoiseError("n_steps must be small")
+
+    monkeypatch.setattr(search.in_bins.Forecasts, "look", refuse)
+    made = plan(SGD(12, momentum=0.7), BINS, bins=True)
+    assert made.left_out["bsr, balls in bins"] == "n_steps must be small"
+    assert "balls in bins" not in made.left_out
+    assert "balls-in-bins" not in {row.sampling for row in made.rows}
 
 
 def test_a_row_of_certain_epsilon_is_taken_before_one_of_confidence(binned):
@@ -427,9 +442,14 @@ def test_a_row_says_whether_its_epsilon_is_certain(binned):
         spent = accounting.privacy_cost(who, 12, sigma, 1e-3, strategy=c)
         assert row.certain == (spent.monte_carlo is None)
         assert ("confidence bound" in row.note) == (spent.monte_carlo is not None)
-    cost = search.Cost(row.noise_multiplier, row.epsilon, False)
-    split = made.split(row)
-    unsure = search._row(split, {}, BINS, row.participation, cost, "all", None)
+
+
+def test_a_row_of_confidence_says_so(monkeypatch):
+    who, split = BallsInBins(3, 4), factorize(SGD(12), BallsInBins(3, 4), "identity")
+    sampled = accounting.PrivacyCost(4.0, 1e-3, False, "", monte_carlo=accounting.MonteCarlo())
+    monkeypatch.setattr(accounting, "privacy_cost", lambda *_, **__: sampled)
+    cost = search._calibrated(BINS, who, split.strategy)
+    unsure = search._row(split, {}, BINS, who, cost, "all", None)
     assert unsure.note.endswith("; epsilon is an upper confidence bound")
     assert not unsure.certain
 

@@ -21,8 +21,8 @@ from rootnoise.participation import BallsInBins, FixedCycle
 from rootnoise.planner import objective as objectives
 from rootnoise.planner.job import WORTH, Job
 
-# With more bins a forecast takes a second and more, and is not made.
-MANY = 512
+# With more bins, or numbers in all their means, a forecast takes a second and more: none is made.
+MANY, LARGE = 512, 2**22
 # Numbers of bands to look at.
 BANDS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # A forecast ends so close to epsilon, in at most so many steps.
@@ -37,9 +37,7 @@ class Forecasts:
     def __init__(self, job: Job, objective: str = "all") -> None:
         self._job, self._objective = job, objective
         self._cycle = FixedCycle(job.period, job.epochs)
-        self._alone = accounting.noise_multiplier(
-            self._cycle, job.n_steps, job.epsilon, job.delta
-        )
+        self._alone = accounting.noise_multiplier(self._cycle, job.n_steps, job.epsilon, job.delta)
         # Error, memory, and the candidate; those far behind the best at their time are left out.
         self._near: list[tuple[float, int, Candidate]] = []
         self._far: set[str] = set()
@@ -62,22 +60,22 @@ class Forecasts:
 
     def chosen(self) -> list[Candidate]:
         """Return the best one, and the lightest of those with at most `WORTH` more error."""
+        if not self._near:
+            return []
         near = [found for found in self._near if found[0] <= (1 + WORTH) * self.best]
         first = min(near, key=lambda found: found[0])
         light = min(near, key=lambda found: (found[1], found[0]))
         return [first[2]] if light[1] == first[1] else [first[2], light[2]]
 
     def passed(self) -> str:
-        """Return which mechanisms are not among the chosen ones, and why."""
+        """Return which mechanisms are not among the chosen ones, and why; nothing if all are."""
         names = {name for _, _, (name, _) in self._near} | self._far
         names -= {name for name, _ in self.chosen()}
-        return (
-            f"{', '.join(sorted(names))} not calibrated: forecasts from few samples have more error "
-            "or memory than the rows above"
-        )
+        why = "not calibrated, as forecasts from few samples have more error or memory"
+        return f"{', '.join(sorted(names))} {why}" if names else ""
 
     def _multiplier(self, who: BallsInBins, split: Factorization, most: float) -> float:
-        """Return a noise multiplier that spends about epsilon, or infinity if it is above `most`."""
+        """Return a noise multiplier that spends about epsilon, infinity if it is above `most`."""
         job = self._job
 
         def excess(sigma: float) -> float:

@@ -220,10 +220,10 @@ class _Search:
             if row.sampling == "fixed-cycle":
                 best.setdefault(row.mechanism, row)
         found = [(row.mechanism, dict(row.options)) for row in best.values()]
-        if who.period > in_bins.MANY:
+        if who.period > in_bins.MANY or who.period * self.job.n_steps > in_bins.LARGE:
             first, *others = best.values()
             light = next((row for row in (first, *others) if row.memory_rows <= 1), first)
-            self.refused["balls in bins"] = f"over {in_bins.MANY} bins few strategies are tried"
+            self.refused["balls in bins"] = "few strategies are tried with so many bins"
             return found[:1] if light is first else [found[0], (light.mechanism, light.options)]
         looked = in_bins.Forecasts(self.job, self._objective)
 
@@ -242,7 +242,8 @@ class _Search:
         near = min(errors, key=errors.__getitem__, default=1)
         if 1 < near <= math.isqrt(FREE // n):
             look("bandmf", {"bands": near, "tolerance": CLOSE})
-        self.refused["balls in bins"] = looked.passed()
+        if passed := looked.passed():
+            self.refused["balls in bins"] = passed
         return looked.chosen()
 
     def _begin(self, name: str) -> None:

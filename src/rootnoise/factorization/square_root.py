@@ -24,9 +24,9 @@ from rootnoise.workload import SGD, Workload
 
 Bands = int | Literal["auto"]
 
-# bands="auto" tries every p up to here, for half a second; beyond it goes from coarse to fine. Errors
-# of workloads that are not Toeplitz take 10 times as long: at 480 steps all p took 1.6 to 4 s. From
-# coarse to fine had the same p in 14 of 14 cases of 240 to 500 steps.
+# bands="auto" tries every p up to here, for half a second; beyond it goes from coarse to fine.
+# Errors of workloads that are not Toeplitz take 10 times as long: at 480 steps all p took 1.6 to
+# 4 s, and coarse to fine had the same p in 14 of 14 cases of 240 to 500 steps.
 SCAN, SCAN_IN_GENERAL = 1024, 64
 
 

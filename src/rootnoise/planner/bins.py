@@ -12,7 +12,6 @@ four and 0.96 for eight. So fewer bands are best than in fixed cycles.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from rootnoise import accounting
@@ -28,7 +27,7 @@ BANDS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # A forecast ends so close to epsilon, in at most so many steps.
 CLOSE, STEPS = 0.005, 8
 
-Candidate = tuple[str, Mapping[str, Any]]
+Candidate = tuple[str, dict[str, Any]]
 
 
 class Forecasts:

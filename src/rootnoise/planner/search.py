@@ -60,7 +60,7 @@ BUFFERS = 6
 UNSIZED = ("identity", "lambda-cgd", "tree", "square-root", "workload")
 
 # A mechanism by name with its options.
-Candidate = tuple[str, Mapping[str, Any]]
+Candidate = tuple[str, dict[str, Any]]
 # Called with how many candidates were tried, of how many, and what is tried next.
 Progress = Callable[[int, int, str], None]
 
@@ -224,7 +224,8 @@ class _Search:
             first, *others = best.values()
             light = next((row for row in (first, *others) if row.memory_rows <= 1), first)
             self.refused["balls in bins"] = "few strategies are tried with so many bins"
-            return found[:1] if light is first else [found[0], (light.mechanism, light.options)]
+            lightest = light.mechanism, dict(light.options)
+            return found[:1] if light is first else [found[0], lightest]
         looked = in_bins.Forecasts(self.job, self._objective)
 
         def look(name: str, options: dict[str, Any]) -> float:

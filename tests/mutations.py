@@ -1122,6 +1122,20 @@ MUTATIONS = [
         "planner",
     ),
     Mutation(
+        "a confidence bound passes for a certain one in a plan",
+        "planner/search.py",
+        "spent.monte_carlo is None",
+        "True",
+        "planner",
+    ),
+    Mutation(
+        "a row of confidence is taken before a certain one",
+        "planner/job.py",
+        "not r.certain, r.memory_rows",
+        "r.memory_rows",
+        "planner",
+    ),
+    Mutation(
         "a gap is certified for an objective without a bound",
         "planner/search.py",
         'self._bound(who) if self._objective == "all" else None',

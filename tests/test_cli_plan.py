@@ -46,6 +46,7 @@ def test_json_has_every_row_and_what_it_needs_to_be_run_again(call):
             "gap",
             "memory_rows",
             "note",
+            "certain",
             "sampling",
             "participation",
             "learning_rate",

@@ -94,13 +94,17 @@ def test_a_step_that_draws_nobody_is_a_batch_of_no_rows():
 
 def test_the_planner_chooses_and_the_sampling_may_be_told():
     plans = {}
-    for sampling in ("auto", "fixed-cycle", "poisson"):
+    for sampling in ("auto", "fixed-cycle", "poisson", "balls-in-bins"):
         model, sgd = parts()
         run = make_private(model, sgd, data(), batch_size=BATCH, sampling=sampling, **GOAL)
         plans[sampling] = run.optimizer.private.mechanism
     error = {name: m.noise_multiplier * m.rmse for name, m in plans.items()}
+    bins = error.pop("balls-in-bins")
     assert error["auto"] <= 1.02 * min(error.values())
+    assert bins < error["fixed-cycle"]  # but is planned only where it is asked for
     assert plans["poisson"].participation.type == "cyclic-poisson"
+    assert plans["balls-in-bins"].participation.type == "balls-in-bins"
+    assert plans["auto"].participation.type != "balls-in-bins"
 
 
 @pytest.mark.parametrize("as_function", [False, True])

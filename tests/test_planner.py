@@ -343,27 +343,115 @@ def test_schedules_and_matrices_are_planned_too():
             assert row.rmse_per_example == pytest.approx(by_name["identity", row.sampling])
 
 
-def test_balls_in_bins_are_tried_when_asked_for():
-    job = Job(n_examples=12, batch_size=4, epochs=4, epsilon=4.0, delta=1e-3, memory_rows=2)
+BINS = Job(n_examples=12, batch_size=4, epochs=4, epsilon=4.0, delta=1e-3, memory_rows=2)
+
+
+@pytest.fixture(scope="module")
+def binned():
+    """Return a plan with balls in bins, and what its progress said."""
     said: list[tuple[int, int, str]] = []
-    rows = plan(SGD(12, momentum=0.9), job, lambda *each: said.append(each), bins=True).rows
+    return plan(SGD(12, momentum=0.9), BINS, lambda *each: said.append(each), bins=True), said
+
+
+def test_balls_in_bins_are_tried_when_asked_for(binned):
+    made, said = binned
     assert said[-1][0] + 1 == said[-1][1]
-    assert [name for *_, name in said].count("lambda-cgd, balls in bins") == 1
-    cycles = [row for row in rows if row.sampling == "fixed-cycle"]
-    bins = [row for row in rows if row.sampling == "balls-in-bins"]
-    light = [row for row in cycles if row.memory_rows <= 1]
-    assert {row.mechanism for row in bins} == {cycles[0].mechanism, light[0].mechanism}
+    assert "strategies for balls in bins" in {name for *_, name in said}
+    bins = [row for row in made.rows if row.sampling == "balls-in-bins"]
+    assert [name for *_, name in said].count(f"{bins[0].mechanism}, balls in bins") == 1
+    assert 1 <= len(bins) <= 2
+    assert "not calibrated, as forecasts from few samples" in made.left_out["balls in bins"]
+    assert not {row.mechanism for row in bins} & set(made.left_out["balls in bins"].split(", "))
     for row in bins:
-        twin = next(r for r in cycles if (r.mechanism, r.bands) == (row.mechanism, row.bands))
         assert row.participation == BallsInBins(3, 4)
-        assert row.noise_multiplier < twin.noise_multiplier  # amplified
-        ratio = row.rmse_per_example / twin.rmse_per_example
-        assert ratio == pytest.approx(row.noise_multiplier / twin.noise_multiplier)
         assert row.note.startswith(AMPLIFIED)
-        c = factorize(SGD(12, 0.9), row.participation, row.mechanism, **row.options).strategy
-        sigma = row.noise_multiplier
-        spent = accounting.privacy_cost(row.participation, 12, sigma, 1e-3, strategy=c)
-        assert spent.epsilon <= 4.0
+        assert row.memory_rows <= 2
+        split = made.split(row)
+        found = Mechanism.calibrate(split, row.participation, epsilon=4.0, delta=1e-3)
+        assert (found.noise_multiplier, found.epsilon) == (row.noise_multiplier, row.epsilon)
+        error = dense_error(row, SGD(12, momentum=0.9), BINS, CONTRACTION)[0]
+        assert row.rmse_per_example == pytest.approx(error, rel=1e-6)
+        assert made.take(row).mechanism.noise_multiplier == row.noise_multiplier
+        assert row.epsilon <= 4.0
+
+
+def test_balls_in_bins_are_tried_with_what_is_best_there(binned):
+    """Calibrated, others have at least as much error; forecasts may be off by 2 %."""
+    made, _ = binned
+    who, work = BallsInBins(3, 4), SGD(12, momentum=0.9).contracted(CONTRACTION)
+    errors = []
+    for name, options in [("identity", {}), ("banded", {"bands": 2})]:
+        split = factorize(work, who, name, **options)
+        sigma = accounting.noise_multiplier(who, 12, 4.0, 1e-3, strategy=split.strategy)
+        errors.append(sigma * split.rmse(who) / 4)
+    best = min(r.rmse_per_example for r in made.rows if r.sampling == "balls-in-bins")
+    assert best <= 1.02 * min(errors)
+    assert max(errors) > 1.1 * best  # there is something to choose from
+
+
+def test_a_forecast_is_near_the_certain_epsilon():
+    """Few samples against sums of log-normals, for strategies where those are tight."""
+    for period, epochs, name, sigma in [(8, 1, "identity", 1.5), (8, 10, "identity", 1.6)]:
+        who, n = BallsInBins(period, epochs), period * epochs
+        c = factorize(SGD(n), who, name).strategy
+        certain = accounting.privacy_cost(who, n, sigma, 1e-5, strategy=c)
+        assert certain.epsilon <= 1.02 * certain.lower_bound
+        found = accounting.forecast(who, n, sigma, 1e-5, c)
+        assert found == pytest.approx(certain.epsilon, rel=0.03)
+
+
+@pytest.mark.parametrize("limit", ["MANY", "LARGE"])
+def test_of_many_bins_few_strategies_are_tried(monkeypatch, limit):
+    monkeypatch.setattr(search.in_bins, limit, 2)
+    monkeypatch.setattr(search, "_calibrated", lambda *_: search.Cost(1.0, 1.0, True))
+    search._KEPT.clear()
+    made = plan(SGD(12, momentum=0.8), replace(BINS, memory_rows=1), bins=True)
+    assert made.left_out["balls in bins"] == "few strategies are tried with so many bins"
+    cycles = [row for row in made.rows if row.sampling == "fixed-cycle"]
+    light = next(row for row in cycles if row.memory_rows <= 1)
+    found = {row.mechanism for row in made.rows if row.sampling == "balls-in-bins"}
+    assert found == {cycles[0].mechanism, light.mechanism}
+
+
+def test_what_cannot_be_looked_at_in_bins_is_left_out(monkeypatch):
+    def refuse(*_):
+        raise RootnoiseError("n_steps must be small")
+
+    monkeypatch.setattr(search.in_bins.Forecasts, "look", refuse)
+    made = plan(SGD(12, momentum=0.7), BINS, bins=True)
+    assert made.left_out["bsr, balls in bins"] == "n_steps must be small"
+    assert "balls in bins" not in made.left_out
+    assert "balls-in-bins" not in {row.sampling for row in made.rows}
+
+
+def test_a_row_of_certain_epsilon_is_taken_before_one_of_confidence(binned):
+    made, _ = binned
+    row = replace(made.rows[0], participation=BallsInBins(3, 4), rmse_per_example=1.0)
+    unsure = replace(row, certain=False, memory_rows=0, rmse_per_example=0.99)
+    sure = replace(row, certain=True, memory_rows=2)
+    assert replace(made, rows=(unsure, sure)).recommended() is sure
+    far = replace(sure, rmse_per_example=0.99 * (1 + WORTH) * 1.001)
+    assert replace(made, rows=(unsure, far)).recommended() is unsure
+
+
+def test_a_row_says_whether_its_epsilon_is_certain(binned):
+    made, _ = binned
+    for row in made.rows:
+        who, sigma = row.participation, row.noise_multiplier
+        c = made.split(row).strategy
+        spent = accounting.privacy_cost(who, 12, sigma, 1e-3, strategy=c)
+        assert row.certain == (spent.monte_carlo is None)
+        assert ("confidence bound" in row.note) == (spent.monte_carlo is not None)
+
+
+def test_a_row_of_confidence_says_so(monkeypatch):
+    who, split = BallsInBins(3, 4), factorize(SGD(12), BallsInBins(3, 4), "identity")
+    sampled = accounting.PrivacyCost(4.0, 1e-3, False, "", monte_carlo=accounting.MonteCarlo())
+    monkeypatch.setattr(accounting, "privacy_cost", lambda *_, **__: sampled)
+    cost = search._calibrated(BINS, who, split.strategy)
+    unsure = search._row(split, {}, BINS, who, cost, "all", None)
+    assert unsure.note.endswith("; epsilon is an upper confidence bound")
+    assert not unsure.certain
 
 
 def test_findings_are_of_the_best_row_without_amplification():

@@ -137,10 +137,12 @@ def test_groups_are_cyclic_poisson_sampling():
 
 @pytest.mark.parametrize("sampling", ["auto", "fixed-cycle", "poisson", "balls-in-bins"])
 def test_auto_is_the_recommended_row_of_a_plan(sampling):
-    config = RunConfig(**PRIVATE, mechanism="auto", epochs=2, sampling=sampling, memory_rows=3)
+    batch = 500 if sampling == "balls-in-bins" else 100  # few bins are calibrated in seconds
+    private = PRIVATE | {"batch_size": batch}
+    config = RunConfig(**private, mechanism="auto", epochs=2, sampling=sampling, memory_rows=3)
     chosen = planned(config, 1442)
-    job = Job(1442, 100, 2, 4.0, 1e-5, memory_rows=3)
-    rows = plan(SGD(30, 0.9), job, bins=sampling == "balls-in-bins")
+    job = Job(1442, batch, 2, 4.0, 1e-5, memory_rows=3)
+    rows = plan(SGD(job.n_steps, 0.9), job, bins=sampling == "balls-in-bins")
     row = rows.recommended(*{"poisson": ("poisson", "cyclic-poisson")}.get(sampling, (sampling,)))
     sampler = make_sampler(chosen, 1442)
     made = make_mechanism(chosen, sampler)

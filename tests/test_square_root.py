@@ -13,7 +13,7 @@ from rootnoise._check import RootnoiseError
 from rootnoise.causal import series
 from rootnoise.factorization import factorize, square_root
 from rootnoise.participation import CyclicPoisson, FixedCycle, MinSeparation, SingleParticipation
-from rootnoise.workload import SGD, ToeplitzWorkload, prefix_sum
+from rootnoise.workload import SGD, ScheduledSGD, ToeplitzWorkload, learning_rates, prefix_sum
 
 TEN = MinSeparation(100, 10)
 
@@ -85,6 +85,21 @@ def test_automatic_bands_from_coarse_to_fine_are_within_a_thousandth(mechanism, 
     assert [count for count, _ in seen] == list(range(1, len(seen) + 1))
     assert len(seen) < 60
     assert seen[-1][1] == searched
+
+
+@pytest.mark.parametrize("mechanism", ["bsr", "bisr"])
+@pytest.mark.parametrize("period", [4, 30])
+def test_automatic_bands_of_a_schedule_lose_at_most_a_thousandth(mechanism, period, monkeypatch):
+    work = ScheduledSGD(learning_rates("cosine", 120), 0.5)
+    who = FixedCycle(period, 120 // period)
+    seen = []
+    searched = factorize(
+        work, who, mechanism, bands="auto", progress=lambda count, least: seen.append(count)
+    ).rmse(who)
+    assert len(seen) < 60
+    monkeypatch.setattr(square_root, "SCAN_IN_GENERAL", 120)
+    scanned = factorize(work, who, mechanism, bands="auto").rmse(who)
+    assert scanned <= searched <= scanned * 1.001
 
 
 @pytest.mark.parametrize(

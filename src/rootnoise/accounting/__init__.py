@@ -2,7 +2,7 @@
 
 from rootnoise.accounting.cost import MonteCarlo, PrivacyCost
 from rootnoise.accounting.rounding import exactly, round_down, round_up
-from rootnoise.accounting.run import noise_multiplier, noise_multiplier_for, privacy_cost
+from rootnoise.accounting.run import forecast, noise_multiplier, noise_multiplier_for, privacy_cost
 from rootnoise.accounting.selection import Trials, tuned_noise_multiplier, tuned_privacy_cost
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "PrivacyCost",
     "Trials",
     "exactly",
+    "forecast",
     "noise_multiplier",
     "noise_multiplier_for",
     "privacy_cost",

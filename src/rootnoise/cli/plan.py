@@ -41,7 +41,7 @@ def plan(
     balls_in_bins: Annotated[
         bool,
         typer.Option(
-            "--balls-in-bins", help="Also try balls-in-bins sampling: up to half a minute longer."
+            "--balls-in-bins", help="Also try balls-in-bins sampling: half a minute and more."
         ),
     ] = False,
     contraction: Annotated[

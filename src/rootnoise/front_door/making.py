@@ -386,7 +386,7 @@ def _split(
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        made = plan(workload, job)
+        made = plan(workload, job, bins=sampling == "balls-in-bins")
         first = made.recommended(sampling)
         rows = [row for row in made.rows if sampling in ("auto", row.sampling)]
         row = adaptive.choose([first, *rows], workload, optimizer)

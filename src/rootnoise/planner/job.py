@@ -139,6 +139,7 @@ class Row:
         memory_rows: noise vectors of the model's size that must be kept between steps.
         note: what the privacy claim depends on.
         remembers_noise: those vectors are the noise of the last steps (see `sizing.held_rows`).
+        certain: False where epsilon is an upper bound of confidence, from samples.
     """
 
     mechanism: str
@@ -153,6 +154,7 @@ class Row:
     memory_rows: int
     note: str
     remembers_noise: bool = False
+    certain: bool = True
 
     @property
     def sampling(self) -> str:
@@ -196,14 +198,15 @@ class Plan:
         """Return the row to take, of all or of some samplings: what auto and the page take.
 
         Of the rows with at most `WORTH` more error than the first, those whose batches need not be
-        secret come first, then those with less memory, then those with less error.
+        secret come first, then those whose epsilon is certain, then those with less memory, then
+        those with less error.
 
         Raises:
             RootnoiseError: see `first`.
         """
         rows = self._fitting(*samplings)
         good = [r for r in rows if r.rmse_per_example <= (1 + WORTH) * rows[0].rmse_per_example]
-        return min(good, key=lambda row: (row.participation.amplified, row.memory_rows))
+        return min(good, key=lambda r: (r.participation.amplified, not r.certain, r.memory_rows))
 
     @property
     def place_to_take(self) -> int:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from rootnoise import accounting
 from rootnoise._check import RootnoiseError, integer
@@ -28,6 +28,7 @@ from rootnoise.participation import (
     Participation,
     SingleParticipation,
 )
+from rootnoise.planner import bins as in_bins
 from rootnoise.planner import groups
 from rootnoise.planner import objective as objectives
 from rootnoise.planner.job import AMPLIFIED, CONTRACTION, PLAIN, Job, Plan, Row
@@ -86,8 +87,9 @@ def plan(
         progress: called before each candidate with how many were tried, of how many, and its name;
             not at all where the process has made this plan. Of how many changes once, when the
             numbers of groups are known.
-        bins: also try balls-in-bins sampling, with the best mechanism in fixed cycles and the best
-            one with one row of memory: Monte Carlo accounting takes up to half a minute.
+        bins: also try balls-in-bins sampling, with what is best there by a forecast of the
+            mechanisms in fixed cycles, and of `banded` and `bandmf` with fewer bands. That takes 10
+            to 30 s with up to 25 bins, and up to some minutes with more.
         contraction: strategies are optimised and ranked for `workload.contracted(it)`, as a loss
             of curvature forgets old noise; 0 counts all of it, as the papers on factorizations do.
         objective: which iterates rows are ranked by: "all" (root mean square), "rates" (the same
@@ -201,14 +203,49 @@ class _Search:
             self.all(best)
 
     def bins(self) -> None:
-        """Try balls in bins with what is best in fixed cycles."""
-        job, who = self.job, BallsInBins(self.job.period, self.job.epochs)
-        twins = _best_in_cycles(_ranked(self.rows.values()))
-        self._of = self._done + len(twins)
-        for twin in twins:
-            self._begin(f"{twin.mechanism}, balls in bins")
-            split = factorize(self.workload, who, twin.mechanism, **twin.options)
-            self._add(split, twin.options, who, _calibrated(job, who, split.strategy))
+        """Try balls in bins with the strategies that are best there by a forecast."""
+        who = BallsInBins(self.job.period, self.job.epochs)
+        self._progress(self._done, self._of, "strategies for balls in bins")
+        chosen = self._in_bins(who)
+        self._of = self._done + len(chosen)
+        for name, options in chosen:
+            self._begin(f"{name}, balls in bins")
+            split = factorize(self.workload, who, name, **options)
+            self._add(split, options, who, _calibrated(self.job, who, split.strategy))
+
+    def _in_bins(self, who: BallsInBins) -> list[Candidate]:
+        """Return what to calibrate: of what is best in fixed cycles, and of few bands."""
+        best: dict[str, Row] = {}
+        for row in _ranked(self.rows.values()):
+            if row.sampling == "fixed-cycle":
+                best.setdefault(row.mechanism, row)
+        found = [(row.mechanism, dict(row.options)) for row in best.values()]
+        if who.period > in_bins.MANY or who.period * self.job.n_steps > in_bins.LARGE:
+            first, *others = best.values()
+            light = next((row for row in (first, *others) if row.memory_rows <= 1), first)
+            self.refused["balls in bins"] = "few strategies are tried with so many bins"
+            lightest = light.mechanism, dict(light.options)
+            return found[:1] if light is first else [found[0], lightest]
+        looked = in_bins.Forecasts(self.job, self._objective)
+
+        def look(name: str, options: dict[str, Any]) -> float:
+            try:
+                split = _split(self.workload, self.job, who, name, options)
+                return looked.look((name, options), split)
+            except RootnoiseError as reason:
+                self.refused.setdefault(f"{name}, balls in bins", str(reason))
+                return math.inf
+
+        for name, options in found:
+            look(name, options)
+        n, sizes = self.job.n_steps, [p for p in in_bins.BANDS if p <= who.period]
+        errors = {p: look("banded", {"bands": p}) for p in sizes}
+        near = min(errors, key=errors.__getitem__, default=1)
+        if 1 < near <= math.isqrt(FREE // n):
+            look("bandmf", {"bands": near, "tolerance": CLOSE})
+        if passed := looked.passed():
+            self.refused["balls in bins"] = passed
+        return looked.chosen()
 
     def _begin(self, name: str) -> None:
         self._progress(self._done, self._of, name)
@@ -304,15 +341,20 @@ def _split(
     return split
 
 
-# A noise multiplier and the epsilon that it spends.
-Cost = tuple[float, float]
+class Cost(NamedTuple):
+    """A noise multiplier, the epsilon that it spends, and whether that is certain."""
+
+    sigma: float
+    epsilon: float
+    certain: bool
 
 
 def _calibrated(job: Job, who: Participation, strategy: CausalMatrix | None = None) -> Cost:
     """Return what `Mechanism.calibrate` will find, so that a run has its plan's numbers."""
     n, delta = job.n_steps, job.delta
     sigma = accounting.noise_multiplier(who, n, job.epsilon, delta, strategy=strategy)
-    return sigma, accounting.privacy_cost(who, n, sigma, delta, strategy=strategy).epsilon
+    spent = accounting.privacy_cost(who, n, sigma, delta, strategy=strategy)
+    return Cost(sigma, spent.epsilon, spent.monte_carlo is None)
 
 
 def _row(
@@ -325,20 +367,22 @@ def _row(
     bound: Certificate | None,
 ) -> Row:
     sens, error = split.sensitivity(who), objectives.expected(split, who, objective)
-    sigma, epsilon = cost
     note = AMPLIFIED if who.amplified else PLAIN
+    note += "" if sens.exact else "; sensitivity is an upper bound"
+    note += "" if cost.certain else "; epsilon is an upper confidence bound"
     return Row(
         mechanism=split.mechanism,
         options=options,
         participation=who,
         bands=split.strategy.bands,
-        noise_multiplier=sigma,
-        epsilon=epsilon,
+        noise_multiplier=cost.sigma,
+        epsilon=cost.epsilon,
         sensitivity=sens.value,
-        rmse_per_example=sigma * error / job.batch_size,
+        rmse_per_example=cost.sigma * error / job.batch_size,
         gap=None if bound is None else bound.gap(error),
         memory_rows=split.memory_rows,
-        note=note if sens.exact else f"{note}; sensitivity is an upper bound",
+        note=note,
+        certain=cost.certain,
         remembers_noise=isinstance(split.noising, Inverse)
         and isinstance(split.noising.base, Toeplitz),
     )
@@ -346,13 +390,6 @@ def _row(
 
 def _ranked(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: row.rmse_per_example))
-
-
-def _best_in_cycles(ranked: Iterable[Row]) -> list[Row]:
-    """Return the best row in fixed cycles, and the best with little memory if it is another one."""
-    cycles = [row for row in ranked if row.sampling == "fixed-cycle"]
-    light = next(row for row in cycles if row.memory_rows <= 1)  # at least independent noise
-    return [cycles[0]] if light is cycles[0] else [cycles[0], light]
 
 
 def _findings(workload: Workload, job: Job, ranked: tuple[Row, ...]) -> tuple[Finding, ...]:

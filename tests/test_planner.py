@@ -22,6 +22,7 @@ from rootnoise.planner import (
     CONTRACTION,
     WORTH,
     Job,
+    bins,
     candidates,
     groups,
     plan,
@@ -395,6 +396,7 @@ def test_a_forecast_is_near_the_certain_epsilon():
         who, n = BallsInBins(period, epochs), period * epochs
         c = factorize(SGD(n), who, name).strategy
         certain = accounting.privacy_cost(who, n, sigma, 1e-5, strategy=c)
+        assert certain.lower_bound is not None
         assert certain.epsilon <= 1.02 * certain.lower_bound
         found = accounting.forecast(who, n, sigma, 1e-5, c)
         assert found == pytest.approx(certain.epsilon, rel=0.03)
@@ -402,7 +404,7 @@ def test_a_forecast_is_near_the_certain_epsilon():
 
 @pytest.mark.parametrize("limit", ["MANY", "LARGE"])
 def test_of_many_bins_few_strategies_are_tried(monkeypatch, limit):
-    monkeypatch.setattr(search.in_bins, limit, 2)
+    monkeypatch.setattr(bins, limit, 2)
     monkeypatch.setattr(search, "_calibrated", lambda *_: search.Cost(1.0, 1.0, True))
     search._KEPT.clear()
     made = plan(SGD(12, momentum=0.8), replace(BINS, memory_rows=1), bins=True)
@@ -417,7 +419,7 @@ def test_what_cannot_be_looked_at_in_bins_is_left_out(monkeypatch):
     def refuse(*_):
         raise RootnoiseError("n_steps must be small")
 
-    monkeypatch.setattr(search.in_bins.Forecasts, "look", refuse)
+    monkeypatch.setattr(bins.Forecasts, "look", refuse)
     made = plan(SGD(12, momentum=0.7), BINS, bins=True)
     assert made.left_out["bsr, balls in bins"] == "n_steps must be small"
     assert "balls in bins" not in made.left_out

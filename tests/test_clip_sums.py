@@ -10,7 +10,7 @@ from torch import nn
 
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule, bounds, products
-from rootnoise.training.clip.bounds import ROWS, Sum, add_outer_
+from rootnoise.training.clip.bounds import ROWS, WAITING, Sum, add_outer_
 from rootnoise.training.clip.sums import Sums
 from rootnoise.training.clipping import Clip
 
@@ -101,10 +101,10 @@ def test_inputs_that_are_overwritten_after_their_pass_change_no_sum(dtype: torch
 
 
 def test_no_waiting_product_has_more_terms_than_the_theorem_of_sums_allows() -> None:
-    d, tokens = 1500, 100
+    d, tokens = 400, 30
     waits = Sum(torch.empty(d * d, dtype=torch.float64), waits=True)
     never = Sum(torch.empty(d * d, dtype=torch.float64))
-    for i in range(9):  # the eighth would be of factors larger than the vector
+    for i in range(9):  # with the seventh, factors would be larger than the vector
         a, g = drawn(i, tokens, 1, 1, d), drawn(20 + i, tokens, 1, 1, d)
         scale = torch.full((tokens,), 0.5, dtype=torch.float64)
         for total in (waits, never):
@@ -115,6 +115,12 @@ def test_no_waiting_product_has_more_terms_than_the_theorem_of_sums_allows() -> 
     assert waits.waiting
     found = torch.cat([part.clone() for part in waits.parts(4 * d)])
     torch.testing.assert_close(found, never.whole(), rtol=0, atol=1e-10)
+
+
+def test_a_product_of_many_terms_does_not_wait() -> None:
+    total = Sum(torch.empty(10**4, dtype=torch.float64), waits=True)
+    for terms, waits in [(WAITING, True), (WAITING + 1, False)]:
+        assert total.wait(torch.ones(100, terms), torch.ones(terms, 100)) is waits
 
 
 def test_products_wait_up_to_the_most_terms(monkeypatch: pytest.MonkeyPatch) -> None:

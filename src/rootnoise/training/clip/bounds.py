@@ -99,6 +99,7 @@ GRAM = 4_000_000_000  # most additions behind a Gram norm
 ROWS = 1024  # terms of one matrix product, unless one example has more
 EXAMPLES = 100_000  # most examples in a step
 TERMS = 110_000_000  # most examples in a step times terms of a product
+WAITING = 32  # most terms of a product that waits: of more, to make it in parts takes longer
 SINGLE = 24  # fewest tokens for float32 products; with fewer, passes over arrays take longer
 KEPT = (
     2.5  # arrays of examples replace taps of this fraction of their size, if they are made anyway
@@ -149,9 +150,10 @@ class Sum:
             left: float64, (d_out, terms).
             right: float64, (terms, d_in), which nobody else may write to.
         """
-        terms = left.shape[1] + sum(x.shape[1] for x, _ in self.waiting)
+        own = left.shape[1]
+        terms = own + sum(x.shape[1] for x, _ in self.waiting)
         larger = terms * (len(left) + right.shape[1]) > len(self.vector)
-        if not self.waits or terms > ROWS or larger:
+        if not self.waits or own > WAITING or terms > ROWS or larger:
             return False
         self.waiting.append((left, right))
         return True

@@ -624,8 +624,8 @@ MUTATIONS = [
     Mutation(
         "products wait for more terms than the theorem covers",
         "training/clip/bounds.py",
-        "if not self.waits or terms > ROWS or larger:",
-        "if not self.waits or larger:",
+        "own > WAITING or terms > ROWS or larger",
+        "own > WAITING or larger",
         "clip_sums",
     ),
     Mutation(

@@ -1630,7 +1630,7 @@ MUTATIONS = [
         "an audit lets a run without privacy be called private",
         "runs/audit.py",
         "        private = m is not None and config.insecure_noise_seed is None\n",
-        '        private = stated["private"] if m is None else config.insecure_noise_seed is None\n',
+        "        private = m is None or config.insecure_noise_seed is None\n",
         "runs_audit",
     ),
     Mutation(

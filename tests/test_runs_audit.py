@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
+from rootnoise.bounds.optimality import Optimality
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
 from rootnoise.participation.ledger_file import Journal, pack, unpack
@@ -193,6 +194,90 @@ def test_a_forged_claim_is_refuted_by_recomputing(copy, case):
     reseal(copy)
     found = failures(copy)
     assert any(check.startswith(name) for check in found), found
+
+
+# Edits that no number contradicts, because nothing but them says it.
+BESIDE: dict[str, tuple[list[list[Any]], str]] = {
+    "bound left out": (
+        [
+            ["privacy.json", "mechanism", "error", "lower_bound", None],
+            ["privacy.json", "mechanism", "error", "gap", 0.0],
+        ],
+        "lower bound",
+    ),
+    "error": ([["privacy.json", "mechanism", "error", "epsilon", 0.1]], "privacy.json follows"),
+    "entry": ([["privacy.json", "epsilon", 0.1]], "entries of privacy.json"),
+    "schema": ([["privacy.json", "schema", 3]], "entries of privacy.json"),
+    "key": ([["privacy.json", "key_id", "0 |\n\n# Epsilon is 0.1"]], "entries of privacy.json"),
+    "version": ([["privacy.json", "versions", "torch", "2 |\n\n# Epsilon"]], "entries of privacy"),
+    "package": ([["privacy.json", "versions", "epsilon", "0.1"]], "entries of privacy.json"),
+    "result's error": ([["result.json", "rmse", 0.1]], "result.json agrees"),
+    "result's bands": ([["result.json", "bands", 99]], "result.json agrees"),
+    "result's entry": ([["result.json", "epsilon_amplified", 0.1]], "result.json agrees"),
+}
+
+
+@pytest.mark.parametrize("finished", ["bsr"], indirect=True)
+@pytest.mark.parametrize("case", BESIDE)
+def test_what_is_said_beside_the_claim_is_refuted(copy, case):
+    edits, name = BESIDE[case]
+    for edit in edits:
+        change(copy, *edit)
+    reseal(copy)
+    found = failures(copy)
+    assert any(check.startswith(name) for check in found), found
+
+
+@pytest.mark.parametrize("finished", ["bsr"], indirect=True)
+def test_a_better_bound_in_the_mechanisms_file_is_refuted(copy):
+    mechanism = Mechanism.load(copy / "mechanism.json")
+    vars(mechanism)["optimality"] = Optimality(mechanism.rmse, mechanism.rmse)
+    (copy / "mechanism.json").write_bytes(as_json(mechanism.to_dict()))
+    reseal(copy)
+    assert failures(copy) == ["optimality in mechanism.json"]
+    del vars(mechanism)["optimality"]
+    (copy / "mechanism.json").write_bytes(as_json(mechanism.certify().to_dict()))
+    reseal(copy)
+    assert failures(copy) == []
+
+
+def test_a_run_without_privacy_can_claim_none(tmp_path, finished):
+    out = tmp_path / "plain"
+    run(with_(mechanism="none", epsilon=None, epochs=1), out)
+    assert failures(out) == []
+    edits: list[tuple[list[Any], list[str]]] = [
+        (["privacy.json", "private", True], ["private", "result.json agrees"]),
+        (["privacy.json", "independence", "proved"], ["entries of privacy.json"]),
+        (["result.json", "epsilon", 0.1], ["result.json agrees"]),
+        (["result.json", "private", True], ["result.json agrees"]),
+        (["result.json", "claim", "(0.1, 1e-9)-differential privacy"], ["result.json agrees"]),
+    ]
+    for edit, expected in edits:
+        whole = (out / edit[0]).read_bytes()
+        change(out, *edit)
+        reseal(out)
+        assert failures(out) == expected, edit
+        (out / edit[0]).write_bytes(whole)
+    (out / "claim.txt").write_text("(0.1, 1e-9)-differential privacy\n")
+    shutil.copy(finished / "mechanism.json", out)
+    change(out, "privacy.json", "files", lambda files: files | {"mechanism.json": ""})
+    reseal(out)
+    assert failures(out) == ["claim.txt", "no mechanism"]
+
+
+def test_beyond_the_steps_of_a_bound_none_may_be_stated(copy, monkeypatch):
+    """And the error is that of the streamed rows."""
+    monkeypatch.setattr(statement, "MOST_STEPS", 8)
+    monkeypatch.setattr(audit_module.recompute, "DENSE", 8)
+    assert failures(copy) == ["lower bound"]
+    for name in ("lower_bound", "gap"):
+        change(copy, "privacy.json", "mechanism", "error", name, None)
+    reseal(copy)
+    assert failures(copy) == []
+    change(copy, "privacy.json", "mechanism", "error", "gap", 0.0)
+    change(copy, "privacy.json", "mechanism", "error", "rmse", lambda x: x * 0.999)
+    reseal(copy)
+    assert failures(copy) == ["rmse", "gap"]
 
 
 def test_a_forged_probability_is_refuted(finished, copy):

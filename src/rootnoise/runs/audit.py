@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 
 # Relative difference allowed between sums in different orders.
 ROUNDING = 1e-7
-# Lower bounds are recomputed, and their witness checked, up to this many steps: a few seconds.
-MOST_STEPS = 512
 # Runs of the optimizer that the attacks need: for the noise alone, and for their scores.
 ATTACKS = 4
 # Largest deviation of the engine's noise, in standard deviations: over 1000 steps chance exceeds 7
@@ -48,6 +46,12 @@ REPEATED = (
     *("dataset", "model", "mechanism", "sampling", "epochs", "batch_size"),
     *("lr", "momentum", "decay"),
 )
+
+# What privacy.json says of the error; `_numbers` looks at each.
+ERROR = ("rmse", "lower_bound", "gap")
+
+# What result.json says beside settings and privacy: no other file tells.
+MEASURED = ("accuracy", "memory_rows", "seconds", "out")
 
 # Called with the amount of work done, the total, and its unit.
 Progress = Callable[[int, int, str], None]
@@ -141,20 +145,20 @@ class _Audit:
             yield from self._finished(stated)
             result = self._json("result.json") if finished else {}
             if config.mechanism == "none":
-                yield same("claim", stated["claim"], claim(config, None))
+                yield from self._without_privacy(stated, config)
                 if finished:
-                    yield fields("result.json agrees", result, result | _chosen(config))
+                    yield _agrees(result, config, None, stated)
                 yield from rebuilt.settings(config, stated, None, None)
                 return
             mechanism = self.folder.mechanism()
             yield Check("mechanism.json", True, mechanism.fingerprint[:16], "recomputed")
+            yield from self._claimed(stated, config, mechanism)
             yield from self._statement(stated, config, mechanism)
             ledger = self.folder.path / "ledger.bin" if finished else None
             yield from rebuilt.settings(config, stated, mechanism, ledger)
             yield from _numbers(mechanism, stated)
             if finished:
-                ours = _chosen(config) | _result(mechanism, stated)
-                yield fields("result.json agrees", result, result | ours)
+                yield _agrees(result, config, mechanism, stated)
                 yield from self._ledger(stated, mechanism)
         except (RootnoiseError, KeyError, TypeError, OSError, AttributeError, ValueError) as reason:
             line = " ".join(str(reason).split())
@@ -211,14 +215,31 @@ class _Audit:
         left = [name for name in SECRETS if (self.folder.path / name).exists()]
         yield Check("secrets are gone", not left, "deleted", ", ".join(left) or "none left")
 
-    def _statement(self, stated: Statement, config: RunConfig, m: Mechanism) -> Iterator[Check]:
-        """Check that the run's statement follows from its settings and its mechanism."""
+    def _claimed(
+        self, stated: Statement, config: RunConfig, m: Mechanism | None
+    ) -> Iterator[Check]:
+        """Check that both files make the run's claim, and that nothing is said beside it."""
         yield same("claim", stated["claim"], claim(config, m))
         text = (self.folder.path / "claim.txt").read_text()
         yield same("claim.txt", text, claim(config, m) + "\n")
-        yield same("private", stated["private"], config.insecure_noise_seed is None)
+        private = m is not None and config.insecure_noise_seed is None
+        yield same("private", stated["private"], private)
+        others = statement.strange(stated, private=m is not None)
+        found = ", ".join(others) or "none other"
+        yield Check("entries of privacy.json", not others, "those of a statement", found)
+
+    def _without_privacy(self, stated: Statement, config: RunConfig) -> Iterator[Check]:
+        """Check that a run without privacy claims none."""
+        yield from self._claimed(stated, config, None)
+        names = ("mechanism.json", "ledger.bin")
+        left = [name for name in names if (self.folder.path / name).exists()]
+        yield Check("no mechanism", not left, "none", ", ".join(left) or "none")
+
+    def _statement(self, stated: Statement, config: RunConfig, m: Mechanism) -> Iterator[Check]:
+        """Check that the run's statement follows from its settings and its mechanism."""
         yield same("independence", stated["independence"], statement.INDEPENDENCE)
-        said = statement.described(m, with_bound=False) | {"error": stated["mechanism"]["error"]}
+        error = {name: stated["mechanism"]["error"][name] for name in ERROR}
+        said = statement.described(m, with_bound=False) | {"error": error}
         yield fields("privacy.json follows from mechanism.json", stated["mechanism"], said)
         sampler = stated["sampler"]
         chosen = {"delta": m.delta, "clip_norm": m.clip_norm, "batch_size": sampler["batch_size"]}
@@ -266,34 +287,40 @@ def _numbers(m: Mechanism, stated: Statement) -> Iterator[Check]:
     for delta, found in zip(costs, recompute.epsilon_ranges(m, costs), strict=True):
         yield ranged(f"epsilon at delta {delta:g}", costs[delta], found, ROUNDING)
     error = said["error"]
-    if m.n_steps <= recompute.DENSE:
-        found_rmse = recompute.rmse(m)
-        close = math.isclose(error["rmse"], found_rmse, rel_tol=ROUNDING)
-        yield Check("rmse", close, f"{error['rmse']:.9g}", f"{found_rmse:.9g} (dense)")
-    if error["lower_bound"] is not None and m.n_steps <= MOST_STEPS:
+    dense = m.n_steps <= recompute.DENSE
+    found_rmse, how = (recompute.rmse(m), "dense") if dense else (m.rmse, "streamed")
+    close = math.isclose(error["rmse"], found_rmse, rel_tol=ROUNDING)
+    yield Check("rmse", close, f"{error['rmse']:.9g}", f"{found_rmse:.9g} ({how})")
+    bound = error["lower_bound"]
+    if m.n_steps > statement.MOST_STEPS:
+        yield same("lower bound", bound, None)
+    else:
         witness = certificate.lower_bound(m.workload, m.participation)
         proved = certificate.check(witness, m.workload, m.participation)
         # Another machine may stop the ascent at another point, so an equally good bound passes.
-        close = math.isclose(error["lower_bound"], proved, rel_tol=1e-6)
-        yield Check("lower bound", close, f"{error['lower_bound']:.9g}", f"{proved:.9g} (witness)")
-        gap = error["rmse"] / error["lower_bound"] - 1
-        yield same("gap", error["gap"], gap)
+        close = bound is not None and math.isclose(bound, proved, rel_tol=1e-6)
+        yield Check("lower bound", close, f"{bound}", f"{proved:.9g} (witness)")
+    yield same("gap", error["gap"], error["rmse"] / bound - 1 if bound else None)
+    known = vars(m).get("optimality")  # the fingerprint leaves it out
+    if known is not None:
+        yield fields("optimality in mechanism.json", known.to_dict(), error)
 
 
-def _chosen(config: RunConfig) -> dict[str, Any]:
-    """Return what `result.json` must say of the settings."""
-    return {name: getattr(config, name) for name in REPEATED}
-
-
-def _result(m: Mechanism, stated: Statement) -> dict[str, Any]:
-    """Return what `result.json` must say about privacy."""
-    return {
-        "private": stated["private"],
-        "claim": stated["claim"],
-        "epsilon": m.epsilon,
-        "delta": m.delta,
-        "noise_multiplier": m.noise_multiplier,
-        "clip_norm": m.clip_norm,
-        "sensitivity": m.sensitivity.value,
-        "n_steps": m.n_steps,
+def _agrees(
+    result: Mapping[str, Any], config: RunConfig, m: Mechanism | None, stated: Statement
+) -> Check:
+    """Hold what `result.json` says, and no more, to the other files."""
+    said = {name: result.get(name) for name in MEASURED}
+    said |= {name: getattr(config, name) for name in REPEATED}
+    said |= {name: stated[name] for name in ("private", "claim")}
+    said |= {
+        "epsilon": None if m is None else m.epsilon,
+        "delta": None if m is None else m.delta,
+        "noise_multiplier": None if m is None else m.noise_multiplier,
+        "clip_norm": None if m is None else m.clip_norm,
+        "sensitivity": None if m is None else m.sensitivity.value,
+        "rmse": None if m is None else m.rmse,
+        "bands": None if m is None else m.strategy.bands,
+        "n_steps": stated["sampler"]["n_steps"],
     }
+    return fields("result.json agrees", result, said)

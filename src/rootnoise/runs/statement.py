@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -87,6 +88,31 @@ def batches(sampler: Sampler) -> dict[str, Any]:
         "batch_size": sampler.batch_size,
         "n_steps": sampler.n_steps,
     }
+
+
+def strange(stated: Statement, *, private: bool) -> list[str]:
+    """Return the names of entries that no statement has, or whose words are not its own.
+
+    Of what the key's identifier and the versions say nothing else tells; `as_markdown` shows both,
+    so they must not be sentences.
+
+    >>> stated = {"schema": SCHEMA, "versions": {"torch": "any"}, "key_id": "0" * 16, "epsilon": 1}
+    >>> strange(stated, private=True)
+    ['epsilon']
+    """
+    names = {"schema", "claim", "private", "sampler", "steps_made", "versions", "files", "seal"}
+    if private:
+        names |= {"independence", "key_id", "mechanism", "ledger"}
+    packages = {"rootnoise", "python", *PACKAGES}
+    own = {
+        "schema": stated["schema"] == SCHEMA,
+        "key_id": re.fullmatch(r"[0-9a-f]{16}", str(stated.get("key_id", "0" * 16))),
+        "versions": all(
+            name in packages and re.fullmatch(r"[\w.+!-]{1,40}", str(version))
+            for name, version in stated["versions"].items()
+        ),
+    }
+    return sorted({*stated} - names | {name for name, said in own.items() if not said})
 
 
 def refuse_other(

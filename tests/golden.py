@@ -78,8 +78,17 @@ def written(room: str, value: Any) -> str:
 
 
 def processor() -> str:
-    """What decides on the last bit of logarithms and sums: the same bits are for the same one."""
-    return f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    """What decides on the last bit of logarithms and sums: the same bits are for the same one.
+
+    Of two AMD processors with AVX512, BLAS multiplied vectors of one number otherwise.
+    """
+    found = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    kinds = dict(line.split(":", 1) for line in reversed(lines) if ":" in line)
+    names = ("vendor_id", "cpu family", "model")
+    kinds = {name.strip(): kind.strip() for name, kind in kinds.items()}
+    return ", ".join([found, *(f"{name} {kinds[name]}" for name in names if name in kinds)])
 
 
 def bits(mechanism: rn.Mechanism, size: int) -> str:

@@ -97,7 +97,7 @@ def test_any_number_is_answered_or_refused_in_one_line(
         ({"lr": 1e300}, r"lr must be a finite number <= 1e\+06, got 1e\+300"),
         ({"clip_norm": 1e-300}, r"clip_norm must be a finite number >= 1e-06 and <= 1e\+06, got"),
         (
-            {"weight_decay": 7.6},
+            {"lr": 0.5, "weight_decay": 7.6},
             r"weight_decay must be < 2 \(1 \+ momentum\) / lr = 7.6, or the .*, got 7.6",
         ),
     ],
@@ -108,7 +108,7 @@ def test_settings_beyond_use_are_refused(fields, line):
 
 
 def test_the_bound_of_weight_decay_is_that_of_stability():
-    config = RunConfig(epsilon=4.0, weight_decay=7.5)
+    config = RunConfig(epsilon=4.0, lr=0.5, weight_decay=7.5)
     x, m = 1.0, 0.0
     for _ in range(5000):
         m = config.momentum * m + config.weight_decay * x

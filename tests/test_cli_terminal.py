@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from rootnoise.cli import _progress, _report, main
+from rootnoise.cli.audit import _percent
 from rootnoise.factorization import mechanisms
 from rootnoise.runs.config import SAMPLINGS
 from rootnoise.runs.data import _FROM_FILES
@@ -170,7 +171,7 @@ def test_a_narrow_audit_lists_what_holds_and_shows_what_does_not(tmp_path):
     shown = " ".join(line.strip() for line in lines)
     assert status == 0
     assert "checks hold: seal, claim.txt, config.json," in shown
-    assert "stated" not in shown
+    assert "found" not in shown
     (out / "run.toml").write_text("")
     status, lines = at_a_terminal(50, "audit", str(out))
     shown = " ".join(line.strip() for line in lines)
@@ -179,3 +180,7 @@ def test_a_narrow_audit_lists_what_holds_and_shows_what_does_not(tmp_path):
     assert "checks hold: seal, claim.txt" in shown
     path = [line for line in lines if str(out) in line]  # a word of its own length
     assert max(len(line) for line in lines if line not in path) <= 50
+
+
+def test_an_audit_shows_a_gap_and_that_none_is_stated():
+    assert [_percent("0.12"), _percent("None")] == ["12%", "None"]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rootnoise._check import RootnoiseError
+from rootnoise.auditing import recompute
 from rootnoise.bounds.optimality import Optimality
 from rootnoise.cli import main
 from rootnoise.mechanism import Mechanism
@@ -268,7 +269,7 @@ def test_a_run_without_privacy_can_claim_none(tmp_path, finished):
 def test_beyond_the_steps_of_a_bound_none_may_be_stated(copy, monkeypatch):
     """And the error is that of the streamed rows."""
     monkeypatch.setattr(statement, "MOST_STEPS", 8)
-    monkeypatch.setattr(audit_module.recompute, "DENSE", 8)
+    monkeypatch.setattr(recompute, "DENSE", 8)
     assert failures(copy) == ["lower bound"]
     for name in ("lower_bound", "gap"):
         change(copy, "privacy.json", "mechanism", "error", name, None)

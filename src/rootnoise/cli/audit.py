@@ -70,8 +70,8 @@ def _show(run_dir: Path, checks: Sequence[Check]) -> None:
     for check in [*failed, *(holds if wide else [])]:
         mark = "yes" if check.held else "[bold red]NO[/]"
         both = (check.stated, check.found)
-        if check.name == "gap":  # shown as a percentage
-            both = (f"{100 * float(check.stated):.9g}%", f"{100 * float(check.found):.9g}%")
+        if check.name == "gap":
+            both = _percent(check.stated), _percent(check.found)
         table.add_row(check.name, mark, *both)
     if table.rows:
         console.print(table)
@@ -82,3 +82,8 @@ def _show(run_dir: Path, checks: Sequence[Check]) -> None:
     for check in checks:
         if check.name == "finished":
             print(check.found)
+
+
+def _percent(gap: str) -> str:
+    """Return a gap as a percentage; of long runs none is stated."""
+    return gap if gap == "None" else f"{100 * float(gap):.9g}%"

@@ -184,6 +184,17 @@ def test_what_was_trained_last_counts():
     rows = accuracy.summarise(runs)
     assert [(row["lr"], row["mean"]) for row in rows] == [(1.0, 0.2), (0.5, 0.2)]
     assert rows[-1]["seeds"] == 2
+    assert compared.latest(rows) == rows[-1:]
+
+
+def test_a_page_shows_what_was_tuned_last():
+    old, new = cell("BSR", 0.2, 0.01, lr=2.0), cell("BSR", 0.8, 0.01, seeds=10)
+    tables = {"accuracy": [old, cell("A·Id", 0.5, 0.01, seeds=10), new]}
+    (line,) = accuracy.views(tables)["s: d, m, 10 seeds"]
+    assert line["BSR"] == "80.0 ± 1.0 (lr 1)"
+    lines = [x.get_ydata() for x in accuracy.draw(tables)["accuracy.png"].axes[0].get_lines()]
+    assert [20.0] not in [list(y) for y in lines]
+    assert [80.0] in [list(y) for y in lines]
 
 
 # ---------------------------------------------------------------------------- the grid

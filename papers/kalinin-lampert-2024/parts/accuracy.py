@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from parts import figures
-from parts.compared import Rivals, beyond, chance, compare, gain, rivals, settings_of
+from parts.compared import Rivals, beyond, chance, compare, gain, latest, rivals, settings_of
 from parts.methods import (
     AMPLIFIED,
     AOF,
@@ -212,7 +212,7 @@ def _better(rows: Sequence[Row]) -> Claim | None:
 
 def views(tables: Tables) -> dict[str, list[Row]]:
     """Return the planner's choice by setting, and each study: accuracies and learning rates."""
-    rows = tables["accuracy"]
+    rows = latest(tables["accuracy"])
     shown: dict[str, list[Row]] = {CHOICE: [_chosen(rows, pair) for pair in rivals(rows, FIRST)]}
     for setting in settings_of(rows):
         own = where(rows, **setting)
@@ -220,7 +220,7 @@ def views(tables: Tables) -> dict[str, list[Row]]:
         caption = "{study}: {dataset}, {model}".format(**setting) + f", {seeds} seeds"
         line = {name: setting[name] for name in ("epochs", "batch_size", "n_steps", "epsilon")}
         cells = {method: where(own, method=method) for method in METHODS}
-        texts = {method: _text(cell[-1]) if cell else None for method, cell in cells.items()}
+        texts = {method: _text(cell[0]) if cell else None for method, cell in cells.items()}
         for methods, title in ((PAPER, caption), (PLANNED, f"{caption}, planned")):
             if any(texts[method] for method in methods):
                 own_line = line | {method: texts[method] for method in methods}
@@ -240,7 +240,7 @@ def _chosen(rows: Sequence[Row], pair: Rivals) -> Row:
         "accuracy": _text(own),
         "best other": f"{best['method']} {_text(best)}",
         "gain": _in_deviations(pair.gain),
-        "gain over A·Id amplified": _in_deviations(gain(own, usual[-1])) if usual else None,
+        "gain over A·Id amplified": _in_deviations(gain(own, usual[0])) if usual else None,
     }
 
 
@@ -256,15 +256,15 @@ def _text(row: Row) -> str:
 
 def draw(tables: Tables) -> dict[str, Figure]:
     """Return accuracy.png, the paper's methods, and planned.png, gains over amplified DP-SGD."""
-    rows = tables["accuracy"]
+    rows = latest(tables["accuracy"])
     gains = []
     for row in where(rows, method=FIRST):
         (setting,) = settings_of([row])
         usual = where(rows, method=AMPLIFIED, **setting)
         for own in (where(rows, method=method, **setting) for method in NEAR if usual):
             if own:
-                mean, std = gain(own[-1], usual[-1])
-                gains.append({**own[-1], "mean": mean, "std": std})
+                mean, std = gain(own[0], usual[0])
+                gains.append({**own[0], "mean": mean, "std": std})
     drawn = {"accuracy.png": _panels(rows, PAPER, "test accuracy (%)")}
     if gains:
         drawn["planned.png"] = _panels(gains, NEAR, f"points above {AMPLIFIED}")

@@ -22,6 +22,15 @@ def settings_of(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [dict(zip(names, values, strict=True)) for values in found]
 
 
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """Return the last row of each method in each setting: what was tuned last."""
+    last = {}
+    for row in rows:
+        (setting,) = settings_of([row])
+        last[row["method"], *setting.values()] = row
+    return list(last.values())
+
+
 def gain(left: Row, right: Row) -> Gain:
     """Return how much better left is than right; of independent runs deviations add in squares."""
     deviation = float(np.hypot(left["std"] or 0, right["std"] or 0))

@@ -1,8 +1,8 @@
 """Which learning rate to start at: the one at which the noise moves the weights a fixed distance.
 
-The more noise, the smaller the best rate: over 201 settings and methods of
+The more noise, the smaller the best rate: over 312 settings and methods of
 `papers/kalinin-lampert-2024` the best rate times the planned error is the same within a factor of
-two in 94 % (docs/planning.md). So the plan alone, which knows no data, foretells the rate, and the
+two in 92 % (docs/planning.md). So the plan alone, which knows no data, foretells the rate, and the
 advice costs no privacy.
 """
 
@@ -14,7 +14,7 @@ from rootnoise.mechanism import Mechanism
 from rootnoise.planner.job import CONTRACTION
 
 # How far the noise moves a weight at the best rate, in root mean square over steps:
-# `benchmarks/rates.py` fits 0.0185 to the paper's runs; that of other settings was higher.
+# `benchmarks/rates.py` fits 0.018 to the paper's runs; that of other settings was higher.
 MOVED = 0.02
 # Times the clip norm: larger advice was hardly held against training.
 LARGEST = 4.0

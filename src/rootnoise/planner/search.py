@@ -221,11 +221,9 @@ class _Search:
                 best.setdefault(row.mechanism, row)
         found = [(row.mechanism, dict(row.options)) for row in best.values()]
         if who.period > in_bins.MANY or who.period * self.job.n_steps > in_bins.LARGE:
-            first, *others = best.values()
-            light = next((row for row in (first, *others) if row.memory_rows <= 1), first)
             self.refused["balls in bins"] = "few strategies are tried with so many bins"
-            lightest = light.mechanism, dict(light.options)
-            return found[:1] if light is first else [found[0], lightest]
+            light = [name for name, row in best.items() if row.memory_rows <= 1]
+            return [one for one in found if one[0] in (found[0][0], light[0])]
         looked = in_bins.Forecasts(self.job, self._objective)
 
         def look(name: str, options: dict[str, Any]) -> float:

@@ -11,6 +11,8 @@ from torch import nn
 from rootnoise._check import RootnoiseError
 from rootnoise.training.clip import Flat, PrivateModule, bounds, products
 from rootnoise.training.clip.bounds import ROWS, WAITING, Sum, add_outer_
+from rootnoise.training.clip.layers import row_of
+from rootnoise.training.clip.products import Products
 from rootnoise.training.clip.sums import Sums
 from rootnoise.training.clipping import Clip
 
@@ -220,3 +222,18 @@ def test_arrays_no_larger_than_taps_are_always_held(monkeypatch: pytest.MonkeyPa
     module(drawn(5, 3, 30, 60)).sum().backward()
     assert not module._single
     assert module._grads
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(300, 200), nn.Conv2d(8, 32, 5, padding=2)])
+def test_arrays_are_made_twice_in_the_blocks_of_those_held(layer: nn.Module) -> None:
+    row = row_of(layer, ["weight", "bias"])
+    assert isinstance(row, Products)
+    shape = (8, 30, 30) if isinstance(layer, nn.Conv2d) else (30, 300)
+    x = torch.randn(150, *shape)
+    g = torch.randn_like(layer(x))
+    blocks = list(row.blocks(({"input": x}, g)))
+    assert 1 < len(blocks) < 150
+    for part in blocks:  # one alone makes the same call
+        size = part.stop - part.start
+        assert list(row.blocks(({"input": x[part]}, g[part]))) == [slice(0, size)]
+    assert [p.start for p in blocks[1:]] == [p.stop for p in blocks[:-1]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,21 @@ class Convolution(Products):
         """Return output gradients as (examples, groups, places, width)."""
         return widened(g).reshape(len(g), self.groups, g.shape[1] // self.groups, -1).mT
 
+    def blocks(self, taps: Taps) -> Iterator[slice]:
+        """Yield the examples whose arrays are made at once."""
+        (a,), g = taps[0].values(), taps[1]
+        if not self._convolves(a):
+            return super().blocks(taps)
+        return example_blocks(len(g), 1, self._width(taps), CACHED)
+
+    def _convolves(self, a: torch.Tensor) -> bool:
+        return self.weight and a.device.type == "cpu"  # not measured on GPUs
+
+    def _width(self, taps: Taps) -> int:
+        """Return the numbers of an example, of inputs, output gradients and array."""
+        (a,), g = taps[0].values(), taps[1]
+        return int(a[0].numel() + g[0].numel() + self.module.weight.numel())
+
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`: by the library's convolutions, in which each example has groups of its own.
 
@@ -78,15 +93,15 @@ class Convolution(Products):
         a single one gets an empty one beside it, since without groups another program runs.
         """
         (a,), g = taps[0].values(), taps[1]
-        if not self.weight or a.device.type != "cpu":  # not measured on GPUs
+        if not self._convolves(a):
             return super().per_sample(taps)
         made = {"bias": self.bias_gradient(widened(g))} if self.bias else {}
         padding: Any = self.module.padding
         if self.module.padding_mode != "zeros" or isinstance(padding, str):
             a, padding = self.padded(a), (0,) * (a.dim() - 2)
         rows = blank([len(g), self.module.weight.numel()], widened(g).dtype, g.device)
-        width = a[0].numel() + g[0].numel() + rows.shape[1]
-        for part in example_blocks(len(g), 1, width, CACHED):
+        width = self._width(taps)
+        for part in self.blocks(taps):
             x, y = widened(a[part]), widened(g[part])
             if len(x) == 1 and 2 * width <= CACHED:
                 x, y = (torch.cat([t, torch.zeros_like(t)]) for t in (x, y))

@@ -87,10 +87,15 @@ class Products:
         """See `Row`."""
         return sum(self.shape(g)[0] for _, g in taps)
 
+    def blocks(self, taps: Taps) -> Iterator[slice]:
+        """Yield the examples whose arrays are made at once."""
+        tokens, d_in, d_out = self.shape(taps[1])
+        return example_blocks(len(taps[1]), 1, self.groups * tokens * (d_in + d_out), CACHED)
+
     def per_sample(self, taps: Taps) -> dict[str, torch.Tensor]:
         """See `Row`."""
         inputs, g = taps
-        n, (tokens, d_in, d_out) = len(g), self.shape(g)
+        n, (_, d_in, d_out) = len(g), self.shape(g)
         made = {}
         if self.bias:
             made["bias"] = self.bias_gradient(widened(g))
@@ -98,7 +103,7 @@ class Products:
             rows = blank([n, self.groups, d_out, d_in], widened(g).dtype, g.device)
             if self.transposed:
                 rows = rows.mT.contiguous()
-            for part in example_blocks(n, 1, self.groups * tokens * (d_in + d_out), CACHED):
+            for part in self.blocks(taps):
                 a, b = self.tokens(({k: x[part] for k, x in inputs.items()}, g[part]))
                 left, right = (a, b) if self.transposed else (b, a)
                 torch.matmul(left.mT, right, out=rows[part])
@@ -196,8 +201,7 @@ class MadeTwice:
 
     def _blocks(self) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         inputs, g = self.taps
-        tokens, d_in, d_out = self.row.shape(g)
-        for part in example_blocks(len(g), 1, self.row.groups * tokens * (d_in + d_out), CACHED):
+        for part in self.row.blocks(self.taps):
             own = {name: x[part] for name, x in inputs.items()}
             yield part, self.row.per_sample((own, g[part]))
 

@@ -594,6 +594,27 @@ MUTATIONS = [
         "clip_convolutions",
     ),
     Mutation(
+        "arrays that are still read are written over",
+        "training/clip/bounds.py",
+        "        if self._used:\n",
+        "        if self._used and not shape:\n",
+        "clip_sums",
+    ),
+    Mutation(
+        "gradients of examples are copied and stored with a model",
+        "training/clip/bounds.py",
+        'return {"_memory": None, "_used": False}',
+        "return dict(self.__dict__)",
+        "clip_sums",
+    ),
+    Mutation(
+        "gradients of examples stay in memory while a model is evaluated",
+        "training/clip/module.py",
+        "space.drop()",
+        "space.free()",
+        "clip_sums",
+    ),
+    Mutation(
         "arrays that are made twice are others than those held",
         "training/clip/products.py",
         "found = [[row_squares(x) for x in made.values()] for _, made in self._blocks()]",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -237,3 +239,59 @@ def test_arrays_are_made_twice_in_the_blocks_of_those_held(layer: nn.Module) -> 
         size = part.stop - part.start
         assert list(row.blocks(({"input": x[part]}, g[part]))) == [slice(0, size)]
     assert [p.start for p in blocks[1:]] == [p.stop for p in blocks[:-1]]
+
+
+# ----------------------------------------------------------------------- memory that is used again
+
+
+@pytest.mark.parametrize("tokens", [(24,), (24, 24, 25), ()], ids=str)
+@pytest.mark.parametrize("held", [0, 10**9])
+def test_memory_of_arrays_is_used_again_and_no_number_in_it(
+    monkeypatch: pytest.MonkeyPatch, tokens: tuple[int, ...], held: int
+) -> None:
+    """Of one module, micro-batches of other sizes have the bits of a module of their own."""
+    monkeypatch.setattr(products, "HELD", held)
+
+    def made() -> PrivateModule:
+        return PrivateModule(Calls(*tokens) if tokens else convolution(), "mean")
+
+    module = made()
+    for rows in (7, 40, 1, 12, 40):
+        x = drawn(rows, rows, *((sum(tokens), 60) if tokens else (30, 5, 5)))
+        (norms, total), (expected, other) = (
+            (added(m, x), m.finish()[0].clone()) for m in (module, made())
+        )
+        assert torch.equal(norms, expected)
+        assert torch.equal(total, other)
+    spaces = list(module._spaces())
+    assert [s._used for s in spaces] == [False]
+    assert all(s._memory is not None for s in spaces)
+
+
+def test_what_is_still_read_is_not_written_over() -> None:
+    module, x = PrivateModule(Calls(24), "sum"), drawn(5, 3, 24, 60)
+    module(x).sum().backward()
+    (held,) = (rows for p, rows in module._grads.items() if p.dim() == 2)
+    (space,) = module._spaces()
+    assert space._used
+    other = space.take(held.shape, held.dtype, held.device)
+    assert held.data_ptr() != other.data_ptr()
+    module.zero_grad()
+    assert space.take(held.shape, held.dtype, held.device).data_ptr() == held.data_ptr()
+
+
+def test_examples_gradients_are_neither_evaluated_nor_copied_nor_stored() -> None:
+    module = PrivateModule(Calls(24))
+    added(module, drawn(5, 3, 24, 60))
+    (space,) = module._spaces()
+    assert space._memory is not None
+    for other in (copy.deepcopy(space), pickle.loads(pickle.dumps(space))):  # noqa: S301
+        assert other._memory is None
+        assert other.take([2], torch.float32, torch.device("cpu")).shape == (2,)
+    assert module.train() is module
+    assert space._memory is not None
+    module.eval()
+    assert space._memory is None
+    added(module.train(), drawn(5, 3, 24, 60))
+    assert space._memory is not None
+    assert space.take([2], torch.float64, torch.device("cpu")).dtype == torch.float64

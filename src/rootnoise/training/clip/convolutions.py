@@ -21,7 +21,6 @@ from rootnoise.training.clip.bounds import (
     Sum,
     add_product_,
     add_rows_,
-    blank,
     example_blocks,
     gram_squares,
 )
@@ -99,7 +98,7 @@ class Convolution(Products):
         padding: Any = self.module.padding
         if self.module.padding_mode != "zeros" or isinstance(padding, str):
             a, padding = self.padded(a), (0,) * (a.dim() - 2)
-        rows = blank([len(g), self.module.weight.numel()], widened(g).dtype, g.device)
+        rows = self.space.take([len(g), self.module.weight.numel()], widened(g).dtype, g.device)
         width = self._width(taps)
         for part in self.blocks(taps):
             x, y = widened(a[part]), widened(g[part])

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from rootnoise._check import RootnoiseError, integer, warn
 from rootnoise.training.clip.attention import divide, divides
-from rootnoise.training.clip.bounds import Sum, add_rows_, check_size, row_squares
+from rootnoise.training.clip.bounds import Space, Sum, add_rows_, check_size, row_squares
 from rootnoise.training.clip.fallback import WHOLE, Fallback, opacus_sampler
 from rootnoise.training.clip.layers import Kept, Row, row_of
 from rootnoise.training.clip.products import MadeTwice, Products
@@ -320,6 +320,19 @@ class PrivateModule(nn.Module):
         book.open = book.inside = book.gradients = False
         self._taps, self._single, self._grads, self._kept = {}, {}, {}, {}
         self._norms = self._squares = None
+        for space in self._spaces():
+            space.free()
+
+    def train(self, mode: bool = True) -> PrivateModule:
+        """Set training or evaluation mode; in the latter no memory of gradients is held."""
+        if not mode:
+            for space in self._spaces():
+                space.drop()
+        super().train(mode)
+        return self
+
+    def _spaces(self) -> Iterator[Space]:
+        return (row.space for row in self._rows.values() if isinstance(row, Products))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, and the forward and backward that were not added.

@@ -13,11 +13,11 @@ from rootnoise.training.clip.bounds import (
     HELD,
     KEPT,
     SMALL,
+    Space,
     Sum,
     add_each_,
     add_outer_,
     add_rows_,
-    blank,
     example_blocks,
     gram_squares,
     row_squares,
@@ -41,6 +41,7 @@ class Products:
         self.names = [argument]
         self.module, self.transposed = module, transposed
         self.weight, self.bias = "weight" in trainable, "bias" in trainable
+        self.space = Space()
 
     def tokens(self, taps: Taps) -> tuple[torch.Tensor, torch.Tensor]:
         """Return inputs and output gradients as (examples, groups, tokens, width)."""
@@ -100,7 +101,7 @@ class Products:
         if self.bias:
             made["bias"] = self.bias_gradient(widened(g))
         if self.weight:
-            rows = blank([n, self.groups, d_out, d_in], widened(g).dtype, g.device)
+            rows = self.space.take([n, self.groups, d_out, d_in], widened(g).dtype, g.device)
             if self.transposed:
                 rows = rows.mT.contiguous()
             for part in self.blocks(taps):
@@ -204,6 +205,7 @@ class MadeTwice:
         for part in self.row.blocks(self.taps):
             own = {name: x[part] for name, x in inputs.items()}
             yield part, self.row.per_sample((own, g[part]))
+            self.row.space.free()
 
     def squares(self) -> torch.Tensor:
         """See `Kept`."""

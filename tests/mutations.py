@@ -806,6 +806,13 @@ MUTATIONS = [
         "monte_carlo_bounds",
     ),
     Mutation(
+        "a noise multiplier of samples is taken without what is stated of it",
+        "accounting/run.py",
+        "return found if exact(found) <= target else enough",
+        "return found",
+        "bin_fit",
+    ),
+    Mutation(
         "half the sampling probability",
         "accounting/run.py",
         "gaussian.poisson_cost(sigma, q, rounds, delta)",

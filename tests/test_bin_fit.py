@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from chain_cases import gram_of
 from rootnoise import accounting
-from rootnoise.accounting import MonteCarlo, bin_bounds, bin_fit
+from rootnoise.accounting import MonteCarlo, bin_bounds, bin_fit, run
 from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds
 from rootnoise.accounting.bin_chain import Chain
@@ -19,7 +20,7 @@ from rootnoise.accounting.bin_fit import chains_above, chains_below
 from rootnoise.accounting.run import _search
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
-from rootnoise.participation import BallsInBins
+from rootnoise.participation import BallsInBins, FixedCycle
 from rootnoise.workload import prefix_sum
 
 
@@ -132,6 +133,31 @@ def test_a_certain_bound_near_the_forecast_is_claimed_and_calibrated_to():
     assert cost.monte_carlo is None
     assert "certain" in cost.method
     assert 0.98 * 3 <= cost.epsilon <= 3
+
+
+def test_where_certain_bounds_are_far_only_samples_are_searched_with(monkeypatch):
+    who, few = BallsInBins(24, 1), MonteCarlo(samples=20_000)
+    strategy = factorize(prefix_sum(24), who, "bsr", bands=8).strategy
+    looks = []
+    bounds = bin_bounds.bounds
+
+    def counted(*given):
+        looks.append(given)
+        return bounds(*given)
+
+    monkeypatch.setattr(bin_bounds, "bounds", counted)
+    own = {"strategy": strategy, "monte_carlo": few}
+    sigma = accounting.noise_multiplier(who, 24, 1.01, 1e-5, **own)
+    assert len(looks) == 3  # whether it is tight, whether it is near, and what is stated
+    cost = accounting.privacy_cost(who, 24, sigma, 1e-5, **own)
+    assert cost.monte_carlo == few
+    assert 0.9 * 1.01 <= cost.epsilon <= 1.01
+    # Where what is stated misses after all, the noise without amplification is taken.
+    stated = replace(cost, epsilon=1.02)
+    monkeypatch.setattr(run._Run, "cost", lambda *_: stated)
+    enough = accounting.noise_multiplier(who, 24, 1.01, 1e-5, **own)
+    assert accounting.privacy_cost(FixedCycle(24, 1), 24, enough, 1e-5).epsilon <= 1.01
+    assert enough > sigma
 
 
 @pytest.mark.parametrize("off", [1.0, 1.3, 0.7])

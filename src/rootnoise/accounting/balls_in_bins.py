@@ -16,6 +16,8 @@ from rootnoise.causal import CausalMatrix
 
 # Entries of the largest array of a block, 32 MB.
 BLOCK = 2**22
+# And of those that are computed at a time, which stay in a cache: 0.5 MB.
+CACHED = 2**16
 # Bins up to which all triples are summed: 0.3 s for each power.
 TRIPLES = 512
 
@@ -58,16 +60,29 @@ class Bins(Mixture):
     def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
         """Return log L and log dR/dQ of samples from the tilted R."""
         drawn = self._patterns(rng, size, tilt)
-        shift = tilt.power * sum(self.gram[column] for column in drawn)
-        log_x = self._noise(rng, size) + shift - np.diag(self.gram) / 2
-        log_r = tilt.order * _log_mean_exp(tilt.power * log_x) - tilt.log_scale
-        return _log_mean_exp(log_x), log_r
+        log_x, half = self._noise(rng, size), np.diag(self.gram) / 2
+        log_l, power = np.empty(size), np.empty(size)
+        rows = max(1, CACHED // len(self.gram))
+        for part in (slice(start, start + rows) for start in range(0, size, rows)):
+            x = log_x[part]
+            x += tilt.power * sum(self.gram[column[part]] for column in drawn)
+            x -= half
+            log_l[part] = _log_mean_exp(x)
+            power[part] = log_l[part] if tilt.power == 1 else _log_mean_exp(tilt.power * x)
+        return log_l, tilt.order * power - tilt.log_scale
 
     def add(self, rng: np.random.Generator, size: int, tau: float) -> Samples:
         """Return log L and log dR/dQ of samples from N(-tau m, 1)."""
-        u = self._noise(rng, size) - tau * self.gram.mean(axis=1)
-        log_r = -tau * u.mean(axis=1) - tau**2 * self.mean_norm2 / 2
-        return _log_mean_exp(u - np.diag(self.gram) / 2), log_r
+        noise, half = self._noise(rng, size), np.diag(self.gram) / 2
+        mean, log_l, inner = tau * self.gram.mean(axis=1), np.empty(size), np.empty(size)
+        rows = max(1, CACHED // len(self.gram))
+        for part in (slice(start, start + rows) for start in range(0, size, rows)):
+            u = noise[part]
+            u -= mean
+            inner[part] = u.mean(axis=1)
+            u -= half
+            log_l[part] = _log_mean_exp(u)
+        return log_l, -tau * inner - tau**2 * self.mean_norm2 / 2
 
     def _noise(self, rng: np.random.Generator, size: int) -> Array:
         """Return <m_i, z> for all i, z standard normal."""

@@ -43,6 +43,8 @@ POWERS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 10.0, 13
 SHIFTS = (0.0, *np.geomspace(0.1, 300, 40).tolist())
 # Samples that choose theta, j and tau; the answer rests on others.
 PILOT = 4000
+# And those of a forecast, which chooses nothing.
+FEW = 2000
 # Beyond this epsilon nothing is claimed.
 HOPELESS = 1000.0
 # Exponentials stay far from overflow.
@@ -161,24 +163,34 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: in
 
 def forecast(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
     """Return about what `epsilon` will, in a small part of its time and without its confidence."""
-    return _choose(mixture, delta, settings)[0]
+    return _choose(mixture, delta, settings, FEW, 2)[0]
 
 
-def _choose(mixture: Mixture, delta: float, settings: MonteCarlo) -> tuple[float, Tilt, float]:
-    """Forecast epsilon, and choose the distributions that bound delta best near it."""
+def _choose(
+    mixture: Mixture, delta: float, settings: MonteCarlo, size: int = PILOT, most: int = 4
+) -> tuple[float, Tilt, float]:
+    """Forecast epsilon, and choose the distributions that bound delta best near it.
+
+    Args:
+        mixture: P against Q.
+        delta: in (0, 1).
+        settings: of the samples that the forecast is for.
+        size: samples of each distribution that is tried.
+        most: distributions that are tried at an epsilon.
+    """
     rng = _stream(settings, 0)
     tilts = mixture.tilts()
     guess = _root(lambda e: math.exp(min(0.0, *(tilt.log_range(e) for tilt in tilts))), delta)
 
     def bounded(tilt: Tilt) -> tuple[float, Tilt]:
         try:
-            drawn = _remove(mixture, rng, PILOT, tilt, settings.failure / 2)
+            drawn = _remove(mixture, rng, size, tilt, settings.failure / 2)
         except FloatingPointError:
             return math.inf, tilt
         return _root(lambda e: drawn.bound(e, settings.samples), delta), tilt
 
     for _ in range(2):  # those of least range where epsilon was last found
-        likely = sorted(tilts, key=lambda tilt: tilt.log_range(guess))[:4]
+        likely = sorted(tilts, key=lambda tilt: tilt.log_range(guess))[:most]
         found, best = min(map(bounded, likely), key=lambda pair: pair[0])
         guess = min(guess, found)
     return guess, best, min(SHIFTS, key=lambda tau: mixture.add_log_range(tau, guess))

@@ -48,6 +48,8 @@ FIRST = 1.5
 # A certain bound up to this times the lower one, or a forecast, is claimed in place of a confidence
 # bound.
 NEAR = 1.05
+# Where a first look at the certain bound is so many times a forecast, it is not searched with.
+FAR = 1.1
 # A calibration by certain bounds ends when it spends this part of epsilon.
 CLOSE = 0.985
 
@@ -310,22 +312,34 @@ class _Run:
         def rough(sigma: float) -> float:
             return _bounded(self, sigma, delta, bin_bounds.QUICK).upper
 
+        def guess(sigma: float) -> float:
+            return _guessed(self, sigma, delta)
+
         def forecast(sigma: float) -> float:
             certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
             # Samples only where they could change which side of the target this is.
             if certain.tight or not certain.lower < target < 2 * certain.upper:
                 return certain.upper
-            return min(certain.upper, _guessed(self, sigma, delta))
+            return min(certain.upper, guess(sigma))
 
+        def exact(sigma: float) -> float:
+            return self.cost(sigma, delta).epsilon
+
+        def samples(sigma: float) -> float:
+            return _sampled(self, sigma, delta)
+
+        # To search by bounds that will not be claimed takes as long as all else.
+        if not _bounded(self, enough * math.exp(-FIRST), delta, bin_bounds.QUICK).tight:
+            likely = _search(guess, lambda s: target, target, enough, report, CLOSE)
+            if rough(likely) > FAR * target:
+                found = _search(guess, samples, target, enough, report, 0.0)
+                return found if exact(found) <= target else enough
         sure = _search(
             rough, lambda s: _bounded(self, s, delta).upper, target, enough, report, CLOSE
         )
         if self.settled(sure, delta):
             return sure
-        sampled = _search(
-            forecast, lambda s: self.cost(s, delta).epsilon, target, enough, report, 0.0
-        )
-        return min(sure, sampled)
+        return min(sure, _search(forecast, exact, target, enough, report, 0.0))
 
 
 def _search(

@@ -390,6 +390,17 @@ def test_balls_in_bins_are_tried_with_what_is_best_there(binned):
     assert max(errors) > 1.1 * best  # there is something to choose from
 
 
+@pytest.mark.parametrize(("epochs", "asked", "told"), [(1, False, 1), (1, True, 0), (4, False, 0)])
+def test_a_plan_of_one_epoch_says_that_balls_in_bins_were_not_tried(epochs, asked, told):
+    job = Job(40, 10, epochs, epsilon=1.0, delta=1e-3)
+    found = [f for f in plan(SGD(job.n_steps), job, bins=asked).findings if "bins" in f.name]
+    assert len(found) == told
+    for finding in found:
+        assert "single epoch" in finding.message
+        assert "--balls-in-bins" in finding.remedy
+        assert finding.numbers == {"bins": 4}
+
+
 def test_a_forecast_is_near_the_certain_epsilon():
     """Few samples against sums of log-normals, for strategies where those are tight."""
     for period, epochs, name, sigma in [(8, 1, "identity", 1.5), (8, 10, "identity", 1.6)]:

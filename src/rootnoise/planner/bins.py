@@ -1,6 +1,6 @@
 """Which strategies balls-in-bins sampling is tried with: the best ones by a forecast.
 
-To calibrate one takes 4 to 60 s; a forecast from few samples takes 0.03 s with 8 bins, 0.3 s with
+To calibrate one takes 2 to 60 s; a forecast from few samples takes 0.01 s with 8 bins, 0.06 s with
 100. So forecasts choose. Chance decides what is tried and nothing else: what a row states is what
 `Mechanism.calibrate` finds.
 
@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 from rootnoise import accounting
+from rootnoise.diagnostics import Finding
 from rootnoise.factorization import Factorization
 from rootnoise.participation import BallsInBins, FixedCycle
 from rootnoise.planner import objective as objectives
@@ -28,6 +29,21 @@ BANDS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 CLOSE, STEPS = 0.005, 8
 
 Candidate = tuple[str, dict[str, Any]]
+
+
+def untried(job: Job) -> list[Finding]:
+    """Return that a plan has not looked at balls in bins, where they gain most: in a single epoch.
+
+    >>> untried(Job(n_examples=400, batch_size=100, epochs=4, epsilon=1, delta=1e-5))
+    []
+    >>> untried(Job(n_examples=400, batch_size=100, epochs=1, epsilon=1, delta=1e-5))[0].name
+    'balls-in-bins-untried'
+    """
+    if job.epochs > 1 or not 2 <= job.period <= MANY:
+        return []
+    message = "in a single epoch balls-in-bins sampling often has 10 to 20 % less error"
+    remedy = "plan with --balls-in-bins (bins=True), which takes some seconds to minutes"
+    return [Finding("balls-in-bins-untried", {"bins": job.period}, message, remedy)]
 
 
 class Forecasts:

@@ -144,6 +144,8 @@ def _made(
     names = {row.mechanism for row in ranked}
     left_out = {name: reason for name, reason in search.refused.items() if name not in names}
     findings = _findings(aim, job, ranked)
+    if not bins:
+        findings += tuple(in_bins.untried(job))
     if contraction:  # so that `factorize` makes them for the workload itself
         ranked = tuple(map(partial(_aimed, contraction), ranked))
     return Plan(workload, job, ranked, contraction, left_out, findings, objective)

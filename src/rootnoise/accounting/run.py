@@ -302,7 +302,7 @@ class _Run:
         certain = _bounded(self, sigma, delta)
         if certain.upper <= NEAR * certain.lower:
             return True
-        return certain.upper <= NEAR * _guessed(self, sigma, delta)
+        return certain.upper <= NEAR * _guessed(self, sigma, delta, rough=False)
 
     def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
         """Search by the certain bound, and by forecasts and samples where that is too far."""
@@ -418,8 +418,8 @@ def _sampled(run: _Run, sigma: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _guessed(run: _Run, sigma: float, delta: float) -> float:
-    return estimate.forecast(run.at(sigma), delta, run.settings)
+def _guessed(run: _Run, sigma: float, delta: float, *, rough: bool = True) -> float:
+    return estimate.forecast(run.at(sigma), delta, run.settings, rough=rough)
 
 
 @lru_cache(maxsize=64)

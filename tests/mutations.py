@@ -615,6 +615,27 @@ MUTATIONS = [
         "clip_sums",
     ),
     Mutation(
+        "gradients that come after the norms are added unclipped",
+        "training/clip/module.py",
+        "if self._norms is not None:\n            raise",
+        "if False:\n            raise",
+        "clip_sums",
+    ),
+    Mutation(
+        "gradients of a backward are copied and stored with a model",
+        "training/clip/module.py",
+        '"_single": {}, "_grads": {}, "_kept": {}}',
+        '"_single": {}, "_kept": {}}',
+        "clip_sums",
+    ),
+    Mutation(
+        "sums without noise are copied and stored with a model",
+        "training/clip/module.py",
+        'none | counts | {"_sums": Sums(self._trainable.values())}',
+        "none | counts",
+        "clip_sums",
+    ),
+    Mutation(
         "arrays that are made twice are others than those held",
         "training/clip/products.py",
         "found = [[row_squares(x) for x in made.values()] for _, made in self._blocks()]",

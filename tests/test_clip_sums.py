@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import pickle
 
@@ -295,3 +296,105 @@ def test_examples_gradients_are_neither_evaluated_nor_copied_nor_stored() -> Non
     added(module.train(), drawn(5, 3, 24, 60))
     assert space._memory is not None
     assert space.take([2], torch.float64, torch.device("cpu")).dtype == torch.float64
+
+
+# --------------------------------------------------------------------- what comes after the norms
+
+
+class Twice(nn.Module):
+    """One layer called twice, in graphs that do not meet."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = (self.layer(part) for part in x.split([24, 60], 1))
+        return tuple(y[0] if isinstance(y, tuple) else y for y in (first, second))
+
+
+@pytest.mark.filterwarnings("ignore:layer .* is not in the table", "ignore:There is a performance")
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Linear(6, 6), nn.LayerNorm(6), nn.LSTM(6, 4, batch_first=True), nn.Bilinear(6, 6, 2)],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_a_backward_that_goes_on_after_the_norms_is_refused(layer: nn.Module) -> None:
+    """It would be added unclipped: of one example and clip norm 1 came a sum of length 18,000."""
+    if isinstance(layer, nn.Bilinear):  # a layer that is run again for each example
+
+        class Same(nn.Module):
+            def __init__(self, inner: nn.Module) -> None:
+                super().__init__()
+                self.inner = inner
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                out: torch.Tensor = self.inner(x, x)
+                return out
+
+        layer = Same(layer)
+    module, x = PrivateModule(Twice(layer), "sum"), drawn(8, 2, 84, 6)
+    module._probed = True  # which would refuse the first of two backwards
+    first, second = module(x)
+    first.sum().backward()
+    norms = module.norms(2)
+    with pytest.raises(RootnoiseError, match=r"backward must end before norms are asked for, got"):
+        (1e4 * second).sum().backward()
+    assert torch.equal(module.norms(2), norms)
+    module.add(Flat(1.0))
+    assert module.finish()[0].norm() <= 2.0
+
+
+@pytest.mark.parametrize("stage", ["backward", "norms", "added"])
+@pytest.mark.parametrize("made", [True, False])
+def test_what_is_not_noised_is_neither_copied_nor_stored(stage: str, made: bool) -> None:
+    """Neither what a micro-batch has left nor the memory of those before it."""
+    layer = Calls(24) if made else seeded(1, (nn.Linear, (60, 60)))
+    module, x = PrivateModule(layer), drawn(9, 64, *((24, 60) if made else (60,)))
+    expected = module(x).detach()
+    module.zero_grad()
+    added(module, x)
+    module.finish()
+    module(x[:3]).square().flatten(1).sum(1).mean().backward()
+    if stage != "backward":
+        module.norms(3)
+    if stage == "added":
+        module.add(Flat(1.0))
+    file = io.BytesIO()
+    torch.save(module, file)
+    assert len(file.getbuffer()) < 4 * 60 * 60 + 12_000  # the weights, not 3 or 64 times as much
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), loaded):  # noqa: S301
+        assert not other._grads
+        assert not other._taps
+        assert other._norms is None
+        assert not other._sums._sums
+        assert other._examples == 0
+        torch.testing.assert_close(other(x), expected)
+        with pytest.raises(RootnoiseError, match="gradients are missing"):
+            other.norms(3)
+    left = bool(module._grads or module._taps or module._kept)
+    assert left is (stage != "added")  # its own are still there
+
+
+def test_attention_of_no_examples() -> None:
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            out: torch.Tensor = self.layer(x, x, x, attn_mask=mask)[0]
+            return out
+
+    plain, masks = Own(), [None, torch.zeros(5, 5), torch.zeros(2 * 3, 5, 5)]
+    masks[2][:, :, 4] = -math.inf  # type: ignore[index]
+    x = drawn(7, 3, 5, 8)
+    expected = [plain(x, mask).detach() for mask in masks]
+    module = PrivateModule(plain)
+    for mask, known in zip(masks, expected, strict=True):
+        torch.testing.assert_close(module(x, mask), known)
+        module.zero_grad()
+    assert module(x[:0]).shape == (0, 5, 8)

@@ -217,7 +217,7 @@ def _asked(rows: Sequence[Row]) -> list[Claim | None]:
     """Judge what is planned if balls in bins are asked for where there is a single epoch."""
     single = {row["study"] for row in rows if row["epochs"] == 1 and row["method"] == BINS}
     own = [
-        row | {"method": ASKED}
+        {**row, "method": ASKED}
         for row in rows
         if row["method"] == (BINS if row["epochs"] == 1 and row["study"] in single else FIRST)
     ]

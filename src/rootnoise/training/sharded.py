@@ -85,6 +85,9 @@ class ShardedModule(PrivateModule):
         super().restart()
         self._padded, self._own = {}, {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_padded": {}, "_own": {}}
+
     def _meet(self, prefix: str, part: nn.Module, args: Any, output: Any) -> None:
         """Guard the gathered parameters, which are there until this part's forward ends."""
         book = self._book

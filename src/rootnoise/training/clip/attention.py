@@ -77,7 +77,7 @@ def attend(
         raise RootnoiseError(f"layer {name} must get attn_mask with is_causal, got none")
     # (examples, heads, places, width of a head)
     q, k, v = (
-        x.reshape(*x.shape[:2], module.num_heads, -1).transpose(1, 2)
+        x.reshape(*x.shape[:2], module.num_heads, module.head_dim).transpose(1, 2)
         for x in _projected(module, project, query, key, value)
     )
     mask = _mask(attn_mask, key_padding_mask, q)
@@ -118,8 +118,8 @@ def _mask(
     """Return the additive mask of the scores, (examples or 1, heads or 1, places or 1, places)."""
     parts = []
     if attention is not None:
-        size = (1 if attention.dim() == 2 else len(q), -1, *attention.shape[-2:])
-        parts.append(attention.reshape(size))
+        size = (1, 1) if attention.dim() == 2 else q.shape[:2]
+        parts.append(attention.reshape(*size, *attention.shape[-2:]))
     if padding is not None:
         parts.append(padding[:, None, None])
     added = [

@@ -102,6 +102,12 @@ class PrivateModule(nn.Module):
         for name, p in self._trainable.items():
             guard_parameter(book, name, p)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy, or of a file, what is not noised: gradients, norms and sums."""
+        none: dict[str, Any] = {"_taps": {}, "_single": {}, "_grads": {}, "_kept": {}}
+        counts = {"_norms": None, "_squares": None, "_bad": 0, "_examples": 0, "_tokens": 0}
+        return self.__dict__ | none | counts | {"_sums": Sums(self._trainable.values())}
+
     def __getattr__(self, name: str) -> Any:
         """Return the model's own attributes, which hosts read, such as its configuration."""
         try:
@@ -197,7 +203,8 @@ class PrivateModule(nn.Module):
             rows: number of examples that the micro-batch must have; 0 needs no forward.
 
         Raises:
-            RootnoiseError: no forward and backward since the last `add`, or one of other rows.
+            RootnoiseError: no forward and backward since the last `add`, or one of other rows. A
+                backward that goes on afterwards is refused, too.
         """
         integer("rows", rows, 0)
         book = self._book
@@ -398,6 +405,7 @@ class PrivateModule(nn.Module):
                 self._rows[tapped] = rows[tapped] = Steps(part, list(own))
 
         def keep(found: Found) -> None:
+            self._check_unmeasured(name)
             for tapped, row in rows.items():
                 taps = row.taps(found)
                 self._check_probe(tapped, taps[1])
@@ -412,6 +420,7 @@ class PrivateModule(nn.Module):
     ) -> None:
         """Keep one call, as taps or, where these are no larger, as per-sample gradients."""
         tapped, row = call.layer, self._rows[call.layer]
+        self._check_unmeasured(tapped.name)
         if tapped.names is None:
             made = self._falls[tapped].per_sample(tapped, call, inputs, gradients)
             self._keep_gradients(tapped, made)
@@ -429,6 +438,13 @@ class PrivateModule(nn.Module):
             self._keep_gradients(tapped, {names[p]: x for p, x in made.items()})
         else:
             self._keep_taps(tapped, taps)
+
+    def _check_unmeasured(self, name: str) -> None:
+        """Refuse gradients that come after the norms, which would be added unclipped."""
+        if self._norms is not None:
+            raise RootnoiseError(
+                f"backward must end before norms are asked for, got more of it at layer {name}"
+            )
 
     def _keep_taps(self, tapped: Tapped, taps: Taps) -> None:
         row = self._rows[tapped]

@@ -317,6 +317,7 @@ class Finder:
         if name == sys.argv[1]:
             os.kill(os.getpid(), signal.SIGINT)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us without
 sys.meta_path.insert(0, Finder())
 runpy.run_module("rootnoise", run_name="__main__")
 """

@@ -216,13 +216,13 @@ def _better(
 def _asked(rows: Sequence[Row]) -> list[Claim | None]:
     """Judge what is planned if balls in bins are asked for where there is a single epoch."""
     single = {row["study"] for row in rows if row["epochs"] == 1 and row["method"] == BINS}
+    if not single:
+        return []
     own = [
         {**row, "method": ASKED}
         for row in rows
         if row["method"] == (BINS if row["epochs"] == 1 and row["study"] in single else FIRST)
     ]
-    if not single:
-        return []
     who = "The planner's choice, balls in bins being asked for where there is a single epoch,"
     return [judge([*rows, *own], ASKED, who) for judge in (_level, _better)]
 

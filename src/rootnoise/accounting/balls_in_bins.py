@@ -6,6 +6,8 @@ matrix mechanisms", Lemma 3.2: only the Gram matrix of the b means matters.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,8 +64,7 @@ class Bins(Mixture):
         drawn = self._patterns(rng, size, tilt)
         log_x, half = self._noise(rng, size), np.diag(self.gram) / 2
         log_l, power = np.empty(size), np.empty(size)
-        rows = max(1, CACHED // len(self.gram))
-        for part in (slice(start, start + rows) for start in range(0, size, rows)):
+        for part in self._parts(size):
             x = log_x[part]
             x += tilt.power * sum(self.gram[column[part]] for column in drawn)
             x -= half
@@ -75,14 +76,18 @@ class Bins(Mixture):
         """Return log L and log dR/dQ of samples from N(-tau m, 1)."""
         noise, half = self._noise(rng, size), np.diag(self.gram) / 2
         mean, log_l, inner = tau * self.gram.mean(axis=1), np.empty(size), np.empty(size)
-        rows = max(1, CACHED // len(self.gram))
-        for part in (slice(start, start + rows) for start in range(0, size, rows)):
+        for part in self._parts(size):
             u = noise[part]
             u -= mean
             inner[part] = u.mean(axis=1)
             u -= half
             log_l[part] = _log_mean_exp(u)
         return log_l, -tau * inner - tau**2 * self.mean_norm2 / 2
+
+    def _parts(self, size: int) -> Iterator[slice]:
+        """Yield slices of samples whose entries stay in a cache."""
+        rows = max(1, CACHED // len(self.gram))
+        return (slice(start, start + rows) for start in range(0, size, rows))
 
     def _noise(self, rng: np.random.Generator, size: int) -> Array:
         """Return <m_i, z> for all i, z standard normal."""

@@ -1,8 +1,8 @@
 """Which strategies balls-in-bins sampling is tried with: the best ones by a forecast.
 
-To calibrate one takes 2 to 60 s; a forecast from few samples takes 0.01 s with 8 bins, 0.06 s with
-100. So forecasts choose. Chance decides what is tried and nothing else: what a row states is what
-`Mechanism.calibrate` finds.
+To calibrate one takes 8 to 100 s of CPU time; a forecast from few samples takes 0.01 s with 8 bins,
+0.06 s with 100. So forecasts choose. Chance decides what is tried and nothing else: what a row
+states is what `Mechanism.calibrate` finds.
 
 The more bands, the more means overlap, and the less a bin hides: with 8 bins and 10 epochs, at
 epsilon 1, the noise of a fixed cycle is multiplied by 0.43 for one band, 0.54 for two, 0.71 for

@@ -101,9 +101,8 @@ class Products:
         if self.bias:
             made["bias"] = self.bias_gradient(widened(g))
         if self.weight:
-            rows = self.space.take([n, self.groups, d_out, d_in], widened(g).dtype, g.device)
-            if self.transposed:
-                rows = rows.mT.contiguous()
+            size = (d_in, d_out) if self.transposed else (d_out, d_in)
+            rows = self.space.take([n, self.groups, *size], widened(g).dtype, g.device)
             for part in self.blocks(taps):
                 a, b = self.tokens(({k: x[part] for k, x in inputs.items()}, g[part]))
                 left, right = (a, b) if self.transposed else (b, a)

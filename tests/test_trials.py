@@ -74,7 +74,7 @@ def test_the_best_trial_is_released_whole(tmp_path, drawn, k):
     points = [point for point, _, _ in made]
     scores = [trial.trained.history[-1]["test_accuracy"] for _, trial, _ in made]
     assert (result.accuracy, result.seconds) == (max(scores), None)
-    best = max(range(k), key=lambda i: (scores[i], -points[i].place))
+    best = max(range(k), key=lambda i: (scores[i], -points[i].place, made[i][1].merit[-1]))
     config, trial = points[best].config, made[best][1]
     found = torch.load(out / "model.pt", weights_only=True)
     for name, weight in trial.trained.weights.items():

@@ -827,9 +827,30 @@ MUTATIONS = [
         "monte_carlo_bounds",
     ),
     Mutation(
+        "the last of the normal numbers is left out of a mean",
+        "accounting/balls_in_bins.py",
+        "int(used[-1]) + 1)",
+        "max(1, int(used[-1])))",
+        "monte_carlo",
+    ),
+    Mutation(
+        "the third bin does not know of the second",
+        "accounting/balls_in_bins.py",
+        "        last *= pair[second]\n",
+        "",
+        "monte_carlo",
+    ),
+    Mutation(
+        "samples of one tilt weigh as those of another",
+        "accounting/balls_in_bins.py",
+        "powers[t.power] - t.log_scale",
+        "powers[t.power] - tilt.log_scale",
+        "monte_carlo",
+    ),
+    Mutation(
         "a noise multiplier of samples is taken without what is stated of it",
         "accounting/run.py",
-        "return found if exact(found) <= target else enough",
+        "return found if claimed(found) <= target else enough",
         "return found",
         "bin_fit",
     ),
@@ -1060,8 +1081,8 @@ MUTATIONS = [
     Mutation(
         "a noise that misses the target is taken",
         "accounting/run.py",
-        "        if found <= target:\n            best",
-        "        if True:\n            best",
+        "if found <= (1 + above) * self._target:\n",
+        "if True:\n",
         "bin_fit",
     ),
     Mutation(

@@ -171,7 +171,7 @@ def test_account_of_random_steps_takes_a_strategy_from_a_file(capsys, tmp_path):
         capsys, "--noise-multiplier", "1.2", "--mechanism-file", path, "--bins", "6", *few
     )
     assert bins["epsilon"] < plain["epsilon"]
-    assert "20000 samples each way from seed 3" in bins["claim"]
+    assert "20000 samples from seed 3" in bins["claim"]
     alone = account(capsys, "--noise-multiplier", "1.2", "--bins", "6", "--steps", "24", *few)
     assert alone["epsilon"] < bins["epsilon"]  # columns of independent noise do not overlap
     back = account(capsys, "--epsilon", "2", "--bins", "6", "--steps", "24", *few)

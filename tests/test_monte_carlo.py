@@ -96,6 +96,65 @@ def test_every_tilt_has_the_same_mean_and_keeps_to_its_range(name, order):
         assert x.max() <= math.exp(drawn.log_range(epsilon)) * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("b", [1, 7, 64, 65, 200])
+@pytest.mark.parametrize("kind", ["apart", "bands", "ring", "dense", "alike", "short"])
+def test_noise_has_the_products_of_the_means(b, kind):
+    """Exactly, as a product of blocks; and with every normal number where it belongs."""
+    i = np.arange(b)
+    away = np.abs(i - i[:, None])
+    gram = {
+        "apart": np.eye(b),
+        "bands": np.maximum(0, 1 - away / 5) + np.eye(b),
+        "ring": np.maximum(0, 1 - np.minimum(away, b - away) / 3) + np.eye(b),
+        "dense": 0.9**away,
+        "alike": np.ones((b, b)),  # of rank 1
+        "short": np.diag((i < b // 2) * 1.0),  # some means are of length 0
+    }[kind]
+    bins = Bins(gram)
+    factor = np.zeros((b, b))
+    for rows, columns, block in bins._factor:
+        factor[rows, columns] = block.T
+    np.testing.assert_allclose(factor @ factor.T, gram, atol=1e-12)
+    z = np.random.default_rng(b).standard_normal((3, b))
+    found = bins._noise(np.random.default_rng(b), 3)
+    np.testing.assert_allclose(found, z @ factor.T, atol=1e-12)
+
+
+def test_samples_of_one_tilt_tell_of_others():
+    """False-alarm rate 1e-8: six standard errors, of samples from either."""
+    bins, size = Bins(GRAMS["correlated"]), 100_000
+    wide, narrow = (Tilt(2, power, bins._log_scale(2, power)) for power in (1.2, 1.1))
+    one = bins.remove(np.random.default_rng(0), size, wide, narrow, wide)
+    two = bins.remove(np.random.default_rng(1), size, narrow, narrow)
+    np.testing.assert_array_equal(one[1], one[3])
+    np.testing.assert_array_equal(two[1], two[2])
+    # P(L > 20) under the narrow one: its density over the wide one's is a weight.
+    far, near = (one[0] > 3) * np.exp(one[2] - one[1]), (two[0] > 3) * 1.0
+    error = math.hypot(far.std(), near.std()) / math.sqrt(size)
+    assert abs(far.mean() - near.mean()) < 6 * error
+    assert abs(1.1 * far.mean() - near.mean()) > 6 * error  # and it can tell
+    pilot = estimate._Pilot.drawn(bins, np.random.default_rng(2), wide, [narrow])
+    bound = estimate._remove(bins, np.random.default_rng(3), size, narrow, FEW.failure / 2).bound
+    guessed = pilot.epsilon(narrow, 1e-4, MonteCarlo(size))
+    assert guessed == pytest.approx(estimate._root(bound, 1e-4), rel=0.03)
+
+
+def test_the_add_direction_has_as_many_samples_as_a_pilot_asks_for(monkeypatch):
+    """As many as the other where it is as likely; few where it is far from deciding."""
+    add, sizes = estimate._add, []
+
+    def counted(mixture, rng, size, *rest):
+        sizes.append(size)
+        return add(mixture, rng, size, *rest)
+
+    monkeypatch.setattr(estimate, "_add", counted)
+    estimate.epsilon(Bins(np.array([[1.0]])), 1e-5, FEW)
+    assert sizes == [estimate.PILOT, FEW.samples]
+    estimate.epsilon(Bins(2.0 * np.eye(40)), 1e-5, FEW)
+    assert sizes[2] == estimate.PILOT
+    assert 1000 <= sizes[3] <= 8000
+
+
 def test_patterns_are_drawn_in_proportion_to_their_joint_weights():
     gram = np.array([[1.0, 0.3, 0.0], [0.3, 1.5, 0.7], [0.0, 0.7, 0.8]])
     bins, theta, size = Bins(gram), 1.25, 200_000
@@ -107,7 +166,9 @@ def test_patterns_are_drawn_in_proportion_to_their_joint_weights():
             weight[index] = math.exp(mean @ mean / 2 - alone) / 3**order
         tilt = Tilt(order, theta, bins._log_scale(order, theta))
         assert tilt.log_scale == pytest.approx(math.log(weight.sum()), rel=1e-12)
-        drawn = bins._patterns(np.random.default_rng(0), size, tilt)
+        drawn = bins._patterns(rng := np.random.default_rng(0), size, tilt)
+        if order == 3:
+            drawn.append(bins._third(rng, *drawn))
         counts = np.zeros_like(weight)
         np.add.at(counts, tuple(drawn), 1)
         p = weight / weight.sum()
@@ -196,7 +257,7 @@ def test_amplified_is_less_than_not_and_falls_with_noise():
     assert all(0.2 * q.epsilon < p.epsilon < q.epsilon for p, q in zip(costs, plain, strict=True))
     assert costs[0].epsilon > costs[1].epsilon > costs[2].epsilon
     assert costs[0].monte_carlo == FEW
-    assert "40000 samples each way from seed 0, too small with probability 1e-06" in costs[0].method
+    assert "40000 samples from seed 0, too small with probability 1e-06" in costs[0].method
     assert not costs[0].exact
     assert costs[0].mu is None
     assert costs[0].rho is None

@@ -390,15 +390,32 @@ def test_balls_in_bins_are_tried_with_what_is_best_there(binned):
     assert max(errors) > 1.1 * best  # there is something to choose from
 
 
-@pytest.mark.parametrize(("epochs", "asked", "told"), [(1, False, 1), (1, True, 0), (4, False, 0)])
-def test_a_plan_of_one_epoch_says_that_balls_in_bins_were_not_tried(epochs, asked, told):
-    job = Job(40, 10, epochs, epsilon=1.0, delta=1e-3)
-    found = [f for f in plan(SGD(job.n_steps), job, bins=asked).findings if "bins" in f.name]
-    assert len(found) == told
-    for finding in found:
-        assert "single epoch" in finding.message
-        assert "--balls-in-bins" in finding.remedy
-        assert finding.numbers == {"bins": 4}
+@pytest.mark.parametrize(
+    ("epochs", "batch_size", "asked", "tried"),
+    [
+        (1, 10, None, True),
+        (1, 10, False, False),
+        (2, 20, None, False),
+        (2, 20, True, True),
+        (1, 40, None, False),  # a single step
+    ],
+)
+def test_a_plan_of_one_epoch_tries_balls_in_bins_by_itself(epochs, batch_size, asked, tried):
+    job = Job(40, batch_size, epochs, epsilon=1.0, delta=1e-3)
+    rows = plan(SGD(job.n_steps), job, bins=asked).rows
+    assert ("balls-in-bins" in {row.sampling for row in rows}) == tried
+
+
+def test_two_strategies_are_calibrated_in_bins_where_one_needs_half_the_memory():
+    def chosen(*near):
+        looked = bins.Forecasts(Job(40, 10, 1, epsilon=1.0, delta=1e-3))
+        looked._near = [(error, rows, (name, {})) for name, error, rows in near]
+        return [name for name, _ in looked.chosen()]
+
+    assert chosen(("heavy", 1.0, 8), ("half", 1.01, 4), ("light", 1.02, 2)) == ["heavy", "light"]
+    assert chosen(("heavy", 1.0, 8), ("lighter", 1.01, 5), ("far", 1.03, 1)) == ["heavy"]
+    assert chosen(("light", 1.0, 1), ("heavy", 1.01, 8)) == ["light"]
+    assert chosen() == []
 
 
 def test_a_forecast_is_near_the_certain_epsilon():

@@ -40,6 +40,9 @@ COARSE = SIZES[:2]
 REACH = 27.0
 # Grids for a first look at a noise multiplier.
 QUICK = SIZES[:3]
+# A lower bound that a coarse look shows to be less than this part of the upper one stays so: of
+# many bands in one epoch, where neither is near, to refine it takes 5 s.
+NEARER = 0.4
 # The part of the bins that a chain must keep, or means far apart are tried as well.
 LEFT = 0.75
 
@@ -75,8 +78,14 @@ def bounds(
     lower = max(lower, _best(below, delta, COARSE, above=False).lower)
     stop = min(upper, math.log(delta) + REACH)
     for chain in chains_below(least, stop) if stop > 0 else []:
-        lower = max(lower, chain.lower(delta, stop))
+        coarse = chain.lower(delta, stop, COARSER)
+        lower = max(lower, coarse if coarse < NEARER * stop else chain.lower(delta, stop))
     return Interval(lower, upper)
+
+
+def tight(gram: Array, attained: Array | None = None) -> bool:
+    """Whether the bounds compare bins with themselves: orthogonal means, equally long."""
+    return _spaced(gram) == _merged(gram if attained is None else attained)
 
 
 def _linked(gram: Array, delta: float, upper: float) -> tuple[float, Chain | None]:

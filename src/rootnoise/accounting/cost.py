@@ -16,7 +16,7 @@ class MonteCarlo:
     """How the accountant samples, where no closed form or privacy loss distribution is known.
 
     Attributes:
-        samples: how many of the likelihood ratio, in each direction.
+        samples: how many of the likelihood ratio of adding a person; of removing one, at most.
         seed: fixes them. Choose it without looking at the epsilon that it gives.
         failure: probability, over the seed, that the epsilon reported is below the true one.
 

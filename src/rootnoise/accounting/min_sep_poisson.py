@@ -24,7 +24,7 @@ import numpy as np
 from rootnoise._check import Array
 from rootnoise.accounting import min_sep_patterns
 from rootnoise.accounting.dominating import magnitudes
-from rootnoise.accounting.monte_carlo import LARGEST, POWERS, Mixture, Samples, Tilt
+from rootnoise.accounting.monte_carlo import LARGEST, Mixture, Samples, Tilt
 from rootnoise.causal import CausalMatrix
 
 # Entries of the largest array of a block, 16 MB.
@@ -57,26 +57,27 @@ class Separated(Mixture):
         self.mean_square = self.rate * float(self.squares.sum())
         self.mean_norm2 = float(np.square(self.rate * self._apply(np.ones((self.n, 1)))).sum())
         self.block = max(1, BLOCK // self.n)
+        # Of two patterns where that takes only seconds.
+        self.orders = (1, 2) if self.n * min_sep**2 <= WORK else (1,)
         self._last: tuple[Tilt, min_sep_patterns.Chain] | None = None
 
-    def tilts(self) -> list[Tilt]:
-        """Return the tilts of one pattern and, where it takes only seconds, of two at a time."""
-        found = [Tilt(1, 1.0, 0.0)]
-        for order in (1, 2) if self.n * self.b**2 <= WORK else (1,):
-            for power in POWERS:
-                scale = self._chain(order, power).log_scale
-                if scale <= LARGEST:
-                    found.append(Tilt(order, power, scale))
-        return found
+    def tilt(self, order: int, power: float) -> Tilt | None:
+        """Return the tilt of so many patterns at a time."""
+        scale = self._chain(order, power).log_scale
+        return Tilt(order, power, scale) if scale <= LARGEST else None
 
-    def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
-        """Return log L and log dR/dQ of samples from the tilted R."""
+    def remove(
+        self, rng: np.random.Generator, size: int, tilt: Tilt, *others: Tilt
+    ) -> tuple[Array, ...]:
+        """Return log L and log dR/dQ of samples from the tilted R, then log dR'/dQ of others."""
         if self._last is None or self._last[0] != tilt:
             self._last = tilt, self._chain(tilt.order, tilt.power)
         log_x = self._log_x(rng, tilt.power * self._last[1].draw(rng, size))
-        log_l = self._log_ratio(log_x)
-        power = log_l if tilt.power == 1 else self._log_ratio(tilt.power * log_x)
-        return log_l, tilt.order * power - tilt.log_scale
+        powers = {1.0: self._log_ratio(log_x)}
+        for one in (tilt, *others):
+            if one.power not in powers:
+                powers[one.power] = self._log_ratio(one.power * log_x)
+        return powers[1.0], *(t.order * powers[t.power] - t.log_scale for t in (tilt, *others))
 
     def add(self, rng: np.random.Generator, size: int, tau: float) -> Samples:
         """Return log L and log dR/dQ of samples from N(-tau m, 1)."""

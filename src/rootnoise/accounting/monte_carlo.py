@@ -43,8 +43,11 @@ POWERS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 6.5, 8.0, 10.0, 13
 SHIFTS = (0.0, *np.geomspace(0.1, 300, 40).tolist())
 # Samples that choose theta, j and tau; the answer rests on others.
 PILOT = 4000
-# And those of a rough forecast, which chooses nothing.
-FEW = 2000
+# At least so many bound the add direction.
+LEAST = 1000
+# Tilts that are compared, of least range, and how much more of it one may have that they are
+# compared with.
+LIKELY, WIDE = 4, math.log(10)
 # Beyond this epsilon nothing is claimed.
 HOPELESS = 1000.0
 # Exponentials stay far from overflow.
@@ -73,6 +76,18 @@ class Tilt:
             - epsilon * (self.order * self.power - 1)
         )
 
+    def epsilon(self, delta: float) -> float:
+        """Return where no sample exceeds delta: what the Renyi divergence of this order gives.
+
+        >>> tilt = Tilt(1, 3.0, 1.0)
+        >>> round(tilt.log_range(tilt.epsilon(1e-5)) - math.log(1e-5), 9)
+        0.0
+        """
+        excess = self.order * self.power - 1
+        if excess <= 0:
+            return math.inf
+        return max(0.0, (self.log_scale + _log_peak(excess) - math.log(delta)) / excess)
+
 
 def _log_peak(excess: float) -> float:
     """Return the log of max_l (l - 1)_+ l^-(1 + excess), which max_l (1 - l)_+ l^excess equals."""
@@ -87,19 +102,23 @@ class Mixture(ABC):
         mean_norm2: |m|^2 of the mean m = sum_pi w_pi m_pi.
         mean_square: g = sum_pi w_pi |m_pi|^2.
         block: samples that are drawn at once.
+        orders: numbers of patterns at a time that there are tilts of.
     """
 
     mean_norm2: float
     mean_square: float
     block: int
+    orders: tuple[int, ...]
 
     @abstractmethod
-    def tilts(self) -> list[Tilt]:
-        """Return the sampling distributions to choose from; P itself, (1, 1.0, 0.0), is one."""
+    def tilt(self, order: int, power: float) -> Tilt | None:
+        """Return the tilted R of one of `orders`; None where its scale would overflow."""
 
     @abstractmethod
-    def remove(self, rng: np.random.Generator, size: int, tilt: Tilt) -> Samples:
-        """Return log L and log dR/dQ of samples from the tilted R.
+    def remove(
+        self, rng: np.random.Generator, size: int, tilt: Tilt, *others: Tilt
+    ) -> tuple[Array, ...]:
+        """Return log L and log dR/dQ of samples from the tilted R, then log dR'/dQ of the others.
 
         Raises:
             FloatingPointError: the likelihood ratios overflow.
@@ -137,6 +156,13 @@ class _Delta:
         mean, square = float(x.sum()) / drawn, float(x @ x) / drawn
         return upper(mean, square, size or drawn, largest, self.failure)
 
+    def enough(self, epsilon: float, delta: float, most: int) -> int:
+        """Return how many samples like these would bound half of delta, up to about `most`."""
+        size = LEAST
+        while size < most and self.bound(epsilon, size) > delta / 2:
+            size *= 2
+        return size
+
 
 def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: int = 0) -> float:
     """Return an epsilon that is too small with probability at most `settings.failure`; maybe inf.
@@ -147,7 +173,8 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: in
 
     Both directions have half of it. At a fixed epsilon below the true one, the true delta is above
     the target, and so is the bound on it with probability at least 1 - failure. As the bound falls
-    with epsilon, its root then lies above that epsilon.
+    with epsilon, its root then lies above that epsilon. The add direction has fewer samples where
+    a pilot says that these will do; how many does not depend on them.
     """
     _, tilt, tau = _choose(mixture, delta, settings)
     half, size = settings.failure / 2, settings.samples
@@ -155,48 +182,104 @@ def epsilon(mixture: Mixture, delta: float, settings: MonteCarlo, evaluation: in
         removed = _remove(mixture, _stream(settings, 1, evaluation), size, tilt, half)
         if math.isinf(found := _root(removed.bound, delta)):
             return found
+        pilot = _add(mixture, _stream(settings, 0, evaluation), PILOT, tau, half)
+        size = min(size, pilot.enough(found, delta, size))
         added = _add(mixture, _stream(settings, 2, evaluation), size, tau, half)
     except FloatingPointError:
         return math.inf
     return found if added.bound(found) <= delta else _root(added.bound, delta)
 
 
-def forecast(mixture: Mixture, delta: float, settings: MonteCarlo, *, rough: bool = False) -> float:
-    """Return about what `epsilon` will, in a small part of its time and without its confidence.
-
-    A rough one takes a quarter of that again: within 2 % of the other up to 100 bins, 8 % with 500.
-    """
-    return _choose(mixture, delta, settings, *((FEW, 2) if rough else (PILOT, 4)))[0]
+def forecast(mixture: Mixture, delta: float, settings: MonteCarlo) -> float:
+    """Return about what `epsilon` will, in a small part of its time and without its confidence."""
+    return _choose(mixture, delta, settings)[0]
 
 
-def _choose(
-    mixture: Mixture, delta: float, settings: MonteCarlo, size: int = PILOT, most: int = 4
-) -> tuple[float, Tilt, float]:
-    """Forecast epsilon, and choose the distributions that bound delta best near it.
-
-    Args:
-        mixture: P against Q.
-        delta: in (0, 1).
-        settings: of the samples that the forecast is for.
-        size: samples of each distribution that is tried.
-        most: distributions that are tried at an epsilon.
-    """
+def _choose(mixture: Mixture, delta: float, settings: MonteCarlo) -> tuple[float, Tilt, float]:
+    """Forecast epsilon, and choose the distributions that bound delta best near it."""
     rng = _stream(settings, 0)
-    tilts = mixture.tilts()
-    guess = _root(lambda e: math.exp(min(0.0, *(tilt.log_range(e) for tilt in tilts))), delta)
-
-    def bounded(tilt: Tilt) -> tuple[float, Tilt]:
+    tilts = [Tilt(1, 1.0, 0.0), *_near(mixture, delta)]
+    guess = min(tilt.epsilon(delta) for tilt in tilts)
+    best, last = tilts[0], None
+    for _ in range(2):  # near where epsilon was last found
+        ranks = {tilt: tilt.log_range(guess) for tilt in tilts}
+        likely = sorted(tilts, key=ranks.__getitem__)[:LIKELY]
+        if likely == last:
+            break
+        last = likely
+        # The samples of the widest tell of all, those of a narrow one seldom of their largest.
+        near = [tilt for tilt in likely if ranks[tilt] <= ranks[likely[0]] + WIDE]
+        wide = max(near, key=lambda tilt: tilt.power * tilt.order)
         try:
-            drawn = _remove(mixture, rng, size, tilt, settings.failure / 2)
+            pilot = _Pilot.drawn(mixture, rng, wide, likely)
         except FloatingPointError:
-            return math.inf, tilt
-        return _root(lambda e: drawn.bound(e, settings.samples), delta), tilt
-
-    for _ in range(2):  # those of least range where epsilon was last found
-        likely = sorted(tilts, key=lambda tilt: tilt.log_range(guess))[:most]
-        found, best = min(map(bounded, likely), key=lambda pair: pair[0])
-        guess = min(guess, found)
+            continue
+        found = {tilt: pilot.epsilon(tilt, delta, settings) for tilt in likely}
+        best = min(likely, key=found.__getitem__)
+        guess = min(guess, found[best])
     return guess, best, min(SHIFTS, key=lambda tau: mixture.add_log_range(tau, guess))
+
+
+@dataclass(frozen=True)
+class _Pilot:
+    """Samples from one tilt, which tell what those from others would bound.
+
+    As E_R f / r = E_Q f and E_R' (f / r')^2 = E_R f^2 / (r r'), for r = dR/dQ and r' = dR'/dQ.
+    """
+
+    log_l: Array
+    log_r: Array
+    others: dict[Tilt, Array]
+
+    @classmethod
+    def drawn(
+        cls, mixture: Mixture, rng: np.random.Generator, tilt: Tilt, others: list[Tilt]
+    ) -> _Pilot:
+        log_l, log_r, *rest = _drawn(
+            lambda m: mixture.remove(rng, m, tilt, *others), PILOT, mixture.block
+        )
+        return cls(log_l, log_r, dict(zip(others, rest, strict=True)))
+
+    def epsilon(self, tilt: Tilt, delta: float, settings: MonteCarlo) -> float:
+        """Return about what so many samples from this tilt would bound epsilon by."""
+
+        def bound(epsilon: float) -> float:
+            inside = self.log_l > epsilon
+            log_f = self.log_l[inside] + np.log(-np.expm1(epsilon - self.log_l[inside]))
+            mean = float(np.exp(log_f - self.log_r[inside]).sum()) / PILOT
+            both = self.log_r[inside] + self.others[tilt][inside]
+            square = float(np.exp(2 * log_f - both).sum()) / PILOT
+            largest = math.exp(min(tilt.log_range(epsilon), LARGEST))
+            return upper(mean, square, settings.samples, largest, settings.failure / 2)
+
+        return _root(bound, delta)
+
+
+def _near(mixture: Mixture, delta: float) -> list[Tilt]:
+    """Return tilts of about the least range: for each order it falls with the power, then grows.
+
+    The logarithm of kappa is convex in the power, as of a mean of exponentials of such functions.
+    So where no sample exceeds delta is quasi-convex: a ratio of a convex function and a linear one.
+    """
+    found: list[Tilt] = []
+    for order in mixture.orders:
+        known: dict[int, float] = {}
+
+        def epsilon(place: int) -> float:
+            if place not in known:  # noqa: B023 - called below only
+                tilt = mixture.tilt(order, POWERS[place])  # noqa: B023
+                found.extend([tilt] if tilt else [])
+                known[place] = tilt.epsilon(delta) if tilt else math.inf  # noqa: B023
+            return known[place]  # noqa: B023
+
+        low, high = 0, len(POWERS) - 1
+        while low < high:
+            middle = (low + high) // 2
+            if epsilon(middle) <= epsilon(middle + 1):
+                high = middle
+            else:
+                low = middle + 1
+    return found
 
 
 def _remove(
@@ -213,9 +296,9 @@ def _add(
     return _Delta(-log_l, -log_r, lambda e: mixture.add_log_range(tau, e), failure)
 
 
-def _drawn(draw: Callable[[int], Samples], size: int, block: int) -> Samples:
+def _drawn(draw: Callable[[int], tuple[Array, ...]], size: int, block: int) -> list[Array]:
     parts = [draw(min(block, size - start)) for start in range(0, size, block)]
-    return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+    return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
 def _root(function: Callable[[float], float], delta: float) -> float:

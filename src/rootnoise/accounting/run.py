@@ -20,7 +20,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 
 from rootnoise._check import RootnoiseError, integer, real
 from rootnoise.accounting import bin_bounds, gaussian
@@ -43,15 +42,20 @@ from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 
 # A calibration confirms at most this often; the evaluations share the probability of failure.
 ATTEMPTS = 8
-# And starts at the noise without amplification times exp(-this), where bounds take little time.
-FIRST = 1.5
+# And starts at the noise without amplification times exp(-this).
+FIRST = 0.5
+# Epsilon falls about as fast as the noise multiplier to minus this power; two points tell it whose
+# epsilons differ by more than this factor (as a logarithm), or chance and rounding would.
+SLOPE, FLAT = 1.7, 0.05
+# How far from epsilon a forecast ends: they vary so much by chance.
+NOISE = 0.02
 # A certain bound up to this times the lower one, or a forecast, is claimed in place of a confidence
 # bound.
 NEAR = 1.05
 # Where a first look at the certain bound is so many times a forecast, it is not searched with.
 FAR = 1.1
-# A calibration by certain bounds ends when it spends this part of epsilon.
-CLOSE = 0.985
+# A calibration ends when it leaves at most this part of epsilon.
+CLOSE = 0.015
 
 
 def privacy_cost(
@@ -222,6 +226,7 @@ class _Run:
         digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
         bounds: deterministic ones on epsilon, for a noise multiplier, a delta and sizes of grids.
+        tight: they leave nothing to samples.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """
@@ -230,6 +235,7 @@ class _Run:
     digest: bytes
     at: Callable[[float], Mixture] = field(compare=False)
     bounds: Callable[[float, float, tuple[int, ...]], Interval] = field(compare=False)
+    tight: bool
     worst: float
     settings: MonteCarlo
 
@@ -254,6 +260,7 @@ class _Run:
                 known,
                 lambda s: Bins(gram / s**2),
                 lambda s, delta, sizes: bin_bounds.bounds(gram / s**2, delta, signed / s**2, sizes),
+                bin_bounds.tight(gram, signed),
                 1.0,
                 settings,
             )
@@ -267,6 +274,7 @@ class _Run:
             known,
             lambda s: Separated(rows / s, b, p),
             lambda s, delta, sizes: Interval(0.0, math.inf),
+            False,
             worst,
             settings,
         )
@@ -287,7 +295,7 @@ class _Run:
             return PrivacyCost(certain.upper, delta, False, method, lower_bound=least)
         method = (
             f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
-            f"samples each way from seed {self.settings.seed}, too small with probability "
+            f"samples from seed {self.settings.seed}, too small with probability "
             f"{self.settings.failure:g}"
         )
         return PrivacyCost(
@@ -302,94 +310,91 @@ class _Run:
         certain = _bounded(self, sigma, delta)
         if certain.upper <= NEAR * certain.lower:
             return True
-        return certain.upper <= NEAR * _guessed(self, sigma, delta, rough=False)
+        return certain.upper <= NEAR * _guessed(self, sigma, delta)
 
     def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
-        """Search by the certain bound, and by forecasts and samples where that is too far."""
+        """Search by a forecast first, then by the certain bound, or samples where that is far."""
         report: Progress = progress or (lambda sigma, epsilon: None)
         enough = gaussian.gaussian_multiplier(target, delta) * self.worst
-
-        def rough(sigma: float) -> float:
-            return _bounded(self, sigma, delta, bin_bounds.QUICK).upper
 
         def guess(sigma: float) -> float:
             return _guessed(self, sigma, delta)
 
-        def forecast(sigma: float) -> float:
-            certain = _bounded(self, sigma, delta, bin_bounds.QUICK)
-            # Samples only where they could change which side of the target this is.
-            if certain.tight or not certain.lower < target < 2 * certain.upper:
-                return certain.upper
-            return min(certain.upper, guess(sigma))
+        def look(sigma: float) -> float:
+            return _bounded(self, sigma, delta, bin_bounds.QUICK).upper
 
-        def exact(sigma: float) -> float:
-            return self.cost(sigma, delta).epsilon
+        def sure(sigma: float) -> float:
+            return _bounded(self, sigma, delta).upper
 
-        def samples(sigma: float) -> float:
+        def sampled(sigma: float) -> float:
             return _sampled(self, sigma, delta)
 
-        # To search by bounds that will not be claimed takes as long as all else.
-        if not _bounded(self, enough * math.exp(-FIRST), delta, bin_bounds.QUICK).tight:
-            likely = _search(guess, lambda s: target, target, enough, report, CLOSE)
-            if rough(likely) > FAR * target:
-                found = _search(guess, samples, target, enough, report, 0.0)
-                return found if exact(found) <= target else enough
-        sure = _search(
-            rough, lambda s: _bounded(self, s, delta).upper, target, enough, report, CLOSE
-        )
-        if self.settled(sure, delta):
-            return sure
-        return min(sure, _search(forecast, exact, target, enough, report, 0.0))
+        def claimed(sigma: float) -> float:
+            return self.cost(sigma, delta).epsilon
+
+        search = _Search(target, enough, report)
+        if not self.tight:
+            search.follow(guess, NOISE, above=NOISE)
+            # To search by bounds that will not be claimed takes as long as all else.
+            if look(search.next) > FAR * target:
+                found = search.follow(sampled, CLOSE)
+                return found if claimed(found) <= target else enough
+        likely = search.next
+        search.follow(look, CLOSE)
+        found = search.follow(sure, CLOSE)
+        if self.settled(found, delta):
+            return found
+        search.next = min(found, likely)
+        return min(found, search.follow(claimed, CLOSE))
 
 
-def _search(
-    rough: Callable[[float], float],
-    exact: Callable[[float], float],
-    target: float,
-    enough: float,
-    report: Progress,
-    close: float,
-) -> float:
-    """Return the least sigma found at which `exact` is at most the target, or `enough`.
+class _Search:
+    """Search for the least noise multiplier that costs at most a target.
 
-    Args:
-        rough: about what `exact` is, in less time.
-        exact: an epsilon; evaluated at most ATTEMPTS times.
-        target: an epsilon.
-        enough: a noise multiplier that is known to be.
-        report: called with every noise multiplier tried and its epsilon.
-        close: part of the target that is close enough.
+    Epsilon falls about as a power of the noise multiplier, whichever bound or forecast is asked: so
+    each goes on from where the last one ended.
+
+    Attributes:
+        next: the noise multiplier to be tried next.
     """
-    known: dict[float, float] = {}
 
-    def epsilon(log_sigma: float) -> float:
-        if log_sigma not in known:
-            found = rough(math.exp(log_sigma))
-            report(math.exp(log_sigma), found)
-            known[log_sigma] = min(found, 10 * target)  # infinite where sigma is far too small
-        return known[log_sigma]
+    def __init__(self, target: float, enough: float, report: Progress) -> None:
+        self.next = enough * math.exp(-FIRST)
+        self._target, self._enough, self._report = target, enough, report
+        self._slope = SLOPE
 
-    last = math.log(enough)
-    high = low = last - FIRST  # a bound takes the less time, the less noise
-    aim, best = target, enough
-    for _ in range(ATTEMPTS):
-        while epsilon(low) <= aim:
-            low -= 0.5
-        while epsilon(high) > aim and high < last:
-            high = min(high + 0.5, last)
-        if epsilon(high) > aim:
-            break  # amplification does not pay
-        low = max(s for s, found in known.items() if found > aim)
-        high = min(s for s, found in known.items() if found <= aim)
-        sigma = math.exp(brentq(lambda s: epsilon(s) - aim, low, high, xtol=1e-3))  # noqa: B023
-        found = exact(sigma)
-        report(sigma, found)
-        if found <= target:
-            best = min(best, sigma)
-            if found >= close * target:
+    def follow(self, ask: Callable[[float], float], below: float, *, above: float = 0.0) -> float:
+        """Return the least noise multiplier found, or `enough`, that needs no search.
+
+        Args:
+            ask: an epsilon; at most ATTEMPTS times.
+            below: part of the target that may be left.
+            above: part by which it may be exceeded.
+        """
+        best, last = self._enough, None
+        low, high = -math.inf, math.log(self._enough)
+        for _ in range(ATTEMPTS):
+            sigma = self.next
+            found = ask(sigma)
+            self._report(sigma, found)
+            # Infinite where sigma is far too small.
+            at = math.log(sigma), math.log(min(max(found, 0.1 * self._target), 10 * self._target))
+            if found <= (1 + above) * self._target:
+                best, high = min(best, sigma), min(high, at[0])
+            else:
+                low = max(low, at[0])
+            if last is not None and abs(at[1] - last[1]) > FLAT:
+                self._slope = min(5.0, max(0.5, (last[1] - at[1]) / (at[0] - last[0])))
+            last = at
+            done = (1 - below) * self._target <= found <= (1 + above) * self._target
+            aim = math.log(self._target) + (above - below) / 2
+            step = at[0] + (at[1] - aim) / self._slope
+            if not done and not low < step < high:  # a point known to be too far
+                step = (max(low, high - 1) + high) / 2
+            self.next = math.exp(step)
+            if done or high - low < 1e-3:
                 break
-        aim *= 0.998 * target / found
-    return best
+        return best
 
 
 def _check(participation: Participation, n_steps: int, strategy: CausalMatrix | None) -> None:
@@ -418,8 +423,8 @@ def _sampled(run: _Run, sigma: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _guessed(run: _Run, sigma: float, delta: float, *, rough: bool = True) -> float:
-    return estimate.forecast(run.at(sigma), delta, run.settings, rough=rough)
+def _guessed(run: _Run, sigma: float, delta: float) -> float:
+    return estimate.forecast(run.at(sigma), delta, run.settings)
 
 
 @lru_cache(maxsize=64)

@@ -78,9 +78,9 @@ class Sampling:
             "is given [default: independent noise]."
         ),
     ] = None
-    samples: Annotated[
-        int | None, typer.Option(help="Monte Carlo samples each way [default: 250000].")
-    ] = None
+    samples: Annotated[int | None, typer.Option(help="Monte Carlo samples [default: 250000].")] = (
+        None
+    )
     mc_seed: Annotated[int, typer.Option(help="Seed of the Monte Carlo samples.")] = 0
 
     def value(self) -> tuple[Participation, int, CausalMatrix | None, Trials | None]:

@@ -39,11 +39,13 @@ def plan(
         typer.Option(help="Most noise vectors of the model's size to keep [default: no limit]."),
     ] = None,
     balls_in_bins: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--balls-in-bins", help="Also try balls-in-bins sampling: half a minute and more."
+            "--balls-in-bins/--no-balls-in-bins",
+            help="Also try balls-in-bins sampling: seconds, or half a minute with 500 steps in an "
+            "epoch [default: in a single epoch of at most 512].",
         ),
-    ] = False,
+    ] = None,
     contraction: Annotated[
         float | None,
         typer.Option(

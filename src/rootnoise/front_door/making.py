@@ -386,7 +386,8 @@ def _split(
             )
         if options:
             raise RootnoiseError(f"options must be left out with mechanism auto, got {options}")
-        made = plan(workload, job, bins=sampling == "balls-in-bins")
+        bins = None if sampling == "auto" else sampling == "balls-in-bins"
+        made = plan(workload, job, bins=bins)
         first = made.recommended(sampling)
         rows = [row for row in made.rows if sampling in ("auto", row.sampling)]
         row = adaptive.choose([first, *rows], workload, optimizer)

@@ -268,7 +268,7 @@ def _with_mechanism(config: RunConfig, n_examples: int) -> RunConfig:
     rows = MEMORY_ROWS if config.memory_rows is None else config.memory_rows
     epsilon = cast("float", config.epsilon)  # without one, auto is refused
     job = Job(n_examples, config.batch_size, config.epochs, epsilon, config.delta, rows)
-    bins = config.sampling == "balls-in-bins"
+    bins = None if config.sampling == "auto" else config.sampling == "balls-in-bins"
     made = plan(make_workload(config, job.n_steps), job, bins=bins)
     chosen = made.recommended(*PLANNED.get(config.sampling, ("auto",)))
     return replace(config, memory_rows=None, **row_settings(chosen))

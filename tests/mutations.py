@@ -848,9 +848,16 @@ MUTATIONS = [
         "monte_carlo",
     ),
     Mutation(
+        "a certain bound is claimed to be what a forecast says",
+        "accounting/run.py",
+        "            return PrivacyCost(upper, delta",
+        "            return PrivacyCost(_guessed(self, sigma, delta), delta",
+        "bin_fit",
+    ),
+    Mutation(
         "a noise multiplier of samples is taken without what is stated of it",
         "accounting/run.py",
-        "return found if claimed(found) <= target else enough",
+        "return found if self.cost(found, delta).epsilon <= target else sure",
         "return found",
         "bin_fit",
     ),
@@ -1046,8 +1053,8 @@ MUTATIONS = [
     Mutation(
         "bounds on bins of half the noise",
         "accounting/run.py",
-        "bin_bounds.bounds(gram / s**2,",
-        "bin_bounds.bounds(gram / s,",
+        "bin_bounds.above(gram / s**2,",
+        "bin_bounds.above(gram / s,",
         "random_allocation",
     ),
     Mutation(

@@ -21,6 +21,7 @@ from rootnoise.accounting.run import CLOSE, _Search
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.participation import BallsInBins, FixedCycle
+from rootnoise.participation.sensitivity import sensitivity
 from rootnoise.workload import prefix_sum
 
 
@@ -122,6 +123,8 @@ def test_correlated_noise_is_bounded_within_ten_per_cent(bands):
     assert found.lower <= found.upper <= 1.1 * found.lower
     rough = bounds(gram, 1e-5, sizes=bin_bounds.QUICK)
     assert rough.lower <= found.upper <= rough.upper <= 1.05 * found.upper
+    assert bin_bounds.above(gram, 1e-5) == found.upper
+    assert bin_bounds.below(gram, 1e-5, found.upper) == found.lower
 
 
 def test_a_certain_bound_near_the_forecast_is_claimed_and_calibrated_to():
@@ -133,19 +136,22 @@ def test_a_certain_bound_near_the_forecast_is_claimed_and_calibrated_to():
     assert cost.monte_carlo is None
     assert "certain" in cost.method
     assert 0.98 * 3 <= cost.epsilon <= 3
+    scale = sensitivity(strategy, who).value * sigma
+    upper = bin_bounds.above(bin_gram(strategy, 60) / scale**2, 1e-5)
+    assert cost.epsilon == pytest.approx(upper, rel=1e-12)  # of the same products, but for rounding
 
 
 def test_where_certain_bounds_are_far_only_samples_are_searched_with(monkeypatch):
     who, few = BallsInBins(24, 1), MonteCarlo(samples=20_000)
     strategy = factorize(prefix_sum(24), who, "bsr", bands=8).strategy
     looks = []
-    bounds = bin_bounds.bounds
+    above = bin_bounds.above
 
     def counted(*given):
         looks.append(given)
-        return bounds(*given)
+        return above(*given)
 
-    monkeypatch.setattr(bin_bounds, "bounds", counted)
+    monkeypatch.setattr(bin_bounds, "above", counted)
     own = {"strategy": strategy, "monte_carlo": few}
     sigma = accounting.noise_multiplier(who, 24, 1.01, 1e-5, **own)
     assert len(looks) == 2  # whether it is near, and what is stated

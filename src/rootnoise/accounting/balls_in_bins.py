@@ -20,8 +20,8 @@ from rootnoise.causal import CausalMatrix
 CACHED = 2**16
 # Samples of a block: their numbers take 1 MB.
 BLOCK = 2**15
-# Bins up to which all triples are summed: 0.01 s for each power.
-TRIPLES = 512
+# Bins up to which all triples are summed, 0.06 s for each power: with 1000 bins 3 % less noise.
+TRIPLES = 1024
 # Means whose noise is made in one product, of what they have in common.
 WIDTH = 64
 

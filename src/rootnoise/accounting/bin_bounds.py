@@ -38,11 +38,14 @@ DISTANCES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 COARSE = SIZES[:2]
 # Rounding costs chains some 1e-12 e^epsilon of delta: beyond delta e^27 they state nothing.
 REACH = 27.0
-# Grids for a first look at a noise multiplier.
+# Grids for a first look at a noise multiplier, which steers searches.
 QUICK = SIZES[:3]
 # A lower bound that a coarse look shows to be less than this part of the upper one stays so: of
 # many bands in one epoch, where neither is near, to refine it takes 5 s.
 NEARER = 0.4
+# Lower bounds by blocks of more means than this are made on a lattice so much coarser: 1 % less in
+# a quarter of the time.
+FEW, LESS = 4, 1.5
 # The part of the bins that a chain must keep, or means far apart are tried as well.
 LEFT = 0.75
 
@@ -57,35 +60,52 @@ def bounds(
         delta: in (0, 1).
         attained: products of means that somebody's data can have, entry by entry at most `gram`;
             the lower bound is theirs. `gram` itself where left out.
-        sizes: points of the grids; fewer are faster, and their bounds wider: of `QUICK` ones the
-            lower bound is the longest mean's alone.
+        sizes: as in `above`.
     """
-    least = gram if attained is None else attained
-    above, below, lower = _spaced(gram), _merged(least), _alone(least, delta)
-    if above == below:  # nothing is lost on either side
-        found = _best(above, delta, sizes, above=True)
-        return Interval(max(lower, found.lower), found.upper)
-    quick = len(sizes) < len(SIZES)  # a first look is for searches, which are steered from above
+    upper = above(gram, delta, sizes)
+    return Interval(below(gram if attained is None else attained, delta, upper), upper)
+
+
+def above(gram: Array, delta: float, sizes: tuple[int, ...] = SIZES) -> float:
+    """Return an upper bound.
+
+    Args:
+        gram: as in `bounds`.
+        delta: in (0, 1).
+        sizes: points of the grids; fewer are faster, and the bound wider.
+    """
+    spaced = _spaced(gram)
+    if spaced == _merged(gram):  # nothing is lost
+        return _best(spaced, delta, sizes, above=True).upper
+    quick = len(sizes) < len(SIZES)
     upper, chain = _linked(gram, delta, _any(gram, delta))
     if chain is None or chain.bins < LEFT * len(gram) or not quick:
-        upper = min(upper, _best(above, delta, sizes, above=True).upper)
+        upper = min(upper, _best(spaced, delta, sizes, above=True).upper)
     upper, again = _linked(gram, delta, upper)
-    if quick:
-        return Interval(lower, upper)
     chain = again or chain
-    if chain is not None:
-        upper = min(upper, chain.upper(delta, upper))
-    lower = max(lower, _best(below, delta, COARSE, above=False).lower)
+    if quick or chain is None:
+        return upper
+    return min(upper, chain.upper(delta, upper))
+
+
+def below(gram: Array, delta: float, upper: float) -> float:
+    """Return a lower bound on what `upper` bounds; `gram` as `attained` in `bounds`."""
+    lower, merged = _alone(gram, delta), _merged(gram)
+    if merged == _spaced(gram):
+        return max(lower, _best(merged, delta, SIZES, above=False).lower)
+    lower = max(lower, _best(merged, delta, COARSE, above=False).lower)
     stop = min(upper, math.log(delta) + REACH)
-    for chain in chains_below(least, stop) if stop > 0 else []:
-        coarse = chain.lower(delta, stop, COARSER)
-        lower = max(lower, coarse if coarse < NEARER * stop else chain.lower(delta, stop))
-    return Interval(lower, upper)
+    for chain in chains_below(gram, stop) if stop > 0 else []:
+        found = chain.lower(delta, stop, COARSER)
+        if found >= NEARER * stop:
+            found = chain.lower(delta, stop, 1.0 if len(chain.heads) <= FEW else LESS)
+        lower = max(lower, found)
+    return lower
 
 
-def tight(gram: Array, attained: Array | None = None) -> bool:
-    """Whether the bounds compare bins with themselves: orthogonal means, equally long."""
-    return _spaced(gram) == _merged(gram if attained is None else attained)
+def tight(gram: Array) -> bool:
+    """Whether `above` compares bins with themselves: orthogonal means, equally long."""
+    return _spaced(gram) == _merged(gram)
 
 
 def _linked(gram: Array, delta: float, upper: float) -> tuple[float, Chain | None]:

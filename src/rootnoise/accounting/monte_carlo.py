@@ -201,6 +201,8 @@ def _choose(mixture: Mixture, delta: float, settings: MonteCarlo) -> tuple[float
     tilts = [Tilt(1, 1.0, 0.0), *_near(mixture, delta)]
     guess = min(tilt.epsilon(delta) for tilt in tilts)
     best, last = tilts[0], None
+    if math.isinf(guess):  # hardly any noise
+        return guess, best, 0.0
     for _ in range(2):  # near where epsilon was last found
         ranks = {tilt: tilt.log_range(guess) for tilt in tilts}
         likely = sorted(tilts, key=ranks.__getitem__)[:LIKELY]

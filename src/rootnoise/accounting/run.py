@@ -29,7 +29,7 @@ from rootnoise.accounting.cost import MonteCarlo, PrivacyCost, Progress
 from rootnoise.accounting.gaussian import GRID_TOLERANCE
 from rootnoise.accounting.min_sep_poisson import Separated, band_rows
 from rootnoise.accounting.monte_carlo import Mixture
-from rootnoise.accounting.random_allocation import SIZES, Interval
+from rootnoise.accounting.random_allocation import SIZES
 from rootnoise.causal import CausalMatrix
 from rootnoise.participation import (
     BallsInBins,
@@ -49,11 +49,10 @@ FIRST = 0.5
 SLOPE, FLAT = 1.7, 0.05
 # How far from epsilon a forecast ends: they vary so much by chance.
 NOISE = 0.02
-# A certain bound up to this times the lower one, or a forecast, is claimed in place of a confidence
-# bound.
+# A certain bound up to this times a forecast is claimed in place of a confidence bound.
 NEAR = 1.05
-# Where a first look at the certain bound is so many times a forecast, it is not searched with.
-FAR = 1.1
+# Where a first look at it is more times a forecast, it is not searched with.
+FAR = 1.08
 # A calibration ends when it leaves at most this part of epsilon.
 CLOSE = 0.015
 
@@ -225,8 +224,9 @@ class _Run:
         name: the participation's type.
         digest: of all that the mixture depends on.
         at: its mixture at a noise multiplier.
-        bounds: deterministic ones on epsilon, for a noise multiplier, a delta and sizes of grids.
-        tight: they leave nothing to samples.
+        above: a certain upper bound, for a noise multiplier, a delta and sizes of grids.
+        below: a certain lower bound, for a noise multiplier, a delta and the upper one.
+        tight: the upper one leaves nothing to samples.
         worst: the sensitivity without amplification, in units of the one that scales the noise.
         settings: of Monte Carlo.
     """
@@ -234,7 +234,8 @@ class _Run:
     name: str
     digest: bytes
     at: Callable[[float], Mixture] = field(compare=False)
-    bounds: Callable[[float, float, tuple[int, ...]], Interval] = field(compare=False)
+    above: Callable[[float, float, tuple[int, ...]], float] = field(compare=False)
+    below: Callable[[float, float, float], float] = field(compare=False)
     tight: bool
     worst: float
     settings: MonteCarlo
@@ -259,8 +260,9 @@ class _Run:
                 participation.type,
                 known,
                 lambda s: Bins(gram / s**2),
-                lambda s, delta, sizes: bin_bounds.bounds(gram / s**2, delta, signed / s**2, sizes),
-                bin_bounds.tight(gram, signed),
+                lambda s, delta, sizes: bin_bounds.above(gram / s**2, delta, sizes),
+                lambda s, delta, upper: bin_bounds.below(signed / s**2, delta, upper),
+                bin_bounds.tight(gram),
                 1.0,
                 settings,
             )
@@ -273,7 +275,8 @@ class _Run:
             participation.type,
             known,
             lambda s: Separated(rows / s, b, p),
-            lambda s, delta, sizes: Interval(0.0, math.inf),
+            lambda s, delta, sizes: math.inf,
+            lambda s, delta, upper: 0.0,
             False,
             worst,
             settings,
@@ -282,17 +285,17 @@ class _Run:
     def cost(self, sigma: float, delta: float) -> PrivacyCost:
         """Return the least of the certain bound, the confidence bound and what holds anyway."""
         alone = gaussian.gaussian_epsilon(sigma / self.worst, delta)
-        certain = _bounded(self, sigma, delta)
+        lower, upper = _below(self, sigma, delta), _above(self, sigma, delta)
         # A confidence bound below the certain one is one of the few that fail.
         sampled = math.inf if self.settled(sigma, delta) else _sampled(self, sigma, delta)
-        found = max(sampled, certain.lower)
-        least = None if certain.lower == 0 else min(certain.lower, alone)
-        if min(found, certain.upper) >= alone:  # random or not, the run is one Gaussian mechanism
+        found = max(sampled, lower)
+        least = None if lower == 0 else min(lower, alone)
+        if min(found, upper) >= alone:  # random or not, the run is one Gaussian mechanism
             method = "analytic Gaussian, not amplified"
             return PrivacyCost(alone, delta, False, method, lower_bound=least)
-        if certain.upper <= found:
+        if upper <= found:
             method = f"certain upper bound for {self.name}, by sums of log-normals"
-            return PrivacyCost(certain.upper, delta, False, method, lower_bound=least)
+            return PrivacyCost(upper, delta, False, method, lower_bound=least)
         method = (
             f"upper confidence bound by Monte Carlo of {self.name}: {self.settings.samples} "
             f"samples from seed {self.settings.seed}, too small with probability "
@@ -303,17 +306,14 @@ class _Run:
         )
 
     def settled(self, sigma: float, delta: float) -> bool:
-        """Whether the certain bound is so close to the truth, or to a forecast, that it is claimed.
+        """Whether the certain bound is so close to a forecast that it is claimed.
 
         All bounds hold: this decides which one is stated, and whether samples are drawn for it.
         """
-        certain = _bounded(self, sigma, delta)
-        if certain.upper <= NEAR * certain.lower:
-            return True
-        return certain.upper <= NEAR * _guessed(self, sigma, delta)
+        return self.tight or _above(self, sigma, delta) <= NEAR * _guessed(self, sigma, delta)
 
     def multiplier(self, target: float, delta: float, progress: Progress | None) -> float:
-        """Search by a forecast first, then by the certain bound, or samples where that is far."""
+        """Search by a forecast first, then by the certain bound, then by samples if it is far."""
         report: Progress = progress or (lambda sigma, epsilon: None)
         enough = gaussian.gaussian_multiplier(target, delta) * self.worst
 
@@ -321,31 +321,21 @@ class _Run:
             return _guessed(self, sigma, delta)
 
         def look(sigma: float) -> float:
-            return _bounded(self, sigma, delta, bin_bounds.QUICK).upper
+            return _above(self, sigma, delta, bin_bounds.QUICK)
 
-        def sure(sigma: float) -> float:
-            return _bounded(self, sigma, delta).upper
-
-        def sampled(sigma: float) -> float:
-            return _sampled(self, sigma, delta)
-
-        def claimed(sigma: float) -> float:
-            return self.cost(sigma, delta).epsilon
-
-        search = _Search(target, enough, report)
+        search, sure = _Search(target, enough, report), enough
         if not self.tight:
             search.follow(guess, NOISE, above=NOISE)
-            # To search by bounds that will not be claimed takes as long as all else.
-            if look(search.next) > FAR * target:
-                found = search.follow(sampled, CLOSE)
-                return found if claimed(found) <= target else enough
-        likely = search.next
-        search.follow(look, CLOSE)
-        found = search.follow(sure, CLOSE)
-        if self.settled(found, delta):
-            return found
-        search.next = min(found, likely)
-        return min(found, search.follow(claimed, CLOSE))
+        # To search by bounds that will not be claimed takes as long as all else.
+        if self.tight or look(search.next) <= FAR * target:
+            likely = search.next
+            search.follow(look, CLOSE)
+            sure = search.follow(lambda s: _above(self, s, delta), CLOSE)
+            if self.settled(sure, delta):
+                return sure
+            search.next = min(sure, likely)
+        found = min(sure, search.follow(lambda s: _sampled(self, s, delta), CLOSE))
+        return found if self.cost(found, delta).epsilon <= target else sure
 
 
 class _Search:
@@ -428,5 +418,10 @@ def _guessed(run: _Run, sigma: float, delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _bounded(run: _Run, sigma: float, delta: float, sizes: tuple[int, ...] = SIZES) -> Interval:
-    return run.bounds(sigma, delta, sizes)
+def _above(run: _Run, sigma: float, delta: float, sizes: tuple[int, ...] = SIZES) -> float:
+    return run.above(sigma, delta, sizes)
+
+
+@lru_cache(maxsize=64)
+def _below(run: _Run, sigma: float, delta: float) -> float:
+    return run.below(sigma, delta, _above(run, sigma, delta))

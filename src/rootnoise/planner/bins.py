@@ -21,7 +21,9 @@ from rootnoise.planner import objective as objectives
 from rootnoise.planner.job import WORTH, Job
 
 # With more bins, or numbers in all their means, a forecast takes a second and more: none is made.
-MANY, LARGE = 512, 2**22
+MANY, LARGE = 1024, 2**22
+# A plan that is not asked takes at most half a minute for up to so many.
+UNASKED = 512
 # Numbers of bands to look at.
 BANDS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # A forecast ends so close to epsilon, in at most so many steps.
@@ -38,7 +40,7 @@ def pays(job: Job) -> bool:
     >>> pays(Job(n_examples=400, batch_size=100, epochs=1, epsilon=1, delta=1e-5))
     True
     """
-    return job.epochs == 1 and 2 <= job.period <= MANY
+    return job.epochs == 1 and 2 <= job.period <= UNASKED
 
 
 class Forecasts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,7 +15,7 @@ from rootnoise import accounting, participation
 from rootnoise._check import RootnoiseError
 from rootnoise.factorization import Factorization, factorize
 from rootnoise.mechanism import Mechanism
-from rootnoise.planner import CONTRACTION, WORTH, Job, Plan
+from rootnoise.planner import CONTRACTION, Job, Plan
 from rootnoise.planner import plan as planned
 from rootnoise.runs.config import make_mechanism, make_sampler
 from rootnoise.workload import SGD, ScheduledSGD, learning_rates
@@ -228,16 +229,19 @@ def test_the_page_and_the_json_say_what_was_planned_for(call):
 
 
 def test_the_row_to_take_is_marked_and_dpsgd_is_named(call):
-    line = "plan --dataset-size 800 --batch-size 10 --epochs 2 --epsilon 6 --delta 1e-5"
-    line += " --contraction 0"
+    line = "plan --dataset-size 800 --batch-size 10 --epochs 2 --epsilon 12 --delta 1e-5"
+    line += " --decay 0.97 --contraction 0"
     rows = json.loads(call(line + " --html plan.html --json")[1])["rows"]
     text = Path("plan.html").read_text()
     assert (rows[0]["mechanism"], rows[0]["memory_rows"]) == ("dense", 159)
-    most = (1 + WORTH) * rows[0]["rmse_per_example"]
-    good = [row for row in rows if row["rmse_per_example"] <= most]
-    least = min(row["memory_rows"] for row in good if row["sampling"] == "fixed-cycle")
-    take = next(i for i, row in enumerate(rows, 1) if row["memory_rows"] == least)
-    assert take > 1
+    price = {
+        i: math.log(row["rmse_per_example"])
+        + 0.02 * (row["sampling"] != "fixed-cycle")
+        + 0.005 * math.log2(1 + row["memory_rows"])
+        for i, row in enumerate(rows, 1)
+    }
+    take = min(price, key=price.__getitem__)
+    assert take == 11
     assert f"Most should take row {take}: {rows[take - 1]['mechanism']} with" in text
     assert f'<tr class="take"><td>{take}</td>' in text
     assert "less error and keeps 159." in text

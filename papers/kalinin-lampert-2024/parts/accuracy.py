@@ -57,7 +57,6 @@ LARGER = ("cnn", "resnet18", "transformer")
 PLANNED = tuple(method for method in METHODS if method not in PAPER)
 # Drawn beside amplified DP-SGD; b-min-sep Poisson is near cyclic Poisson, and left to the tables.
 NEAR = (BSR, AOF, CYCLIC, BINS, FIRST)
-ASKED = "planner's choice, bins in one epoch"
 CHOICE = "What the planner chose: gains in points, and in standard deviations of the difference"
 
 
@@ -132,7 +131,7 @@ def claims(tables: Tables) -> list[Claim]:
     ]
     large = [row for row in rows if row["model"] in LARGER]
     found.append(_claim("The gain over A·Id carries over to larger models.", large, BSR, PLAIN))
-    found += [_level(rows), _better(rows), *_asked(rows)]
+    found += [_level(rows), _better(rows)]
     if idle:
         names = ", ".join(sorted({f"{r['model']} ({r['n_steps']} steps)" for r in idle}))
         best = f"{max(row['mean'] for row in idle):.1%}"
@@ -173,11 +172,9 @@ def _ours(text: str, held: int, count: int, evidence: str) -> Claim:
     return Claim(text, verdict, evidence)
 
 
-def _level(
-    rows: Sequence[Row], method: str = FIRST, who: str = "The planner's choice"
-) -> Claim | None:
+def _level(rows: Sequence[Row]) -> Claim | None:
     """Judge the planner's choice against whatever is best in each setting."""
-    pairs = rivals(rows, method)
+    pairs = rivals(rows, FIRST)
     if not pairs:
         return None
     worse = [pair for pair in pairs if not pair.level]
@@ -192,7 +189,8 @@ def _level(
         f"the best of them. That is chosen by the same seeds that judge it: were all methods "
         f"equally good, chance would leave the choice behind in {lucky:.0f}."
     ) + (f" Behind: {named}." if worse else "")
-    return _ours(f"{who} is level with the best other method.", held, len(pairs), evidence)
+    text = "The planner's choice is level with the best other method."
+    return _ours(text, held, len(pairs), evidence)
 
 
 def _named(pair: Rivals) -> str:
@@ -201,30 +199,14 @@ def _named(pair: Rivals) -> str:
     return f"{where_} {points:.1f} points behind {pair.best['method']}"
 
 
-def _better(
-    rows: Sequence[Row], method: str = FIRST, who: str = "The planner's choice"
-) -> Claim | None:
+def _better(rows: Sequence[Row]) -> Claim | None:
     """Judge the planner's choice against the usual one."""
-    found = _claim(f"{who} beats amplified DP-SGD.", rows, method, AMPLIFIED)
+    found = _claim("The planner's choice beats amplified DP-SGD.", rows, FIRST, AMPLIFIED)
     if found is None:
         return None
-    gains = compare(rows, method, AMPLIFIED)
+    gains = compare(rows, FIRST, AMPLIFIED)
     evidence = found.evidence[0].upper() + found.evidence[1:]
     return _ours(found.text, beyond(gains)[0], len(gains), evidence)
-
-
-def _asked(rows: Sequence[Row]) -> list[Claim | None]:
-    """Judge what is planned if balls in bins are asked for where there is a single epoch."""
-    single = {row["study"] for row in rows if row["epochs"] == 1 and row["method"] == BINS}
-    if not single:
-        return []
-    own = [
-        {**row, "method": ASKED}
-        for row in rows
-        if row["method"] == (BINS if row["epochs"] == 1 and row["study"] in single else FIRST)
-    ]
-    who = "The planner's choice, balls in bins being asked for where there is a single epoch,"
-    return [judge([*rows, *own], ASKED, who) for judge in (_level, _better)]
 
 
 def views(tables: Tables) -> dict[str, list[Row]]:

@@ -42,7 +42,8 @@ class Method:
             return planned(replace(cell, sampling=self.sampling), n_examples)
         epsilon = cast("float", cell.epsilon)
         job = Job(n_examples, cell.batch_size, cell.epochs, epsilon, cell.delta, MEMORY_ROWS)
-        row = plan(make_workload(cell, job.n_steps), job).recommended("cyclic-poisson")
+        made = plan(make_workload(cell, job.n_steps), job, bins=False)
+        row = made.recommended("cyclic-poisson")
         own = row_settings(row)
         if self.sampling == "min-sep-poisson":
             own |= {"sampling": self.sampling, "groups": 1, "separation": own["groups"]}

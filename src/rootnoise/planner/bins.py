@@ -18,7 +18,7 @@ from rootnoise import accounting
 from rootnoise.factorization import Factorization
 from rootnoise.participation import BallsInBins, FixedCycle
 from rootnoise.planner import objective as objectives
-from rootnoise.planner.job import WORTH, Job
+from rootnoise.planner.job import Job, priced
 
 # With more bins, or numbers in all their means, a forecast takes a second and more: none is made.
 MANY, LARGE = 1024, 2**22
@@ -28,6 +28,9 @@ UNASKED = 512
 BANDS = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64)
 # A forecast ends so close to epsilon, in at most so many steps.
 CLOSE, STEPS = 0.01, 8
+
+# So much more error no memory of up to 64 vectors is worth.
+FAR = 0.03
 
 Candidate = tuple[str, dict[str, Any]]
 
@@ -44,7 +47,7 @@ def pays(job: Job) -> bool:
 
 
 class Forecasts:
-    """Forecast errors of strategies under balls in bins, and which of them to calibrate."""
+    """Forecast errors of strategies under balls in bins, and which one to calibrate."""
 
     def __init__(self, job: Job, objective: str = "all") -> None:
         self._job, self._objective = job, objective
@@ -60,32 +63,26 @@ class Forecasts:
         return min((error for error, _, _ in self._near), default=math.inf)
 
     def look(self, candidate: Candidate, split: Factorization) -> float:
-        """Return the forecast error, infinite where it is more than `WORTH` above the best."""
+        """Return the forecast error, infinite where it is more than `FAR` above the best."""
         who = BallsInBins(self._job.period, self._job.epochs)
         unit = objectives.expected(split, who, self._objective) / self._job.batch_size
-        error = unit * self._multiplier(who, split, (1 + WORTH) * self.best / unit)
+        error = unit * self._multiplier(who, split, (1 + FAR) * self.best / unit)
         if math.isfinite(error):
             self._near.append((error, split.memory_rows, candidate))
         else:
             self._far.add(candidate[0])
         return error
 
-    def chosen(self) -> list[Candidate]:
-        """Return the best one, and of those with at most `WORTH` more error one of half its memory.
-
-        Of these it is the lightest.
-        """
-        if not self._near:
-            return []
-        near = [found for found in self._near if found[0] <= (1 + WORTH) * self.best]
-        first = min(near, key=lambda found: found[0])
-        light = min(near, key=lambda found: (found[1], found[0]))
-        return [first[2], light[2]] if light[1] <= first[1] / 2 else [first[2]]
+    @property
+    def chosen(self) -> Candidate | None:
+        """What `Plan.recommended` would take of them."""
+        found = min(self._near, key=lambda found: priced(*found[:2]), default=None)
+        return None if found is None else found[2]
 
     def passed(self) -> str:
         """Return which mechanisms are not among the chosen ones, and why; nothing if all are."""
         names = {name for _, _, (name, _) in self._near} | self._far
-        names -= {name for name, _ in self.chosen()}
+        names -= {self.chosen[0]} if self.chosen else set()
         why = "not calibrated, as forecasts from few samples have more error or memory"
         return f"{', '.join(sorted(names))} {why}" if names else ""
 

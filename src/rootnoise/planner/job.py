@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,9 +26,9 @@ from rootnoise.workload import Workload
 MOST_STEPS = 100_000
 # Default limit of noise vectors of the model's size where a plan is used without being shown.
 MEMORY_ROWS = 64
-# So much more error is worth less memory, or batches that need not be secret: accuracy does not
-# tell such errors apart (docs/planning.md).
-WORTH = 0.02
+# What batches that need not be secret are worth, and half the memory, or an epsilon that is certain
+# rather than of confidence: so much more error, as a logarithm (docs/planning.md).
+WORTH, SLIGHT = 0.02, 0.005
 # How far the loss is taken to pull the parameters back in a run, exp(-12): errors of this workload
 # foretell accuracy better than those of linear iterates, 0 (docs/planning.md).
 CONTRACTION = 12.0
@@ -164,6 +165,21 @@ class Row:
                 return "poisson"
         return self.participation.type
 
+    @property
+    def price(self) -> float:
+        """The logarithm of the error, and of what else is asked for: `Plan.recommended`."""
+        asked = WORTH * self.participation.amplified + SLIGHT * (not self.certain)
+        return priced(self.rmse_per_example, self.memory_rows) + asked
+
+
+def priced(error: float, memory_rows: int) -> float:
+    """Return the logarithm of an error, with what its memory is worth.
+
+    >>> round(math.exp(priced(1.0, memory_rows=7) - priced(1.0, memory_rows=3)), 3)
+    1.005
+    """
+    return math.log(error) + SLIGHT * math.log2(1 + memory_rows)
+
 
 class Planned(NamedTuple):
     """What a run needs: the noise, and the batches that its epsilon is stated for."""
@@ -197,16 +213,13 @@ class Plan:
     def recommended(self, *samplings: str) -> Row:
         """Return the row to take, of all or of some samplings: what auto and the page take.
 
-        Of the rows with at most `WORTH` more error than the first, those whose batches need not be
-        secret come first, then those whose epsilon is certain, then those with less memory, then
-        those with less error.
+        It is the one of least error, where 2 % more error (`WORTH`) are worth batches that need not
+        be secret, and half a per cent (`SLIGHT`) half the memory, or an epsilon that is certain.
 
         Raises:
             RootnoiseError: see `first`.
         """
-        rows = self._fitting(*samplings)
-        good = [r for r in rows if r.rmse_per_example <= (1 + WORTH) * rows[0].rmse_per_example]
-        return min(good, key=lambda r: (r.participation.amplified, not r.certain, r.memory_rows))
+        return min(self._fitting(*samplings), key=lambda row: row.price)
 
     @property
     def place_to_take(self) -> int:

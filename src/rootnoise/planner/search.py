@@ -246,7 +246,7 @@ class _Search:
             look("bandmf", {"bands": near, "tolerance": CLOSE})
         if passed := looked.passed():
             self.refused["balls in bins"] = passed
-        return looked.chosen()
+        return [looked.chosen] if looked.chosen else []
 
     def _begin(self, name: str) -> None:
         self._progress(self._done, self._of, name)

@@ -848,6 +848,13 @@ MUTATIONS = [
         "monte_carlo",
     ),
     Mutation(
+        "a search draws more samples than share the probability of failure",
+        "accounting/run.py",
+        "in range(ATTEMPTS - 1):",
+        "in range(ATTEMPTS + 1):",
+        "bin_fit",
+    ),
+    Mutation(
         "a certain bound is claimed to be what a forecast says",
         "accounting/run.py",
         "            return PrivacyCost(upper, delta",
@@ -1208,8 +1215,8 @@ MUTATIONS = [
     Mutation(
         "a row of confidence is taken before a certain one",
         "planner/job.py",
-        "not r.certain, r.memory_rows",
-        "r.memory_rows",
+        " + SLIGHT * (not self.certain)",
+        "",
         "planner",
     ),
     Mutation(

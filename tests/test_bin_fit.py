@@ -17,7 +17,7 @@ from rootnoise.accounting.balls_in_bins import bin_gram
 from rootnoise.accounting.bin_bounds import bounds
 from rootnoise.accounting.bin_chain import Chain
 from rootnoise.accounting.bin_fit import chains_above, chains_below
-from rootnoise.accounting.run import CLOSE, _Search
+from rootnoise.accounting.run import ATTEMPTS, CLOSE, _Search
 from rootnoise.causal import Toeplitz
 from rootnoise.factorization import factorize
 from rootnoise.participation import BallsInBins, FixedCycle
@@ -189,8 +189,10 @@ def test_a_search_returns_no_noise_that_misses_the_target(off, power, chance):
 
 
 def test_a_search_returns_the_noise_without_amplification_where_no_other_will_do():
-    search = _Search(2.0, 5.0, lambda sigma, epsilon: None)
+    tried: list[float] = []
+    search = _Search(2.0, 5.0, lambda sigma, epsilon: tried.append(sigma))
     assert search.follow(lambda sigma: 3.0, CLOSE) == 5.0
+    assert len(set(tried)) == len(tried) < ATTEMPTS  # the union bound of samples counts on it
     assert search.follow(lambda sigma: math.inf, CLOSE) == 5.0
     # Nor is a noise taken that an earlier question was content with.
     search.next = 1.0

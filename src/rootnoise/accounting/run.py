@@ -40,7 +40,7 @@ from rootnoise.participation import (
 )
 from rootnoise.participation.sensitivity import refuse_misfit, sensitivity
 
-# A calibration confirms at most this often; the evaluations share the probability of failure.
+# A calibration draws samples at most this often; all these share the probability of failure.
 ATTEMPTS = 8
 # And starts at the noise without amplification times exp(-this).
 FIRST = 0.5
@@ -357,13 +357,13 @@ class _Search:
         """Return the least noise multiplier found, or `enough`, that needs no search.
 
         Args:
-            ask: an epsilon; at most ATTEMPTS times.
+            ask: an epsilon; less than ATTEMPTS times.
             below: part of the target that may be left.
             above: part by which it may be exceeded.
         """
         best, last = self._enough, None
         low, high = -math.inf, math.log(self._enough)
-        for _ in range(ATTEMPTS):
+        for _ in range(ATTEMPTS - 1):  # what is stated in the end may be one more
             sigma = self.next
             found = ask(sigma)
             self._report(sigma, found)

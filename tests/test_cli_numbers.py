@@ -187,7 +187,7 @@ TRIED = sum(len(planner.candidates(JOB, who)) for who in planner.samplings(JOB))
 @pytest.mark.parametrize(
     ("line", "shown"),
     [
-        (PLAN + " --momentum 0.9 --no-balls-in-bins", ["plan", f"{TRIED - 1}/{TRIED}"]),
+        (PLAN + " --momentum 0.9 --no-bins", ["plan", f"{TRIED - 1}/{TRIED}"]),
         (AUDIT, ["attacks", "steps of the attacks", "8/8"]),
         (FACTORIZE, ["bsr", "error and lower bounds"]),
         ("account --noise-multiplier 1 --delta 1e-5", ["epsilon"]),

@@ -67,13 +67,15 @@ STUDIES = {
     for study in (
         Study("digits", "digits", "mlp", (10,), (200,), seeds=10, tuning=3),
         Study("digits-cnn", "digits", "cnn", (10,), (200,), TWO, seeds=10, tuning=3),
-        Study("digits-transformer", "digits", "transformer", (10,), (200,), TWO),
+        Study(
+            "digits-transformer", "digits", "transformer", (10,), (200,), TWO, seeds=10, tuning=3
+        ),
         Study("one-epoch", "fashion-mnist", "logistic", (1,), (600, 300, 120), seeds=10, tuning=3),
         Study(
             "several-epochs", "fashion-mnist", "logistic", (4,), (500,), (2.0,), seeds=10, tuning=3
         ),
         Study("fashion-cnn", "fashion-mnist", "cnn", (4,), (500,), methods=NEAR),
-        Study("mnist-5k", "mnist-5k", "mlp", (10,), (200,)),
+        Study("mnist-5k", "mnist-5k", "mlp", (10,), (200,), seeds=10, tuning=3),
         Study("mnist", "mnist", "cnn", (1, 5, 10), (500,), seeds=5),
         Study("cifar10-one-epoch", "cifar10", "cnn", (1,), BATCHES, TWO, seeds=5),
         Study("cifar10-epochs", "cifar10", "cnn", (1, 5, 10), (500,), TWO, seeds=5),

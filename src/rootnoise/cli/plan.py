@@ -41,7 +41,7 @@ def plan(
     balls_in_bins: Annotated[
         bool | None,
         typer.Option(
-            "--balls-in-bins/--no-balls-in-bins",
+            "--balls-in-bins/--no-bins",
             help="Also try balls-in-bins sampling: seconds, or half a minute with 500 steps in an "
             "epoch [default: in a single epoch of at most 512].",
         ),

@@ -1,6 +1,6 @@
 """Which learning rate to start at: the one at which the noise moves the weights a fixed distance.
 
-The more noise, the smaller the best rate: over 312 settings and methods of
+The more noise, the smaller the best rate: over 297 settings and methods of
 `papers/kalinin-lampert-2024` the best rate times the planned error is the same within a factor of
 two in 92 % (docs/planning.md). So the plan alone, which knows no data, foretells the rate, and the
 advice costs no privacy.

@@ -335,6 +335,8 @@ class _Run:
                 return sure
             search.next = min(sure, likely)
         found = min(sure, search.follow(lambda s: _sampled(self, s, delta), CLOSE))
+        if _above(self, found, delta) < (1 - CLOSE) * target:  # the look was a coarse one
+            return min(found, search.follow(lambda s: _above(self, s, delta), CLOSE))
         return found if self.cost(found, delta).epsilon <= target else sure
 
 

@@ -79,6 +79,21 @@ def test_the_table_shows_the_best_and_says_what_they_count_on(call):
     assert max(len(line) for line in out.splitlines() if line[:1] in "│┃") <= 80
 
 
+def test_what_holds_of_some_rows_is_said_of_these(call):
+    line = "plan --dataset-size 400 --batch-size 20 --epochs 1 --epsilon 2 --delta 1e-4 --top 99"
+    line += " --momentum 0.9"
+    _, out, _ = call(line)
+    rows = json.loads(call(f"{line} --json")[1])["rows"]
+    unsure = [row for row in rows if not row["certain"]]
+    assert {row["sampling"] for row in unsure} == {"balls-in-bins"}
+    said = " ".join(out.split())
+    name = unsure[0]["mechanism"]
+    assert f"epsilon is an upper confidence bound: {name}, balls-in-bins." in said
+    assert "added or removed. batches in any order" in said
+    assert said.count("confidence") == 1
+    assert "confidence" not in call(f"{line} --no-bins")[1]
+
+
 @pytest.mark.parametrize(
     "more", ["", " --contraction 0 --momentum 0.9 --schedule linear --warmup 2 --final 0.1"]
 )

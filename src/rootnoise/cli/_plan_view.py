@@ -87,12 +87,16 @@ def amount(value: float, unit: str) -> str:
 
 def notes(made: Plan, speed: Speed | None = None) -> list[str]:
     """Return what the claims depend on, what was left out, and what could be better."""
-    from rootnoise.planner import OBJECTIVES
+    from rootnoise.planner import AMPLIFIED, OBJECTIVES, PLAIN
 
-    lines = [
-        f"{'*' if is_amplified(row) else ' '} {row.note}."
-        for row in {is_amplified(row): row for row in reversed(made.rows)}.values()
-    ]
+    kinds = dict.fromkeys(map(is_amplified, made.rows))
+    lines = [f"* {AMPLIFIED}." if amplified else f"  {PLAIN}." for amplified in kinds]
+    of: dict[str, dict[str, None]] = {}  # what holds of some rows only, and of which
+    for row in made.rows:
+        extra = row.note.removeprefix(AMPLIFIED).removeprefix(PLAIN).removeprefix("; ")
+        if extra:
+            of.setdefault(extra, {})[f"{name(row)}, {batches(row).rstrip('*')}"] = None
+    lines += [f"{extra}: {' and '.join(rows)}." for extra, rows in of.items()]
     if made.objective != "all":
         lines.append(f"error: of {OBJECTIVES[made.objective]}; no bound is known, hence no gap.")
     size = made.size(made.rows[0], speed)

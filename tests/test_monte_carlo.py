@@ -120,6 +120,12 @@ def test_noise_has_the_products_of_the_means(b, kind):
     np.testing.assert_allclose(found, z @ factor.T, atol=1e-12)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("b", [1, 2, 65])
+def test_with_hardly_any_noise_samples_overflow_nowhere(b):
+    assert estimate.epsilon(Bins(1e4 * np.eye(b)), 1e-5, MonteCarlo(1000)) > 1000
+
+
 def test_samples_of_one_tilt_tell_of_others():
     """False-alarm rate 1e-8: six standard errors, of samples from either."""
     bins, size = Bins(GRAMS["correlated"]), 100_000

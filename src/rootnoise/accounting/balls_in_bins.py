@@ -125,8 +125,10 @@ class Bins(Mixture):
         """Draw the first two patterns of each sample, in proportion to all weights together."""
         b = len(self.gram)
         if self._last is None or self._last[0] != tilt:
-            joint = self._joint(tilt.order, tilt.power)
-            self._last = tilt, np.cumsum(joint), *self._weights(tilt.power)
+            sums = np.cumsum(self._joint(tilt.order, tilt.power))
+            # Of one pattern alone, with hardly any noise, factors of pairs would overflow.
+            weights = self._weights(tilt.power) if tilt.order == 3 else (sums, sums)
+            self._last = tilt, sums, *weights
         sums = self._last[1]
         flat = np.searchsorted(sums, sums[-1] * rng.random(size), side="right")
         flat = np.minimum(flat, sums.size - 1)
